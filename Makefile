@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check bench fast lock schemas
+
+demo: .venv/ready
+	$(BIN)/fedloop demo
+
+test: check
+	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m slow
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m fedloop_events.schemas --check
+
+fast: .venv/ready
+	$(BIN)/pytest -m "not slow"
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# The lock pins every package with its hash, and no index address.
+lock: .venv/ready
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+		--extra all --group dev pyproject.toml --output-file requirements.lock
+
+schemas: .venv/ready
+	$(BIN)/python -m fedloop_events.schemas --write
+
+.venv/ready: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
