@@ -1,0 +1,102 @@
+"""The envelope of an event: CloudEvents 1.0 attributes around a JSON payload, and the codec between payloads and envelopes.
+
+https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md. `specversion` is always "1.0", `datacontenttype` always
+"application/json" and `dataschema` a function of the type, so none of the three is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from fedloop_events import types, upcast
+from fedloop_events.errors import InvalidEventError
+
+MAX_EVENT_BYTES: Final = 60 * 1024
+"""Of the payload: CloudEvents intermediaries need forward only 64 KiB, and so do entries of a transparency log."""
+SPECVERSION: Final = "1.0"
+CONTENT_TYPE: Final = "application/json"
+
+P = TypeVar("P", bound=types.Payload)
+
+_encoder = msgspec.json.Encoder()
+_decoders = {payload.type_name: msgspec.json.Decoder(payload) for payload in types.TYPES}
+
+
+class Event(Struct, frozen=True):
+    """One event as it is appended.
+
+    `id` is 32 hexadecimal digits, `time_s` whole seconds since 1970 (informative: order is position in the log), `data` the
+    payload's JSON, `signature` the DSSE envelope of the CloudEvents verifiability extension (attribute `dssematerial`), or "".
+    """
+
+    topic: str
+    key: str
+    id: str
+    source: str
+    type: str
+    time_s: int
+    data: bytes
+    signature: str = ""
+
+    @property
+    def dataschema(self) -> str:
+        return f"urn:fedloop:schema:{self.type}"
+
+
+class Record(Event, frozen=True, kw_only=True):
+    """An event and where it stands: `offset` rises within `stream`, `appended_ms` is the log's own clock."""
+
+    stream: str
+    offset: int
+    appended_ms: int
+
+
+def source_of(payload: types.Payload) -> str:
+    """CloudEvents `source` of whoever says this: the server, or one client."""
+    return f"/{payload.origin}/server" if payload.author == "server" else f"/{payload.origin}/clients/{payload.author}"
+
+
+def encode(payload: types.Payload, *, id: str, time_s: int) -> Event:  # noqa: A002 (the attribute's name)
+    """The unsigned event of `payload`. Raises `InvalidEventError` if it is larger than `MAX_EVENT_BYTES`."""
+    data = _encoder.encode(payload)
+    if len(data) > MAX_EVENT_BYTES:
+        raise InvalidEventError(
+            f"a {payload.type_name} event of {len(data):,} bytes is larger than {MAX_EVENT_BYTES:,}",
+            hint="put tensors and long lists into a blob",
+        )
+    return Event(
+        topic=payload.topic,
+        key=payload.key,
+        id=id,
+        source=source_of(payload),
+        type=payload.type_name,
+        time_s=time_s,
+        data=data,
+    )
+
+
+def decode(event: Event) -> types.Payload | None:
+    """The payload, upcast to its newest version; None if this program does not know the type (a newer one wrote it).
+
+    Raises `InvalidEventError` if the data is not exactly what the type says. Whether its author said it is for
+    `signatures.verify` to find.
+    """
+    decoder = _decoders.get(event.type)
+    try:
+        if decoder is not None:
+            return decoder.decode(event.data)
+        return upcast.decode(event.type, event.data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # msgspec names the place and the expected type, never the value.
+        raise InvalidEventError(f"event {event.id} is not a valid {event.type}: {error}") from None
+
+
+def expect(event: Event, payload_type: type[P]) -> P:
+    """`decode`, for an event that must be a `payload_type`."""
+    payload = decode(event)
+    if not isinstance(payload, payload_type):
+        raise InvalidEventError(f"event {event.id} is a {event.type}, not a {payload_type.type_name}")
+    return payload

@@ -1,0 +1,72 @@
+"""The `EventLog` port: append, read, position. Every state anywhere is a fold over it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+from msgspec import Struct
+
+from fedloop_events import topics
+from fedloop_events.envelope import Event, Record
+
+
+class Position(Struct, frozen=True):
+    """How far a reader has come: for each stream, the offset of the last event read. Serialisable; comparable by `covers`."""
+
+    offsets: Mapping[str, int] = MappingProxyType({})
+
+    def covers(self, stream: str, offset: int) -> bool:
+        """Whether the event at `offset` of `stream` has been read."""
+        return self.offsets.get(stream, 0) >= offset
+
+
+START = Position()
+
+
+class Batch(Struct, frozen=True):
+    """Events in order within each stream, and the position after the last one."""
+
+    records: Sequence[Record]
+    position: Position
+
+
+@runtime_checkable
+class EventLog(Protocol):
+    """An append-only log of events, shared by many processes.
+
+    Order holds within one key of one topic. An event id counts once: of several events with the same id, readers see the first
+    one only, whoever wrote it; a writer that must know whether its event is the one that counts reads it back.
+    """
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Make `events` durable, all or none, in this order. When it returns they survive the loss of power.
+
+        Idempotent by event id. Raises `UnreachableError` if the log stays busy or away (the same call can be made again), and
+        `InvalidEventError` for an event that no log may hold.
+        """
+
+    def read(
+        self, topics: Collection[str] = topics.ALL, after: Position = START, *, limit: int = 1000, wait_s: float = 0.0
+    ) -> Batch:
+        """Up to `limit` events of `topics` after a position, waiting up to `wait_s` for the first one, without burning a core.
+
+        The position of the answer is at least `after` and is to be used with the same topics.
+        """
+
+    def end(self) -> Position:
+        """The position after everything that has been appended so far."""
+
+    def close(self) -> None:
+        """Let go of files and connections; nothing is lost."""
+
+
+def read_all(log: EventLog, topics: Collection[str] = topics.ALL, after: Position = START) -> Iterator[Record]:
+    """Every event of `topics` that was in the log when this began reading its last batch."""
+    while True:
+        batch = log.read(topics, after, limit=10_000)
+        if not batch.records:
+            return
+        yield from batch.records
+        after = batch.position
