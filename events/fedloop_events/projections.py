@@ -1,0 +1,183 @@
+"""Projections: states that are folds over the log, and the reader that keeps one up to date."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, Protocol, Self, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from fedloop_events import envelope
+from fedloop_events.envelope import Record
+from fedloop_events.errors import InvalidEventError
+from fedloop_events.identities import Identities
+from fedloop_events.log import START, EventLog, Position
+from fedloop_events.types import Payload
+
+BATCH = 10_000
+SNAPSHOT_EVERY = 10_000
+
+_logger = logging.getLogger(__name__)
+
+
+class Fold(Protocol):
+    """A state and how an event changes it, in place. `apply` does no I/O, reads no clock, draws no random number.
+
+    An event may come twice with the same id; it counts once. `version` changes whenever a stored state no longer fits.
+    """
+
+    @property
+    def topics(self) -> tuple[str, ...]: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def apply(self, record: Record, payload: Payload) -> None:
+        """Raises `InvalidEventError` for an event that this fold refuses: it is counted and skipped."""
+
+    def to_state(self) -> bytes: ...
+
+    @classmethod
+    def from_state(cls, state: bytes) -> Self: ...
+
+
+F = TypeVar("F", bound=Fold)
+
+
+class _Snapshot(Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    offsets: dict[str, int]
+    state: bytes
+
+
+class Snapshots:
+    """Snapshots of one fold in one file. A file that is damaged or of another version counts as absent."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def load(self, version: int) -> tuple[Position, bytes] | None:
+        """The position and state last saved under `version`, or None."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _logger.warning("the snapshot %s cannot be read (%s): it is rebuilt from the log", self.path, error.strerror)
+            return None
+        try:
+            if hashlib.sha256(data[32:]).digest() != data[:32]:
+                raise ValueError("checksum")
+            snapshot = msgspec.msgpack.decode(data[32:], type=_Snapshot)
+        except (ValueError, msgspec.MsgspecError):
+            _logger.warning("the snapshot %s is damaged: it is rebuilt from the log", self.path)
+            return None
+        if snapshot.version != version:
+            _logger.warning("the snapshot %s is of version %d: it is rebuilt from the log", self.path, snapshot.version)
+            return None
+        return Position(snapshot.offsets), snapshot.state
+
+    def save(self, version: int, position: Position, state: bytes) -> None:
+        """Replace the file, whole or not at all. A snapshot is only ever a saving of time: a failure is no error."""
+        data = msgspec.msgpack.encode(_Snapshot(version, dict(position.offsets), state))
+        temporary = ""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".tmp-", delete=False) as file:
+                temporary = file.name
+                file.write(hashlib.sha256(data).digest() + data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)  # noqa: PTH105
+        except OSError as error:
+            _logger.warning("the snapshot %s cannot be written (%s)", self.path, error.strerror)
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+
+
+class Reader(Generic[F]):
+    """Keeps `fold` up to date with `log`.
+
+    Events of unknown types are skipped and counted in `unknown`. With `identities`, which are caught up first, an event that its
+    author did not say is refused. Refused and malformed events are counted in `refused`, handed to `on_refused`, and skipped:
+    one bad event never stops a reader.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        fold: F,
+        *,
+        snapshots: Snapshots | None = None,
+        identities: Identities | None = None,
+        on_refused: Callable[[Record, InvalidEventError], None] | None = None,
+    ) -> None:
+        self.fold = fold
+        self.position = START
+        self.unknown = self.refused = 0
+        self._log, self._snapshots, self._on_refused = log, snapshots, on_refused
+        self._identities = identities
+        self._who = None if identities is None else Reader(log, identities)
+        self._since_snapshot = 0
+        if snapshots is not None:
+            self._restore(snapshots)
+
+    def catch_up(self) -> int:
+        """Apply everything that is in the log now; how many events were read."""
+        total = 0
+        while count := self._step(0.0):
+            total += count
+        if self._snapshots is not None and self._since_snapshot >= SNAPSHOT_EVERY:
+            self.save()
+        return total
+
+    def wait(self, timeout_s: float) -> int:
+        """`catch_up`, after waiting up to `timeout_s` for the first event; how many events were read."""
+        return self._step(timeout_s) and 1 + self.catch_up()
+
+    def save(self) -> None:
+        """Write a snapshot now."""
+        if self._snapshots is not None:
+            self._snapshots.save(self.fold.version, self.position, self.fold.to_state())
+            self._since_snapshot = 0
+
+    def _restore(self, snapshots: Snapshots) -> None:
+        found = snapshots.load(self.fold.version)
+        if found is None:
+            return
+        position, state = found
+        end = self._log.end()
+        if not all(end.covers(stream, offset) for stream, offset in position.offsets.items()):
+            _logger.warning("the snapshot %s is not of this log: it is rebuilt", snapshots.path)
+            return
+        self.fold = type(self.fold).from_state(state)
+        self.position = position
+
+    def _step(self, wait_s: float) -> int:
+        batch = self._log.read(self.fold.topics, self.position, limit=BATCH, wait_s=wait_s)
+        if batch.records and self._who is not None:
+            self._who.catch_up()
+        for record in batch.records:
+            self._apply(record)
+        self.position = batch.position
+        self._since_snapshot += len(batch.records)
+        return len(batch.records)
+
+    def _apply(self, record: Record) -> None:
+        try:
+            payload = envelope.decode(record)
+            if payload is None:
+                self.unknown += 1
+                return
+            if self._identities is not None:
+                self._identities.authenticate(record, payload)
+            self.fold.apply(record, payload)
+        except InvalidEventError as error:
+            self.refused += 1
+            if self._on_refused is not None:
+                self._on_refused(record, error)
