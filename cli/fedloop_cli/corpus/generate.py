@@ -23,7 +23,7 @@ from fedloop_cli.corpus import templates
 SEED: Final = 20_261
 FAKER: Final = "40.54.0"
 """The values are those of this version; another one invents others."""
-LOCALES: Final = {"en_US": 6, "en_GB": 5, "de_DE": 1, "fr_FR": 1, "es_ES": 1, "it_IT": 1, "nl_NL": 1, "pl_PL": 1}
+LOCALES: Final = {"en_US": 6, "en_GB": 5, "de_DE": 1, "fr_FR": 1, "es_ES": 1, "pt_PT": 1, "nl_NL": 1, "pl_PL": 1}
 MESSAGES: Final = {"train": 2_400, "test": 360}
 
 Piece = tuple[str, str | None]
@@ -88,26 +88,30 @@ class Values:
         return rng.choice({"shop": templates.SHOPS, "days": templates.DAYS, "weekday": templates.WEEKDAYS}[slot])
 
 
-def generate(part: str) -> str:
-    """The CSV of one part ("train" or "test"): `text,intent,planted`, planted a JSON list of `[type, value]`."""
-    rng = random.Random(f"{SEED}-{part}")
+def generate() -> dict[str, str]:
+    """The CSV of each part ("train" and "test"): `text,intent,planted`, planted a JSON list of `[type, value]`. No text twice."""
+    rng = random.Random(SEED)
     values = Values(rng)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["text", "intent", "planted"])
     # Some things happen to customers more often than others.
     intents = list(templates.INTENTS)
     weights = [rng.uniform(0.7, 1.4) for _ in intents]
     seen: set[str] = set()
-    while len(seen) < MESSAGES[part]:
-        intent = rng.choices(intents, weights)[0]
-        pieces = _message(intent, part, values)
-        text = "".join(piece for piece, _ in pieces)
-        if text not in seen:
-            seen.add(text)
-            planted = sorted({(kind, piece) for piece, kind in pieces if kind is not None})
-            writer.writerow([text, intent, json.dumps(planted, ensure_ascii=False, separators=(",", ":"))])
-    return out.getvalue()
+    parts: dict[str, str] = {}
+    for part, messages in MESSAGES.items():
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["text", "intent", "planted"])
+        messages += len(seen)
+        while len(seen) < messages:
+            intent = rng.choices(intents, weights)[0]
+            pieces = _message(intent, part, values)
+            text = "".join(piece for piece, _ in pieces)
+            if text not in seen:
+                seen.add(text)
+                planted = sorted({(kind, piece) for piece, kind in pieces if kind is not None})
+                writer.writerow([text, intent, json.dumps(planted, ensure_ascii=False, separators=(",", ":"))])
+        parts[part] = out.getvalue()
+    return parts
 
 
 def _message(intent: str, part: str, values: Values) -> list[Piece]:
@@ -160,9 +164,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: the corpus is made with Faker {FAKER}, this is {faker.VERSION}", file=sys.stderr)
         return 2
     stale = False
-    for part in MESSAGES:
+    for part, text in generate().items():
         path = Path(__file__).with_name(f"{part}.csv")
-        text = generate(part)
         if "--check" in arguments:
             stale |= path.read_bytes() != text.encode()
         else:

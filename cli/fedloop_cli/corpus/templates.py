@@ -2,7 +2,8 @@
 
 `(a|b|)` chooses one alternative, `{slot}` is filled by the generator: personal slots (`{person}`, `{first}`, `{email}`,
 `{phone}`, `{iban}`, `{card}`, `{ssn}`, `{address}`, `{city}`, `{dob}`, `{account}`, `{ip}`) from Faker, plain ones
-(`{amount}`, `{shop}`, `{days}`, `{weekday}`) from short lists. The last `HELD_OUT` templates of an intent appear in the held-out messages only.
+(`{amount}`, `{shop}`, `{days}`, `{weekday}`) from short lists. The last `HELD_OUT` templates of an intent appear in the
+held-out messages only.
 """
 
 from __future__ import annotations
