@@ -6,7 +6,6 @@ from importlib import resources
 
 import faker
 import pytest
-
 from fedloop_cli import corpus
 from fedloop_cli.corpus import generate
 

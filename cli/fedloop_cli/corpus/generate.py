@@ -57,14 +57,13 @@ class Values:
             "email": ("EMAIL_ADDRESS", fake.email),
             "phone": ("PHONE_NUMBER", fake.phone_number),
             "iban": ("IBAN_CODE", lambda: _grouped(fake.iban()) if rng.random() < 0.5 else fake.iban()),
-            "card": ("CREDIT_CARD", lambda: _grouped(fake.credit_card_number("visa16")) if rng.random() < 0.5 else
-                     fake.credit_card_number("mastercard")),
+            "card": ("CREDIT_CARD", self._card),
             "ssn": ("US_SSN", self._us.ssn),
             "city": ("CITY", fake.city),
             "dob": ("DATE_OF_BIRTH", self._born),
             "account": ("ACCOUNT_NUMBER", lambda: str(rng.randrange(10**9, 10**10))),
             "ip": ("IP_ADDRESS", fake.ipv4_public),
-        }  # fmt: skip
+        }
         if slot in personal:
             kind, make = personal[slot]
             return [(" ".join(make().split()), kind)]
@@ -75,6 +74,10 @@ class Values:
             street: list[Piece] = [(" ".join(fake.street_address().split()), "ADDRESS")]
             return [*street, (", ", None), (fake.city(), "CITY"), (" ", None), (fake.postcode(), "POSTCODE")]
         return [(self._plain(slot), None)]
+
+    def _card(self) -> str:
+        number = str(self._us.credit_card_number(self.rng.choice(["visa16", "mastercard"])))
+        return _grouped(number) if self.rng.random() < 0.5 else number
 
     def _born(self) -> str:
         style = self.rng.choice(["%d/%m/%Y", "%Y-%m-%d", "%d %B %Y", "%B %d, %Y", "%d.%m.%Y"])
