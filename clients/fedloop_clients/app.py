@@ -28,7 +28,7 @@ Examples = tuple[Sequence[str], Sequence[str]]
 def client_app(
     get_model: Callable[[RoundOpened], EmbeddingClassifier], get_examples: Callable[[RoundOpened], Examples]
 ) -> ClientApp:
-    """An app that trains `get_model(opened)` on `get_examples(opened)` for the round in its message (`fedloop_events.flower.TERMS`).
+    """An app that trains `get_model(opened)` on `get_examples(opened)`; the round's terms come in the message's record `TERMS`.
 
     The message's record `ARRAYS` is the base release. The reply holds `ARRAYS` (exactly `opened.upload`, float32) and in
     `METRICS` "num-examples": 1 under a mechanism, where every client weighs the same and counts are private, else their number.

@@ -40,11 +40,13 @@ class ModelError(FedloopError):
 def locate(base_model: str, model_dir: Path | None = None) -> Path:
     """The folder with the base model's `config.json`, tokenizer and `model.safetensors`.
 
-    It is `model_dir` where the user configured one, else the folder `model` (or the package itself) of the installed package
-    `base_model`, which is found and not imported. Nothing is downloaded. Raises ModelError where there is none.
+    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the folder `model`
+    (or the whole) of the installed package `base_model`, which is found and not imported. Nothing is downloaded. Raises
+    ModelError where there is none.
     """
     if model_dir is not None:
-        candidates = [Path(model_dir)]
+        within = [model_dir / base_model] if Path(base_model).name == base_model else []  # the name comes from the log
+        candidates = [*within, model_dir]
     else:
         package = base_model.replace("-", "_")
         found = importlib.util.find_spec(package) if package.isidentifier() else None

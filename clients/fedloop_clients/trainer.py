@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -32,24 +31,15 @@ class TermsError(FedloopError):
     """A round asks for something this trainer does not do."""
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What a round's `hyperparameters` may set; other names are the server's own and pass unread."""
-
-    head_lr: float
-    lora_lr: float
-    local_epochs: float = 1.0
-    batch: float = 32.0
-
-
-_DP = Hyperparameters(head_lr=8.0, lora_lr=2.0)
-_PLAIN = Hyperparameters(head_lr=0.01, lora_lr=0.001)
+_DP = {"head_lr": 8.0, "lora_lr": 2.0}
+_PLAIN = {"lr": 0.003, "local_epochs": 1.0, "batch": 32.0}
+_WHOLE = {"local_epochs": 1000, "batch": 65_536}  # whole numbers, and the most they may be
 
 
 def default_hyperparameters(dp: bool) -> dict[str, float]:
-    """What a round gets that sets nothing: SGD's learning rates under DP; AdamW's, epochs and batch size without."""
-    names = ("head_lr", "lora_lr") if dp else tuple(f.name for f in fields(Hyperparameters))
-    return {name: getattr(_DP if dp else _PLAIN, name) for name in names}
+    """The hyperparameters that a round may set, with what it gets otherwise: under DP the learning rates of SGD for head and
+    adapter; without, AdamW's learning rate, the passes over the device's examples, and how many make a batch."""
+    return dict(_DP if dp else _PLAIN)
 
 
 def train(model: EmbeddingClassifier, texts: Sequence[str], labels: Sequence[str], opened: RoundOpened) -> Arrays:
@@ -57,8 +47,9 @@ def train(model: EmbeddingClassifier, texts: Sequence[str], labels: Sequence[str
     release, and afterwards the trained one.
 
     - kind "sums": the sum of the sentence embeddings of each class [classes, d];
-    - kind "train" with a mechanism: DP-SGD for `mechanism.steps` steps (the head at `head_lr`, the adapter at `lora_lr`);
-    - kind "train" without: `local_epochs` of AdamW over batches of `batch`, in an order that follows from the round's number.
+    - kind "train" with a mechanism: DP-SGD for `mechanism.steps` steps, the head at `head_lr`, the adapter at `lora_lr`;
+    - kind "train" without: AdamW at `lr` for `local_epochs` over batches of `batch`, in an order that follows from the round's
+      number.
 
     An example whose label the model does not know takes no part. Under a mechanism what comes out costs exactly that mechanism
     for one example more or less; there may be no examples at all. Raises TermsError for terms that cannot be followed,
@@ -79,17 +70,17 @@ def train(model: EmbeddingClassifier, texts: Sequence[str], labels: Sequence[str
     return model.arrays(opened.upload)
 
 
-def _settings(opened: RoundOpened) -> Hyperparameters:
-    values = default_hyperparameters(dp=False) | default_hyperparameters(dp=opened.mechanism is not None)
-    for name in values:
-        value = opened.hyperparameters.get(name, values[name])
+def _settings(opened: RoundOpened) -> dict[str, float]:
+    """The round's hyperparameters, checked; names that are not the trainer's are the server's own and pass unread."""
+    settings = default_hyperparameters(dp=opened.mechanism is not None)
+    for name in settings:
+        value = settings[name] = opened.hyperparameters.get(name, settings[name])
+        most = _WHOLE.get(name)
         if not (math.isfinite(value) and value >= 0):
             raise TermsError(f"hyperparameter {name} must be finite and not negative, not {value!r}")
-        values[name] = value
-    for name, most in (("local_epochs", _MOST_EPOCHS), ("batch", _MOST_BATCH)):
-        if not (values[name].is_integer() and 1 <= values[name] <= most):
-            raise TermsError(f"hyperparameter {name} must be a whole number from 1 to {most}, not {values[name]!r}")
-    return Hyperparameters(**values)
+        if most is not None and not (float(value).is_integer() and 1 <= value <= most):
+            raise TermsError(f"hyperparameter {name} must be a whole number from 1 to {most}, not {value!r}")
+    return settings
 
 
 def _sums(
@@ -109,33 +100,27 @@ def _fit(
     texts: Sequence[str],
     of_class: NDArray[np.int64],
     opened: RoundOpened,
-    settings: Hyperparameters,
+    settings: Mapping[str, float],
 ) -> None:
     """Train the parameters `chosen` in place. If only the head is among them, its inputs are computed once."""
-    groups = _groups(chosen, settings)
-    adapter = any(name.startswith("lora.") for name in chosen)
-    examples: Examples[_Batch] = _Texts(model, texts, of_class) if adapter else _Embedded(model, texts, of_class)
-    module = model.tail if adapter else model.tail.head
+    lora = [p for name, p in chosen.items() if name.startswith("lora.")]
+    head = [p for name, p in chosen.items() if not name.startswith("lora.")]
+    examples: Examples[_Batch] = _Texts(model, texts, of_class) if lora else _Embedded(model, texts, of_class)
+    module = model.tail if lora else model.tail.head
     if opened.mechanism is not None:
-        dp_sgd(module, groups, examples, _losses, opened.mechanism)
+        groups = [ParameterGroup(head, settings["head_lr"]), ParameterGroup(lora, settings["lora_lr"])]
+        dp_sgd(module, [group for group in groups if group.parameters], examples, _losses, opened.mechanism)
         return
     plain_sgd(
         module,
-        groups,
+        [ParameterGroup([*lora, *head], settings["lr"])],
         examples,
         _losses,
-        epochs=int(settings.local_epochs),
-        batch_size=int(settings.batch),
+        epochs=int(settings["local_epochs"]),
+        batch_size=int(settings["batch"]),
         seed=opened.number,
         make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
     )
-
-
-def _groups(chosen: Mapping[str, nn.Parameter], settings: Hyperparameters) -> list[ParameterGroup]:
-    head = [p for name, p in chosen.items() if not name.startswith("lora.")]
-    lora = [p for name, p in chosen.items() if name.startswith("lora.")]
-    groups = [ParameterGroup(head, settings.head_lr), ParameterGroup(lora, settings.lora_lr)]
-    return [group for group in groups if group.parameters]
 
 
 _Batch = tuple[tuple[Tensor, ...], Tensor]
