@@ -40,12 +40,11 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     sampling_rate: _Share | None = None
     steps: _Many | None = None
     clip_norm: _Number = 1.0
-    head_lr: _Number = 8.0
-    lora_lr: _Number = 2.0
+    head_lr: _Number | None = None
+    lora_lr: _Number | None = None
     head_scale: _Number = 7.0
-    local_epochs: _Many = 1
-    local_lr: _Number = 0.5
-    local_batch: _Many = 16
+    local_epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    local_batch: Annotated[int, Meta(ge=1, le=65_536)] = 32
     quorum: _Many = 2
     cohort_size: Annotated[int, Meta(ge=1, le=MAX_COHORT)] = 64
     min_examples: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
@@ -75,6 +74,13 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return self.strategy or ("fedavg" if self.epsilon is None else "ffa")
 
     @property
+    def hyperparameters(self) -> dict[str, float]:
+        """Of a training round, by the names that the trainer of the clients reads."""
+        head, lora = (0.01, 0.001) if self.epsilon is None else (8.0, 2.0)
+        rates = {"head_lr": self.head_lr or head, "lora_lr": self.lora_lr or lora}
+        return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})
+
+    @property
     def rate(self) -> float:
         """Probability that an example takes part in a private step."""
         return self.sampling_rate or min(1.0, self.expected_batch / self.nominal_examples)
@@ -101,11 +107,10 @@ MEANING: Final = {
     "sampling_rate": 'Probability that an example takes part in a private step; "default": expected_batch / nominal_examples.',
     "steps": 'Private steps of a round; "default": one expected pass, 1 / sampling_rate.',
     "clip_norm": "L2 bound on one example's gradient.",
-    "head_lr": "Learning rate of the head in private steps.",
-    "lora_lr": "Learning rate of the adapters in private steps.",
+    "head_lr": 'Learning rate of the head; "default": 8 with an epsilon (SGD), else 0.01 (AdamW).',
+    "lora_lr": 'Learning rate of the adapters; "default": 2 with an epsilon (SGD), else 0.001 (AdamW).',
     "head_scale": "Norm of a row of the head that starts from the sums of its class.",
     "local_epochs": "Passes over a device's examples in a round without differential privacy.",
-    "local_lr": "Learning rate in such a round.",
     "local_batch": "Examples of a step in such a round.",
     "quorum": "Fewest clients that a round may start with, and fewest updates that make a release.",
     "cohort_size": f"Most clients that one round asks, at most {MAX_COHORT}.",
@@ -119,7 +124,7 @@ MEANING: Final = {
     "model_dir": "Folder of base models; empty: the installed packages.",
 }
 
-_NONE: Final = {"epsilon": "none", "strategy": "default", "sampling_rate": "default", "steps": "default"}
+_NONE: Final = {"epsilon": "none"} | dict.fromkeys(("strategy", "sampling_rate", "steps", "head_lr", "lora_lr"), "default")
 """What stands for None, which TOML does not have."""
 
 
