@@ -262,6 +262,7 @@ class NodesListed(ServerSaid, frozen=True, forbid_unknown_fields=True, omit_defa
 
     step: Count
     node_ids: list[NodeId]
+    round_id: Identifier | None = None
 
 
 class InstructionSent(ServerSaid, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -315,6 +316,17 @@ class RoundClosed(ServerSaid, frozen=True, forbid_unknown_fields=True, omit_defa
     step: Count
     accepted: list[AcceptedUpdate]
     excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+
+
+class ResultRecorded(ServerSaid, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one step of a run computed, where computing it again could give something else: noise is drawn once."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.result.recorded.v1"
+
+    step: Count
+    content: Content
     round_id: Identifier | None = None
 
 
@@ -541,6 +553,7 @@ TYPES: tuple[type[Payload], ...] = (
     InstructionSent,
     UpdateRefused,
     RoundClosed,
+    ResultRecorded,
     RoundAborted,
     UpdateSubmitted,
     RoundDeclined,
