@@ -314,9 +314,9 @@ def _per_example_gradients(model: nn.Module) -> Iterator[None]:
         raise TrainingError(f"Opacus cannot train this {type(model).__name__}: {error}") from error
     finally:
         for module in model.modules():
-            for name in ("activations", "max_batch_len"):
-                if hasattr(module, name):
-                    delattr(module, name)
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                for name in ("activations", "max_batch_len"):
+                    vars(module).pop(name, None)  # PEFT's wrappers answer hasattr for what they wrap
         for p in model.parameters():
             p.grad = None
             for name in (*OPACUS_PARAM_MONKEYPATCH_ATTRS, "summed_grad"):
