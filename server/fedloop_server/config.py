@@ -16,7 +16,7 @@ import msgspec
 from fedloop_events.errors import UsageError
 from msgspec import Meta, Struct
 
-MAX_COHORT = 256
+MAX_COHORT = 128
 """A round's terms, with the clients that it asks and those that it does not, are one event of at most 60 KiB."""
 
 Strategy = Literal["ffa", "fedavg"]
