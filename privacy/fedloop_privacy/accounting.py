@@ -4,7 +4,7 @@ All figures are (epsilon, delta) under add/remove-one-example adjacency, for Poi
 Mechanisms are composed jointly: adding up one epsilon for each round overstates eight rounds fourfold. Every function here is
 pure and returns an upper bound; noise is added as floating-point numbers, which the proofs do not model.
 
-Opacus's accountants (1.6) do the numerical work. They import torch, so this module imports them when first asked.
+The parts of Opacus's accountants (1.6.0) do the numerical work. They import torch, so they are imported when first asked.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy as np
 from fedloop_events.errors import FedloopError, PolicyError
 from fedloop_events.types import Mechanism
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 EPSILON_ERROR = 0.01
 """The PRV accountant's error, which its upper bound includes."""
@@ -27,6 +25,8 @@ _DELTA_ERROR = 1e-3  # of delta
 _SMALLEST_PRV_DELTA = 1e-10  # below, rounding in the Fourier transform comes near delta
 _GRID_POINTS = 2**20  # of one PRV; about 0.5 s and 50 MB
 _GRID_POINTS_ALL = 2**22
+_MOST_DISTINCT = 256  # (sampling rate, noise multiplier) pairs; each takes about 20 ms
+_MARGIN = 1e-6  # what calibration leaves for another machine's rounding
 _LEAST_NOISE, _MOST_NOISE = 1e-2, 1e2
 _LEAST_RATE = 1e-6
 _ORDERS = np.concatenate([np.arange(11, 110) / 10, np.arange(12.0, 64.0)])
@@ -69,7 +69,8 @@ def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
       an epsilon of many steps, so that one call stays near half a second.
     - Renyi DP (Mironov, Talwar and Zhang 2019) where that would take a coarser grid than an error of 0.3, where delta is
       below 1e-10, or where PRV finds no answer: about 10% above the truth.
-    - Infinity for a noise multiplier below 0.01, whose epsilon would be in the thousands.
+    - Infinity for a noise multiplier below 0.01, whose epsilon would be in the thousands, and for more than 256 different
+      pairs of sampling rate (below 1) and noise multiplier, which no honest server asks one client for.
 
     Raises MechanismError for a mechanism that `validate` refuses, or unless 0 < delta < 1.
     """
@@ -93,9 +94,10 @@ def noise_multiplier_for(
         )
         return epsilon([*spent, mechanism], delta)
 
+    within = target_epsilon * (1 - _MARGIN)
     most = _MOST_NOISE if sampling_rate < 1 else _MOST_NOISE**3
     high = 1.0
-    while cost(high) > target_epsilon:
+    while cost(high) > within:
         if high >= most:
             raise BudgetTooSmallError(
                 f"no noise multiplier up to {most:g} keeps {steps} steps at sampling rate {sampling_rate:g} within epsilon "
@@ -104,11 +106,11 @@ def noise_multiplier_for(
             )
         high = min(2 * high, most)
     low = high / 2
-    while cost(low) <= target_epsilon:
+    while cost(low) <= within:
         low, high = low / 2, low
     while high > low * 1.002:  # `high` is always enough, `low` never
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= target_epsilon else (middle, high)
+        low, high = (low, middle) if cost(middle) <= within else (middle, high)
     return high
 
 
@@ -177,7 +179,7 @@ def _history(mechanisms: Sequence[Mechanism]) -> _History:
 def _epsilon(history: _History, delta: float) -> float:
     if not history:
         return 0.0
-    if min(noise for noise, _, _ in history) < _LEAST_NOISE:
+    if min(noise for noise, _, _ in history) < _LEAST_NOISE or len(history) > _MOST_DISTINCT:
         return math.inf
     if history[0][1] == 1 and len(history) == 1:
         return _gaussian(history[0][0], delta)
@@ -189,6 +191,8 @@ def _epsilon(history: _History, delta: float) -> float:
 
 def _gaussian(noise_multiplier: float, delta: float) -> float:
     """Exact epsilon of one Gaussian release of sensitivity 1 (Balle and Wang 2018, theorem 8), rounded up by 1e-9."""
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr
 
     def excess(eps: float) -> float:
         half, shift = 0.5 / noise_multiplier, eps * noise_multiplier
