@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from fedloop_events import tensors
 from fedloop_events.errors import LogError
 from fedloop_events.flower import TensorReader

@@ -38,7 +38,7 @@ class FederatedLora(Strategy):
         return array_record(reader, self.opened.base, specs(reader.tensors(self.opened.base)))
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """One message for each client of the cohort. Raises UsageError if the grid is no `LogGrid` or a client is not enrolled."""
+        """One message for each client of the cohort. Raises UsageError for another grid, or a client that is not enrolled."""
         if not isinstance(grid, LogGrid):
             raise UsageError("federated LoRA runs on a LogGrid alone")
         self._grid = grid
@@ -47,7 +47,7 @@ class FederatedLora(Strategy):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The merged release of the updates that the round's `RoundClosed` lists."""
-        closed = self._grid and self._grid.closed
+        closed = None if self._grid is None else self._grid.closed
         if closed is None or len(closed.accepted) < self.opened.quorum:
             return None, None
         base = TensorReader(self._blobs).tensors(self.opened.base)
@@ -71,10 +71,10 @@ class FederatedLora(Strategy):
 class Durable(Strategy):
     """Any strategy, with each aggregate recorded in the log before it is used.
 
-    For strategies that draw noise, such as Flower's DP wrappers: `Durable(DifferentialPrivacyServerSideFixedClipping(...))`. A run
-    that is started again gets the recorded aggregate, so that one noisy result leaves the server for one set of updates. The inner
-    strategy aggregates again all the same, to bring the state of server optimisers up to date, and what it draws then is dropped.
-    State that depends on drawn noise itself (adaptive clipping norms) is not recorded.
+    For strategies that draw noise, as Flower's DP wrappers do: `Durable(DifferentialPrivacyServerSideFixedClipping(...))`. A run
+    that is started again gets the recorded aggregate, so that one noisy result leaves the server for one set of updates. The
+    inner strategy aggregates again all the same, to bring the state of server optimisers up to date; what it draws then is
+    dropped. State that depends on drawn noise itself (adaptive clipping norms) is not recorded.
     """
 
     def __init__(self, strategy: Strategy) -> None:
