@@ -1,0 +1,240 @@
+"""The device's agent, as an application sees it: predict, take feedback, run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.locations import open_blobs, open_log
+from fedloop_events.masked import MaskedText
+from fedloop_events.types import ModelSpec
+from fedloop_events.views import ReleaseState
+from fedloop_privacy.masking import MaskingError
+
+from fedloop_clients import enrolment
+from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, Response, Said, Thumb, check_text
+from fedloop_clients.enrolment import Identity
+from fedloop_clients.following import Following
+from fedloop_clients.keys import KeySource
+from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
+from fedloop_clients.serving import Models
+from fedloop_clients.store import Store
+
+if TYPE_CHECKING:
+    from fedloop_events.flower import ClientAppCallable
+
+    from fedloop_clients.answering import App
+
+
+class Masks(Protocol):
+    """The masker: `fedloop_privacy.masking.Masker`, with any engine the owner of the device has chosen."""
+
+    def mask(self, text: str) -> MaskedText:
+        """Raises `MaskingError`."""
+
+
+DEFAULTS: Final = Settings()
+
+
+class Agent:
+    """One device: its encrypted store, and the deployment that it is a client of.
+
+    `predict` and `feedback` may be called from any thread, and from other processes than the one that runs, which is one at most.
+    The model, the masker and Flower are loaded when they are first needed. `app` is any Flower `ClientApp` (or callable like one)
+    to serve in place of the text classifier's; what data it trains on is then its own business, and so is its noise.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        location: str | Path,
+        *,
+        app: ClientAppCallable | None = None,
+        masker: Masks | None = None,
+        settings: Settings = DEFAULTS,
+    ) -> None:
+        self.identity, self.settings = identity, settings
+        self._store = store
+        self._log, self._blobs = open_log(location), open_blobs(location)
+        self._capture = Capture(store)
+        self._models = Models(settings.model_dir)
+        self._masker, self._app = masker, app
+        self._following = Following(identity.client_id, identity.server_key, store.kept(FOLLOWING))
+        self._reading, self._masking = threading.Lock(), threading.Lock()
+
+    @classmethod
+    def enrol(
+        cls,
+        location: str | Path,
+        store_dir: str | Path,
+        *,
+        client_id: str | None = None,
+        epsilon: float | None = 8.0,
+        delta: float = 1e-5,
+        key_from: KeySource = "auto",
+        app: ClientAppCallable | None = None,
+        masker: Masks | None = None,
+        settings: Settings = DEFAULTS,
+    ) -> Self:
+        """Make this device a client of the deployment at `location`, with a store in the folder `store_dir`.
+
+        `epsilon` and `delta` are its privacy budget for life; `epsilon` None allows rounds without differential privacy.
+        `key_from` says where the store's key is kept. Called again with the same terms it ends what was interrupted.
+        Raises `UsageError` (name taken, terms wrong), `StoreError`, `KeyUnavailableError`, `UnreachableError`.
+        """
+        log = open_log(location)
+        try:
+            store, identity = enrolment.enrol(
+                log, location, Path(store_dir), client_id=client_id, epsilon=epsilon, delta=delta, key_from=key_from
+            )
+        finally:
+            log.close()
+        return cls(store, identity, location, app=app, masker=masker, settings=settings)
+
+    @classmethod
+    def open(
+        cls,
+        store_dir: str | Path,
+        location: str | Path | None = None,
+        *,
+        app: ClientAppCallable | None = None,
+        masker: Masks | None = None,
+        settings: Settings = DEFAULTS,
+    ) -> Self:
+        """The device whose store is in `store_dir`; `location` if the deployment has moved since it enrolled.
+
+        Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`, `UnreachableError`.
+        """
+        store, identity = enrolment.open_store(Path(store_dir))
+        try:
+            return cls(store, identity, location or identity.location, app=app, masker=masker, settings=settings)
+        except BaseException:
+            store.close()
+            raise
+
+    def predict(self, text: str) -> Response:
+        """Classify `text` with the release in force and keep the response, so that feedback can name it.
+
+        The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
+        `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
+        had.
+        """
+        check_text("text", text, MAX_TEXT_CHARS)
+        spec, release = self._in_force()
+        masked = self._masked_or_none(text)
+        with self._models.borrowed(spec) as held:
+            labels, confidences = held.load(release.blob, self._blobs).predict([masked.text if masked else text])
+        response_id = self._capture.respond(text, masked, labels[0], release.release, spec.labels)
+        return Response(response_id, labels[0], confidences[0], release.release)
+
+    def record(self, text: str, label: str, *, response_id: str | None = None) -> Response:
+        """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`."""
+        spec, release = self._in_force()
+        response_id = self._capture.respond(text, None, label, release.release, spec.labels, response_id)
+        return Response(response_id, label, 1.0, release.release)
+
+    def feedback(
+        self,
+        response_id: str,
+        *,
+        thumb: Thumb | None = None,
+        rating: int | None = None,
+        label: str | None = None,
+        correction: str | None = None,
+        comment: str | None = None,
+        feedback_id: str | None = None,
+    ) -> Feedback:
+        """Record what the user says of a response; it is on disk when this returns, and needs no connection.
+
+        At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
+        own words. `feedback_id` is the caller's: the same one again is the same feedback, with other content an error. What
+        the user wrote leaves the device masked or not at all.
+
+        Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
+        """
+        said = Said(thumb, rating, label, correction, comment)
+        spec = self._spec()
+        if spec is None:
+            self._read()
+            spec = self._spec()
+        return self._capture.say(response_id, said, spec.labels if spec else (), feedback_id)
+
+    def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
+        """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.
+
+        Goes on where a process that was killed has stopped. An unreachable log is waited for; what is due stays in the store.
+        Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
+        (`SuspendedError`, `RevokedError`, `LogChangedError`).
+        """
+        loop = Loop(
+            self.identity, self.settings, self._store, self._log, self._blobs, self._following, self._reading, self._masked
+        )
+        loop.run(self._serve(), stop or threading.Event(), until)
+
+    def status(self) -> Status:
+        """Where the device stands, as of what it can read now."""
+        self._read()
+        return read_status(self.identity, self._store, self._following, self.settings.model)
+
+    def close(self) -> None:
+        """Let go of the store and the log; nothing is lost."""
+        self._log.close()
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        """Take in what is new in the log; without a connection the device goes by what it has read before."""
+        with self._reading, suppress(UnreachableError):
+            self._following.catch_up(self._log)
+
+    def _spec(self) -> ModelSpec | None:
+        return self._following.releases.models.get(self.settings.model)
+
+    def _in_force(self) -> tuple[ModelSpec, ReleaseState]:
+        self._read()
+        spec, release = self._spec(), self._following.releases.current(self.settings.model)
+        if spec is None or release is None:
+            raise UsageError(f"no release of model {self.settings.model!r} is published yet", hint="start the server first")
+        return spec, release
+
+    def _masked(self, text: str) -> MaskedText:
+        """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""
+        failure = ""
+        with self._masking:
+            try:
+                if self._masker is None:
+                    from fedloop_privacy.masking import Masker
+
+                    self._masker = Masker()
+                return self._masker.mask(text)
+            except MaskingError:
+                raise
+            except Exception as error:
+                failure = type(error).__name__
+        raise MaskingError("the text could not be masked, so nothing of it is used", cause=failure)
+
+    def _masked_or_none(self, text: str) -> MaskedText | None:
+        """What is not masked now is masked by the loop, or never leaves the device."""
+        with suppress(MaskingError):
+            return self._masked(text)
+        return None
+
+    def _serve(self) -> App:
+        from fedloop_clients.classifier import ClassifierApp, PlainApp
+
+        if self._app is not None:
+            return PlainApp(self._app)
+        return ClassifierApp(
+            self.settings.model, self._capture, self._models, self._spec, min_examples=self.settings.min_examples
+        )

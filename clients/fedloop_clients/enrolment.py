@@ -1,0 +1,169 @@
+"""How a device becomes a client of a deployment: its identity, its key, its budget."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from fedloop_events import types
+from fedloop_events.author import Author
+from fedloop_events.errors import UsageError
+from fedloop_events.identities import Identities
+from fedloop_events.log import EventLog
+from fedloop_events.projections import Reader
+from fedloop_events.signatures import SigningKey
+from msgspec import Struct
+
+from fedloop_clients import keys
+from fedloop_clients.keys import KeySource
+from fedloop_clients.outbox import Outbox
+from fedloop_clients.store import FILE_NAME, Store, StoreError
+
+_IDENTITY: Final = "identity"
+
+
+class Identity(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who the device is, which server it believes, and the privacy budget of its whole life.
+
+    `epsilon` None means that its owner allows rounds without differential privacy. `signing_key` is secret (32 bytes).
+    """
+
+    client_id: str
+    node_id: int
+    origin: str
+    location: str
+    server_key: str
+    signing_key: bytes
+    epsilon: float | None
+    delta: float
+
+    def author(self, log: EventLog) -> Author:
+        """Who signs what this device says."""
+        return Author(log, SigningKey.from_private_bytes(self.signing_key))
+
+
+def enrol(
+    log: EventLog,
+    location: str | Path,
+    folder: Path,
+    *,
+    client_id: str | None,
+    epsilon: float | None,
+    delta: float,
+    key_from: KeySource,
+) -> tuple[Store, Identity]:
+    """A device with a new store in `folder`, whose `ClientEnrolled` the log holds when this returns.
+
+    Interrupted, it can be called again with the same arguments and ends what it began. Raises `UsageError` if the name is taken
+    or malformed, the budget makes no sense, or the folder holds another device.
+    """
+    _check_terms(client_id, epsilon, delta)
+    known = _identities(log)
+    if not known.origin:
+        raise UsageError(f"the log at {location} belongs to no deployment", hint="the server creates one: fedloop server init")
+    if client_id in known.clients and not (folder / FILE_NAME).exists():
+        raise UsageError(f"a device named {client_id} is enrolled already", hint="choose another client_id, or open its store")
+    store = Store.create(_private(folder) / FILE_NAME, keys.create(folder, key_from))
+    try:
+        kept = store.kept(_IDENTITY)
+        if kept is None:
+            identity = Identity(
+                client_id=client_id or f"device-{secrets.token_hex(6)}",
+                node_id=secrets.randbits(63) | 1,
+                origin=known.origin,
+                location=str(Path(location).absolute()) if "://" not in str(location) else str(location),
+                server_key=known.server_key,
+                signing_key=SigningKey.generate().private_bytes(),
+                epsilon=epsilon,
+                delta=delta,
+            )
+            _write(store, identity, log)
+        else:
+            identity = msgspec.msgpack.decode(kept, type=Identity)
+            _check_same(identity, known, client_id, epsilon, delta)
+        author = identity.author(log)
+        Outbox(store, author).flush(log)
+        enrolled = _identities(log).clients.get(identity.client_id)
+        if enrolled is None or enrolled.public_key != author.key.public_key:
+            raise UsageError(
+                f"another device was enrolled as {identity.client_id} at the same time",
+                hint="enrol under another client_id, with another store",
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store, identity
+
+
+def open_store(folder: Path) -> tuple[Store, Identity]:
+    """The device in `folder`. Raises `StoreError` or `KeyUnavailableError`."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise StoreError(f"there is no store in {folder}", hint="enrol this device first: fedloop agent enrol")
+    store = Store.open(path, keys.load(folder))
+    kept = store.kept(_IDENTITY)
+    if kept is None:
+        store.close()
+        raise StoreError(f"the device in {folder} was never enrolled to the end", hint="enrol it again, with the same store")
+    return store, msgspec.msgpack.decode(kept, type=Identity)
+
+
+def _write(store: Store, identity: Identity, log: EventLog) -> None:
+    author = identity.author(log)
+    with store.transaction():
+        store.keep(_IDENTITY, msgspec.msgpack.encode(identity))
+        Outbox(store, author).add(
+            lambda seq: types.ClientEnrolled(
+                origin=identity.origin,
+                client_id=identity.client_id,
+                seq=seq,
+                public_key=author.key.public_key,
+                node_id=str(identity.node_id),
+                epsilon=identity.epsilon,
+                delta=identity.delta,
+            )
+        )
+
+
+def _check_terms(client_id: str | None, epsilon: float | None, delta: float) -> None:
+    if client_id is not None:
+        try:
+            msgspec.convert(client_id, types.Identifier)
+        except msgspec.ValidationError:
+            raise UsageError("client_id must be 1 to 80 letters, digits, dots, dashes or underscores") from None
+        if client_id == "server":
+            raise UsageError("client_id must not be 'server'")
+    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+        raise UsageError(f"epsilon must be positive and finite, not {epsilon!r}", hint="None allows rounds without privacy")
+    if not 0 < delta < 1:
+        raise UsageError(f"delta must be between 0 and 1, not {delta!r}", hint="well below 1 / number of examples")
+
+
+def _check_same(identity: Identity, known: Identities, client_id: str | None, epsilon: float | None, delta: float) -> None:
+    if known.server_key != identity.server_key:
+        raise UsageError("the store belongs to another deployment", hint="choose another store folder")
+    if client_id not in (None, identity.client_id) or (epsilon, delta) != (identity.epsilon, identity.delta):
+        raise UsageError(
+            f"the store holds the device {identity.client_id} with epsilon {identity.epsilon} and delta {identity.delta}",
+            hint="its budget is for life: open it as it is, or choose another store folder",
+        )
+
+
+def _identities(log: EventLog) -> Identities:
+    reader = Reader(log, Identities())
+    reader.catch_up()
+    return reader.fold
+
+
+def _private(folder: Path) -> Path:
+    """Make the folder; one that is empty becomes its owner's alone, one that is in use stays as it is."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(f"the store folder {folder} cannot be made", cause=error.strerror or "") from None
+    return folder
