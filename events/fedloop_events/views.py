@@ -6,7 +6,7 @@ A fold changes its state in place; what it hands out is for reading only.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Struct
@@ -81,29 +81,30 @@ class RoundState(Struct):
         return sum(update.blob.size_bytes for update in self.closed.accepted if update.blob) if self.closed else 0
 
 
-class RoundsView:
+class RoundsView(Struct):
     """The epochs, requests and rounds of one run.
 
     Rests on order within the topic `rounds` and one run alone. Requests are served in the order of the log, so a round that is
     aborted before it opens belongs to the oldest pending request, and ends it.
     """
 
-    topics = (topics.ROUNDS, topics.UPDATES)
-    version = 1
+    topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
+    version: ClassVar[int] = 1
 
-    def __init__(self, run_id: str = "main") -> None:
-        self.run_id = run_id
-        self.epoch = 0
-        """0 until a server has started."""
-        self.server_id = ""
-        self.requests: dict[str, Request] = {}
-        self.rounds: dict[str, RoundState] = {}
-        self.unanswered: dict[str, str] = {}
-        """Updates to rounds that have ended, neither accepted nor refused yet: round by update."""
-        self.stale = 0
-        """Decisions of fenced servers, which count for nothing."""
-        self._open = ""
-        self._queue: dict[str, None] = {}  # the pending requests, oldest first
+    run_id: str = "main"
+    epoch: int = 0
+    """0 until a server has started."""
+    server_id: str = ""
+    epoch_ms: int = 0
+    """When the epoch started, by the log's own clock."""
+    requests: dict[str, Request] = {}
+    rounds: dict[str, RoundState] = {}
+    unanswered: dict[str, tuple[str, str]] = {}
+    """Updates to rounds that have ended, neither accepted nor refused yet: round and client by update."""
+    stale: int = 0
+    """How many decisions of fenced servers, which count for nothing, there are."""
+    _open: str = ""
+    _queue: dict[str, None] = {}  # the pending requests, oldest first
 
     @property
     def next_number(self) -> int:
@@ -134,7 +135,7 @@ class RoundsView:
         elif isinstance(payload, types.ServerSaid) and payload.run_id == self.run_id:
             if isinstance(payload, types.EpochStarted):
                 if payload.epoch > self.epoch:
-                    self.epoch, self.server_id = payload.epoch, payload.server_id
+                    self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
             elif payload.epoch == self.epoch:
                 self._decided(record, payload)
             else:
@@ -190,9 +191,9 @@ class RoundsView:
         if self._open == state.round_id:
             self._open = ""
         accepted = {update.update_id for update in state.closed.accepted} if state.closed else set()
-        for update_id in (each for replies in state.replies.values() for each in replies):
+        for client_id, update_id in ((client, each) for client, replies in state.replies.items() for each in replies):
             if update_id not in accepted and update_id not in state.refused:
-                self.unanswered[update_id] = state.round_id
+                self.unanswered[update_id] = state.round_id, client_id
 
     def _reply(self, record: Record, payload: types.ClientSaid) -> None:
         state = self.rounds.get(getattr(payload, "round_id", None) or "")
@@ -207,34 +208,14 @@ class RoundsView:
             replies.append(record.id)
             accepted = state.closed is not None and any(each.update_id == record.id for each in state.closed.accepted)
             if state.state != "open" and not accepted and record.id not in state.refused:
-                self.unanswered[record.id] = state.round_id
+                self.unanswered[record.id] = state.round_id, payload.client_id
 
     def to_state(self) -> bytes:
-        return msgspec.msgpack.encode(
-            _Rounds(
-                self.run_id, self.epoch, self.server_id, self.requests, self.rounds, self.unanswered, self.stale, self._open
-            )
-        )
+        return msgspec.msgpack.encode(self)
 
     @classmethod
-    def from_state(cls, state: bytes) -> RoundsView:
-        kept = msgspec.msgpack.decode(state, type=_Rounds)
-        view = cls(kept.run_id)
-        view.epoch, view.server_id, view.requests, view.rounds = kept.epoch, kept.server_id, kept.requests, kept.rounds
-        view.unanswered, view.stale, view._open = kept.unanswered, kept.stale, kept.open
-        view._queue = {each.request_id: None for each in view.requests.values() if each.pending}
-        return view
-
-
-class _Rounds(Struct):
-    run_id: str
-    epoch: int
-    server_id: str
-    requests: dict[str, Request]
-    rounds: dict[str, RoundState]
-    unanswered: dict[str, str]
-    stale: int
-    open: str
+    def from_state(cls, state: bytes) -> Self:
+        return msgspec.msgpack.decode(state, type=cls)
 
 
 class Evaluated(Struct, frozen=True):
@@ -272,26 +253,24 @@ class ReleaseState(Struct):
         return next(reversed(self.evaluations.values()), None)
 
 
-class ReleasesView:
+class ReleasesView(Struct):
     """The models, their releases, and which release of each is in force.
 
     An event of an epoch below one that the model has seen is a fenced server's and counts for nothing. One round makes one
     release, and one decision holds for each.
     """
 
-    topics = (topics.RELEASES,)
-    version = 1
+    topics: ClassVar[tuple[str, ...]] = (topics.RELEASES,)
+    version: ClassVar[int] = 1
 
-    def __init__(self) -> None:
-        self.models: dict[str, types.ModelSpec] = {}
-        self.releases: dict[str, ReleaseState] = {}
-        self.by_round: dict[str, str] = {}
-        """Release by round."""
-        self.proposed: dict[str, str] = {}
-        """By model: the candidate that is not decided yet."""
-        self._current: dict[str, str] = {}
-        self._numbers: dict[str, int] = {}
-        self._epochs: dict[str, int] = {}
+    models: dict[str, types.ModelSpec] = {}
+    releases: dict[str, ReleaseState] = {}
+    by_round: dict[str, str] = {}
+    """Release by round."""
+    _candidates: dict[str, str] = {}
+    _current: dict[str, str] = {}
+    _numbers: dict[str, int] = {}
+    _epochs: dict[str, int] = {}
 
     def current(self, model: str) -> ReleaseState | None:
         """The release in force."""
@@ -299,7 +278,7 @@ class ReleasesView:
 
     def candidate(self, model: str) -> ReleaseState | None:
         """The release that is proposed and not decided."""
-        return self.releases.get(self.proposed.get(model, ""))
+        return self.releases.get(self._candidates.get(model, ""))
 
     def next_number(self, model: str) -> int:
         return self._numbers.get(model, -1) + 1
@@ -334,7 +313,7 @@ class ReleasesView:
             else:
                 return
             state.decided_ms = record.appended_ms
-            self.proposed.pop(payload.model, None)
+            self._candidates.pop(payload.model, None)
 
     def _proposed(self, record: Record, proposed: types.ReleaseProposed) -> None:
         second = proposed.round_id is not None and proposed.round_id in self.by_round
@@ -351,7 +330,7 @@ class ReleasesView:
             list(proposed.updates),
             proposed_ms=record.appended_ms,
         )
-        self.proposed[proposed.model] = proposed.release
+        self._candidates[proposed.model] = proposed.release
         self._numbers[proposed.model] = proposed.number
         if proposed.round_id is not None:
             self.by_round[proposed.round_id] = proposed.release
@@ -367,24 +346,8 @@ class ReleasesView:
             self._current[payload.model] = target.release
 
     def to_state(self) -> bytes:
-        return msgspec.msgpack.encode(
-            _Releases(self.models, self.releases, self.by_round, self.proposed, self._current, self._numbers, self._epochs)
-        )
+        return msgspec.msgpack.encode(self)
 
     @classmethod
-    def from_state(cls, state: bytes) -> ReleasesView:
-        kept = msgspec.msgpack.decode(state, type=_Releases)
-        view = cls()
-        view.models, view.releases, view.by_round, view.proposed = kept.models, kept.releases, kept.by_round, kept.proposed
-        view._current, view._numbers, view._epochs = kept.current, kept.numbers, kept.epochs
-        return view
-
-
-class _Releases(Struct):
-    models: dict[str, types.ModelSpec]
-    releases: dict[str, ReleaseState]
-    by_round: dict[str, str]
-    proposed: dict[str, str]
-    current: dict[str, str]
-    numbers: dict[str, int]
-    epochs: dict[str, int]
+    def from_state(cls, state: bytes) -> Self:
+        return msgspec.msgpack.decode(state, type=cls)

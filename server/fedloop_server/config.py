@@ -51,7 +51,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     deadline_s: _Number = 600.0
     availability_s: _Number = 120.0
     quorum_wait_s: _Number = 600.0
-    max_update_norm: _Number = 1e5
+    max_update_norm: _Number = 1000.0
     max_upload_bytes: Annotated[int, Meta(ge=1, le=2**40)] = 64 << 20
     gate_margin: Annotated[float, Meta(ge=0, le=1)] = 0.02
     model_dir: Annotated[str, Meta(max_length=4096)] = ""
@@ -118,7 +118,7 @@ MEANING: Final = {
     "deadline_s": "Seconds that clients have for a round.",
     "availability_s": "Seconds for which a client counts as available after it was last seen.",
     "quorum_wait_s": "Seconds that a request waits for enough clients before it is given up.",
-    "max_update_norm": "L2 norm over all tensors of an update, above which it is refused.",
+    "max_update_norm": "L2 norm of an update's change, above which it is refused (for sums, if more: 4 x nominal_examples).",
     "max_upload_bytes": "Bytes of an update's tensors, above which it is refused.",
     "gate_margin": "How much less accurate than the current release a new one may be.",
     "model_dir": "Folder of base models; empty: the installed packages.",

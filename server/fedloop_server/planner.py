@@ -34,6 +34,7 @@ class Terms(Struct, frozen=True):
     strategy: str
     mechanism: types.Mechanism | None
     hyperparameters: dict[str, float]
+    max_update_norm: float
 
     def upload(self, names: Sequence[str]) -> list[str]:
         """The tensors of an update, of those that a release has."""
@@ -63,7 +64,9 @@ class Planner:
             plan = self._planned()
             mechanism = plan.sums if kind == SUMS else plan.training
         hyperparameters = {"head_scale": config.head_scale} if kind == SUMS else config.hyperparameters
-        return Terms(kind, SUMS if kind == SUMS else config.merge, mechanism, hyperparameters)
+        # Sums of unit vectors are as long as there are examples of one class.
+        norm = max(config.max_update_norm, 4.0 * config.nominal_examples) if kind == SUMS else config.max_update_norm
+        return Terms(kind, SUMS if kind == SUMS else config.merge, mechanism, hyperparameters, norm)
 
     def next_kind(self, rounds: RoundsView, releases: ReleasesView) -> Kind | None:
         """What the next round is; None if the plan is used up.

@@ -1,0 +1,187 @@
+"""What the server does next: a pure function of what the log says.
+
+A server that is killed at any point is started again with the same folds, and so goes on with the same action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from fedloop_events import topics, types
+from fedloop_events.envelope import Record
+from fedloop_events.identities import Client, Identities
+from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
+from fedloop_privacy.ledger import Ledger
+from msgspec import Struct
+
+from fedloop_server import registry, scheduler
+from fedloop_server.planner import Kind, Planner
+from fedloop_server.scheduler import Eligibility
+
+OnEvent = Callable[[Record, types.Payload], None]
+
+
+class StartEpoch(Struct, frozen=True):
+    """Take over the run; every other server of it is fenced."""
+
+
+class RefuseLate(Struct, frozen=True):
+    """An update has come to a round that has ended without it."""
+
+    update_id: str
+    client_id: str
+    round_id: str
+
+
+class EvaluateRelease(Struct, frozen=True):
+    release: str
+
+
+class DecideRelease(Struct, frozen=True):
+    """Publish the candidate, or reject it with a reason."""
+
+    release: str
+    verdict: registry.Verdict
+
+
+class CollectUpdates(Struct, frozen=True):
+    """Send the instructions of the open round, and wait for the answers."""
+
+    round_id: str
+
+
+class ProposeRelease(Struct, frozen=True):
+    """Merge what was accepted."""
+
+    round_id: str
+
+
+class AbortRound(Struct, frozen=True):
+    round_id: str
+    reason: str
+    detail: str = ""
+    excluded: list[types.Exclusion] = []
+
+
+class OpenRound(Struct, frozen=True):
+    request_id: str
+    number: int
+    kind: Kind
+    eligibility: Eligibility
+
+
+class Wait(Struct, frozen=True):
+    """Nothing to do until something new is in the log, or time has passed."""
+
+    reason: str
+
+
+Action = (
+    StartEpoch | RefuseLate | EvaluateRelease | DecideRelease | CollectUpdates | ProposeRelease | AbortRound | OpenRound | Wait
+)
+
+
+class State:
+    """Everything the server knows: folds over the log, and its clock."""
+
+    topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
+    version = 1
+
+    def __init__(self, run_id: str, on_event: OnEvent | None = None) -> None:
+        self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
+        self.people = Identities()
+        self.said_ms = 0
+        """The log's own clock, as of the last event that the server said."""
+        self._on_event = on_event
+
+    def apply(self, record: Record, payload: types.Payload) -> None:
+        if payload.author == "server":
+            self.said_ms = max(self.said_ms, record.appended_ms)
+        if record.topic == topics.RELEASES:
+            self.releases.apply(record, payload)
+        elif record.topic == topics.AUDIT:
+            self.ledger.apply(record, payload)
+        else:
+            self.rounds.apply(record, payload)
+        if self._on_event is not None:
+            self._on_event(record, payload)
+
+    def to_state(self) -> bytes:
+        raise NotImplementedError("the server reads its log whole")
+
+    @classmethod
+    def from_state(cls, state: bytes) -> Self:
+        raise NotImplementedError("the server reads its log whole")
+
+
+def next_action(state: State, planner: Planner, *, model: str, epoch: int, now_ms: int) -> Action:
+    """What a server of `epoch` (0: it has none yet) does next; `now_ms` is the log's own clock."""
+    if epoch == 0:
+        return StartEpoch()
+    rounds, releases = state.rounds, state.releases
+    current = registry.current(releases, model)
+    if rounds.unanswered:
+        update_id, (round_id, client_id) = next(iter(rounds.unanswered.items()))
+        return RefuseLate(update_id, client_id, round_id)
+    if (candidate := releases.candidate(model)) is not None:
+        return _judge(candidate, current, planner.config.gate_margin)
+    if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
+        return _finish(last, current)
+    if (opened := rounds.open_round) is not None:
+        return CollectUpdates(opened.round_id)
+    if current.evaluation is None:
+        return EvaluateRelease(current.release)
+    return _open(state, planner, model, now_ms)
+
+
+def _judge(candidate: ReleaseState, current: ReleaseState, margin: float) -> Action:
+    if candidate.base_release != current.release:
+        return DecideRelease(candidate.release, registry.Verdict("stale-base", f"{current.release} is in force by now"))
+    if candidate.evaluation is None:
+        return EvaluateRelease(candidate.release)
+    incumbent = current.evaluations.get(candidate.evaluation.dataset_sha256)
+    if incumbent is None:
+        return EvaluateRelease(current.release)
+    return DecideRelease(candidate.release, registry.gate(candidate.evaluation, incumbent, margin))
+
+
+def _finish(closed: RoundState, current: ReleaseState) -> Action:
+    opened, accepted = closed.opened, len(closed.participants)
+    assert opened is not None
+    if accepted < opened.quorum:
+        detail = f"{accepted} of {len(opened.cohort)} updates were accepted, and the quorum is {opened.quorum}"
+        return AbortRound(closed.round_id, "quorum", detail)
+    if opened.base_release != current.release:
+        return AbortRound(closed.round_id, "stale-base", f"{current.release} is in force by now")
+    return ProposeRelease(closed.round_id)
+
+
+def _open(state: State, planner: Planner, model: str, now_ms: int) -> Action:
+    request = state.rounds.pending
+    if request is None:
+        return Wait("no round is requested")
+    number = state.rounds.next_number
+    kind = planner.next_kind(state.rounds, state.releases)
+    if kind is None:
+        planned = planner.config.planned_rounds
+        return AbortRound(round_id(number), "plan_exhausted", f"the budget is planned for {planned} rounds, which are over")
+    mechanism, config = planner.terms(kind).mechanism, planner.config
+
+    def budget(client: Client, mechanism: types.Mechanism) -> str | None:
+        refusal = state.ledger.check(client.client_id, mechanism, client.epsilon, client.delta)
+        return None if refusal is None else refusal.reason
+
+    found = scheduler.eligible(state.people.clients.values(), mechanism, config, now_ms=now_ms, budget=budget)
+    if len(found.clients) >= config.quorum:
+        return OpenRound(request.request_id, number, kind, found)
+    last = state.rounds.last
+    since_ms = max(request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0)
+    detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
+    if now_ms - since_ms < config.quorum_wait_s * 1000:
+        return Wait(detail)
+    return AbortRound(round_id(number), "quorum", detail, found.excluded)
+
+
+def round_id(number: int) -> str:
+    return f"r{number:04d}"
