@@ -65,7 +65,7 @@ class EventLog(Protocol):
 def read_all(log: EventLog, topics: Collection[str] = topics.ALL, after: Position = START) -> Iterator[Record]:
     """Every event of `topics` that was in the log when this began reading its last batch."""
     while True:
-        batch = log.read(topics, after, limit=10_000)
+        batch = log.read(topics, after)
         if not batch.records:
             return
         yield from batch.records

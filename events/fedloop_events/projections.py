@@ -20,7 +20,7 @@ from fedloop_events.identities import Identities
 from fedloop_events.log import START, EventLog, Position
 from fedloop_events.types import Payload
 
-BATCH = 10_000
+BATCH = 1000
 SNAPSHOT_EVERY = 10_000
 
 _logger = logging.getLogger(__name__)

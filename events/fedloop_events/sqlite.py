@@ -24,7 +24,11 @@ from fedloop_events.log import START, Batch, Position
 STREAM: Final = "log"
 APPLICATION_ID: Final = 0x46644C67
 FORMAT: Final = 1
+PAGE_BYTES: Final = 8192
+_LONGEST_PAUSE_S: Final = 0.02
+_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs"})
 
+# Feedback is most of a log: its events are found by scanning, and pay for no index but the one of their ids.
 _SCHEMA: Final = f"""
 CREATE TABLE events (
     position INTEGER PRIMARY KEY,
@@ -38,7 +42,7 @@ CREATE TABLE events (
     signature TEXT NOT NULL,
     appended_ms INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX events_topic ON events (topic);
+CREATE INDEX events_sparse ON events (topic) WHERE topic <> 'feedback';
 CREATE TRIGGER events_no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
 CREATE TRIGGER events_no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
 PRAGMA application_id = {APPLICATION_ID};
@@ -86,15 +90,8 @@ class SqliteLog:
         rows = [_row(event, appended_ms) for event in events]
         if not rows:
             return
-        with self._writing() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.executemany(_INSERT, rows)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        with self._writing() as connection, _transaction(connection):
+            connection.executemany(_INSERT, rows)
         appended = self._handle.appended
         with appended:
             appended.notify_all()
@@ -117,6 +114,21 @@ class SqliteLog:
         with self._reading() as connection:
             return Position({STREAM: _end(connection)})
 
+    def check(self) -> int:
+        """The number of events, after SQLite's integrity check and a look for holes: offsets are dense from 1.
+
+        Raises `LogError` for a damaged file or a missing row. Whether each event is what its author said is for a reader with
+        identities to find.
+        """
+        with self._reading() as connection:
+            found = connection.execute("PRAGMA integrity_check(1)").get
+            count, end = connection.execute("SELECT count(*), coalesce(max(position), 0) FROM events").get
+            if found != "ok":
+                raise LogError(f"the log {self.path} is damaged", cause=str(found), hint="restore it from a copy")
+            if count != end:
+                raise LogError(f"the log {self.path} lacks {end - count:,} of its {end:,} events", hint="restore it from a copy")
+        return int(count)
+
     def close(self) -> None:
         self._closed = True
         handle = self._handle
@@ -134,12 +146,13 @@ class SqliteLog:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return False
+            # Looking while holding the condition: an append of this process comes before the look, or wakes the wait.
             with self._handle.appended:
+                with self._reading() as connection:
+                    if _data_version(connection) != version:
+                        return True
                 self._handle.appended.wait(min(pause_s, left_s))
-            pause_s = min(pause_s * 2, 0.02)
-            with self._reading() as connection:
-                if _data_version(connection) != version:
-                    return True
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
     def _here(self) -> _Handle:
         if self._closed:
@@ -203,16 +216,24 @@ def _select(connection: apsw.Connection, topics: Collection[str], after: int, li
         end = _end(connection)
         if not known or after >= end:
             return [], max(after, end)
-        if len(known) == len(all_topics.ALL):
-            query = f"SELECT {_COLUMNS} FROM events WHERE position > ?1 ORDER BY position LIMIT ?2"
-        else:
-            parts = [f"SELECT {_COLUMNS} FROM events WHERE topic = '{topic}' AND position > ?1" for topic in known]
-            query = f"{' UNION ALL '.join(parts)} ORDER BY position LIMIT ?2"
         records = [
             Record(topic, key, uuid.hex(), source, kind, at, data, signature, stream=STREAM, offset=position, appended_ms=ms)
-            for topic, key, uuid, source, kind, at, data, signature, position, ms in connection.execute(query, (after, limit))
+            for topic, key, uuid, source, kind, at, data, signature, position, ms in connection.execute(
+                _query(known), (after, limit)
+            )
         ]
     return records, records[-1].offset if len(records) == limit else end
+
+
+def _query(topics: Sequence[str]) -> str:
+    if len(topics) == len(all_topics.ALL):
+        return f"SELECT {_COLUMNS} FROM events WHERE position > ?1 ORDER BY position LIMIT ?2"
+    names = ", ".join(f"'{topic}'" for topic in topics)
+    if all_topics.FEEDBACK in topics:
+        return f"SELECT {_COLUMNS} FROM events WHERE position > ?1 AND topic IN ({names}) ORDER BY position LIMIT ?2"
+    # One walk through the index for each topic, merged as they go; `topic <> 'feedback'` tells SQLite that the index will do.
+    walk = f"SELECT {_COLUMNS} FROM events INDEXED BY events_sparse WHERE topic <> 'feedback' AND position > ?1 AND topic = "
+    return " UNION ALL ".join(f"{walk}'{topic}'" for topic in topics) + " ORDER BY position LIMIT ?2"
 
 
 def _end(connection: apsw.Connection) -> int:
@@ -220,44 +241,96 @@ def _end(connection: apsw.Connection) -> int:
 
 
 def _data_version(connection: apsw.Connection) -> int:
-    return int(connection.execute("PRAGMA data_version").get)
+    return _pragma(connection, "data_version")
 
 
 def _open(path: Path, busy_timeout_s: float) -> apsw.Connection:
-    connection = apsw.Connection(str(path))
-    try:
-        connection.set_busy_timeout(round(busy_timeout_s * 1000))
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "synchronous=FULL", "temp_store=MEMORY"):
-            connection.execute(f"PRAGMA {pragma}")
-        _check_format(path, connection)
-        connection.execute("PRAGMA journal_mode=WAL")
-        with connection:
-            connection.execute("SELECT count(*) FROM sqlite_schema")
-    except BaseException:
-        connection.close(force=True)
-        raise
-    return connection
-
-
-def _check_format(path: Path, connection: apsw.Connection) -> None:
-    """Make the schema in an empty file; refuse what is no log, or one of a newer program."""
-    if connection.execute("PRAGMA application_id").get == 0 and connection.execute("SELECT count(*) FROM sqlite_schema").get == 0:
-        connection.execute("BEGIN IMMEDIATE")
+    deadline = time.monotonic() + busy_timeout_s
+    while True:
+        connection = apsw.Connection(str(path))
         try:
-            if connection.execute("SELECT count(*) FROM sqlite_schema").get == 0:
-                connection.execute(_SCHEMA)
-            connection.execute("COMMIT")
+            connection.set_busy_timeout(round(busy_timeout_s * 1000))
+            _configure(path, connection)
+            return connection
+        except apsw.BusyError:
+            # SQLite does not wait while another process switches the file to WAL or recovers it.
+            connection.close(force=True)
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
         except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            connection.close(force=True)
             raise
-    if connection.execute("PRAGMA application_id").get != APPLICATION_ID:
+
+
+def _configure(path: Path, connection: apsw.Connection) -> None:
+    """Set what this program relies on, make the schema in an empty file, and refuse what is not exactly a log."""
+    settings = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "synchronous=FULL", "temp_store=MEMORY")
+    for setting in settings:
+        connection.execute(f"PRAGMA {setting}")
+    if not _schema(connection) and _pragma(connection, "application_id") == 0:
+        _refuse_network(path)
+        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        with _transaction(connection):
+            if not _schema(connection):
+                connection.execute(_SCHEMA)
+        _fsync_folder(path.absolute().parent)
+    if _pragma(connection, "application_id") != APPLICATION_ID:
         raise LogError(f"{path} is a database, but no Fedloop log", hint="name the folder that `fedloop server init` made")
-    version = int(connection.execute("PRAGMA user_version").get)
+    version = _pragma(connection, "user_version")
     if version > FORMAT:
         raise LogError(
             f"{path} has log format {version}; this program knows formats up to {FORMAT}", hint="install a newer fedloop"
         )
+    pristine = apsw.Connection(":memory:")
+    pristine.execute(_SCHEMA)
+    if _schema(connection) != _schema(pristine):
+        raise LogError(f"the log {path} has been altered: it has other tables, indexes or triggers than a log has")
+    connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _schema(connection: apsw.Connection) -> list[tuple[str, str]]:
+    return [(str(name), str(sql)) for name, sql in connection.execute("SELECT name, sql FROM sqlite_schema ORDER BY name")]
+
+
+def _pragma(connection: apsw.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").get)
+
+
+@contextmanager
+def _transaction(connection: apsw.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _refuse_network(path: Path) -> None:
+    """Raise `LogError` where file locks and shared memory do not hold between machines (Linux only: elsewhere nobody says)."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return
+    folder, best, kind = path.resolve().parent, "", ""
+    for line in mounts.splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = fields.split()[4].replace("\\040", " ")
+        if folder.is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, rest.split()[0]
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise LogError(f"the log {path} would lie on a network share ({kind})", hint="keep it on a local disk")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
