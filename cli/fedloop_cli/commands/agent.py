@@ -1,0 +1,191 @@
+"""`fedloop agent`: one device. Its store remembers the deployment that it was enrolled in."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fedloop_cli import console, options
+
+if TYPE_CHECKING:
+    from fedloop_clients.agent import Agent
+    from fedloop_clients.loop import Status
+
+app = options.group(help="Be a device: enrol, classify, take feedback, take part in rounds.")
+
+Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
+Location = Annotated[Path | None, typer.Option("--deployment", metavar="DIR", help="Where the deployment is now, if it moved.")]
+ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]
+
+
+@app.command(cls=options.Command)
+def enrol(
+    directory: options.Deployment,
+    store: options.Store,
+    client_id: Annotated[str | None, typer.Option(metavar="NAME", help="The device's name.", show_default="a new one")] = None,
+    epsilon: Annotated[float, typer.Option(help="Its privacy budget for its whole life.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
+    no_dp: Annotated[bool, typer.Option("--no-dp", help="Allow rounds without differential privacy.")] = False,
+    key_from: Annotated[
+        Literal["auto", "keyring", "file"],
+        typer.Option(help="Where the store's key is kept: the system's keyring, or a file (0600)."),
+    ] = "auto",
+    json: options.Json = False,
+) -> None:
+    """Make this device a client of the deployment in DIR. Called again with the same terms it changes nothing."""
+    from fedloop_clients.agent import Agent
+
+    with Agent.enrol(
+        directory, store, client_id=client_id, epsilon=None if no_dp else epsilon, delta=delta, key_from=key_from
+    ) as agent:
+        me = agent.identity
+    document = {"client_id": me.client_id, "origin": me.origin, "epsilon": me.epsilon, "delta": me.delta, "store": str(store)}
+    console.show(document, lambda: console.fields(document), as_json=json)
+
+
+@app.command(cls=options.Command)
+def predict(
+    store: options.Store, text: Text = None, model_dir: ModelDir = None, deployment: Location = None, json: options.Json = False
+) -> None:
+    """Classify a text with the release in force; the response's id is what feedback names."""
+    with _open(store, deployment, model_dir) as agent:
+        response = agent.predict(_given(text))
+    document = {name: getattr(response, name) for name in response.__struct_fields__}
+    console.show(document, lambda: console.fields(document), as_json=json)
+
+
+@app.command(cls=options.Command)
+def feedback(
+    store: options.Store,
+    response: Annotated[str | None, typer.Option(metavar="ID", help="The response it is about.")] = None,
+    text: Text = None,
+    predicted: Annotated[str | None, typer.Option(help="The label that the user was shown for --text.")] = None,
+    thumb: Annotated[Literal["up", "down"] | None, typer.Option(show_default=False)] = None,
+    rating: Annotated[int | None, typer.Option(help="1 to 5.")] = None,
+    label: Annotated[str | None, typer.Option(help="The right label.")] = None,
+    correction: Annotated[str | None, typer.Option(help="What it should have said, in the user's words.")] = None,
+    comment: Annotated[str | None, typer.Option(help="Anything else.")] = None,
+    feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Many at once: classify each text, then give its label."),
+    ] = None,
+    model_dir: ModelDir = None,
+    deployment: Location = None,
+    json: options.Json = False,
+) -> None:
+    """Record what a user says of a response: one made before (--response), one shown elsewhere (--text with --predicted), or one
+    made now (--text alone). It is on disk when this returns; `fedloop agent run` publishes it, masked.
+    """
+    from fedloop_events.errors import UsageError
+
+    if sum(each is not None for each in (response, text, data)) != 1:
+        raise UsageError("feedback is about one of --response, --text or --data")
+    with _open(store, deployment, model_dir) as agent:
+        if data is not None:
+            _take_in(agent, data, json)
+            return
+        if response is None:
+            shown = _given(text)
+            made = agent.record(shown, predicted) if predicted is not None else agent.predict(shown)
+            response = made.response_id
+        recorded = agent.feedback(
+            response, thumb=thumb, rating=rating, label=label, correction=correction, comment=comment, feedback_id=feedback_id
+        )
+    document = {name: getattr(recorded, name) for name in recorded.__struct_fields__}
+    console.show(document, lambda: console.fields(document), as_json=json)
+
+
+@app.command(cls=options.Command)
+def run(
+    store: options.Store,
+    until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
+    model_dir: ModelDir = None,
+    deployment: Location = None,
+    json: options.Json = False,
+) -> None:
+    """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was."""
+    from fedloop_cli.signals import stoppable
+
+    with _open(store, deployment, model_dir) as agent, stoppable() as stop:
+        before, told = sum(agent.status().answers.values()), ""
+
+        def enough(status: Status) -> bool:
+            nonlocal told
+            line = _summary(status)
+            if line != told:
+                told = line
+                console.note(line)
+            answered = sum(status.answers.values()) - before
+            return (until_settled and status.settled) or (rounds is not None and answered >= rounds)
+
+        agent.run(stop.event, enough)
+        document = _document(agent.status())
+    console.show(document, lambda: console.fields(document), as_json=json)
+    if stop.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command(cls=options.Command)
+def status(store: options.Store, deployment: Location = None, json: options.Json = False) -> None:
+    """Say where the device stands: feedback, examples, answers, budget."""
+    with _open(store, deployment, None) as agent:
+        document = _document(agent.status())
+    console.show(document, lambda: console.fields(document), as_json=json)
+
+
+def _open(store: Path, deployment: Path | None, model_dir: Path | None) -> Agent:
+    from fedloop_clients.agent import Agent
+    from fedloop_clients.loop import Settings
+
+    return Agent.open(store, deployment, settings=Settings(model_dir=model_dir))
+
+
+def _given(text: str | None) -> str:
+    from fedloop_events.errors import UsageError
+
+    if text is None:
+        raise UsageError("there is no text", hint="give it with --text, or --text - to read standard input")
+    return sys.stdin.read() if text == "-" else text
+
+
+def _take_in(agent: Agent, path: Path, json: bool) -> None:
+    """Feedback on each row of a file; a row that was taken in before counts once."""
+    import hashlib
+
+    from fedloop_clients.capture import ConflictingFeedbackError
+
+    from fedloop_cli import tables
+
+    table, known, recorded, right = tables.read(path), 0, 0, 0
+    name = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+    for number, row in enumerate(table.rows):
+        response = agent.predict(row.text)
+        try:
+            agent.feedback(response.response_id, label=row.label, feedback_id=f"{name}-{number}")
+            recorded += 1
+            right += response.label == row.label
+        except ConflictingFeedbackError:
+            known += 1
+    for what, count in table.skipped.items():
+        console.note(f"warning: {count} rows skipped: {what}")
+    document = {"recorded": recorded, "known": known, "right": right, "skipped": table.skipped}
+    console.show(document, f"{recorded} recorded ({right} were classified rightly), {known} known already", as_json=json)
+
+
+def _document(status: Status) -> dict[str, object]:
+    return {name: getattr(status, name) for name in status.__struct_fields__} | {"settled": status.settled}
+
+
+def _summary(status: Status) -> str:
+    line = f"release {status.release}, {status.examples} examples, {status.waiting} to mask, {status.unsent} to send"
+    answers = ", ".join(f"{count} {outcome}" for outcome, count in sorted(status.answers.items()))
+    if answers:
+        line += f"; rounds: {answers}"
+    if status.epsilon is not None:
+        line += f"; epsilon {status.epsilon_spent:.3f} of {status.epsilon:g}"
+    return console.printable(line + (f"; {status.problem}" if status.problem else ""))

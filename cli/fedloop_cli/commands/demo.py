@@ -1,0 +1,5 @@
+"""`fedloop demo`."""
+
+
+def demo() -> None:
+    """Run everything on this machine."""

@@ -1,0 +1,140 @@
+"""`fedloop log`: read the log, check it, and fold it from scratch."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedloop_cli import console, options
+
+if TYPE_CHECKING:
+    from fedloop_events.envelope import Record
+
+    from fedloop_cli.verification import Report
+
+app = options.group(help="Read the log, check it, replay it.")
+
+Topic = Annotated[list[str] | None, typer.Option("--topic", help="Only this topic; can be given several times.")]
+
+
+@app.command(cls=options.Command)
+def tail(
+    directory: options.Deployment,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last events.")] = 20,
+    topic: Topic = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended, until Ctrl-C.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show the last events. With --follow, --json prints one document a line for each event."""
+    from collections import deque
+
+    from fedloop_events import locations, topics
+    from fedloop_events.errors import UsageError
+    from fedloop_events.log import START, read_all
+
+    wanted = tuple(topic or topics.ALL)
+    for name in wanted:
+        if name not in topics.ALL:
+            raise UsageError(f"there is no topic {name!r}", hint=f"the topics are {', '.join(topics.ALL)}")
+    log = locations.open_log(directory)
+    if not follow:
+        last = deque(read_all(log, wanted), maxlen=lines)
+        console.show(
+            {"log": str(directory), "events": [_event(each) for each in last]}, lambda: "\n".join(map(_line, last)), as_json=json
+        )
+        return
+    position, batch = START, log.read(wanted, START, limit=10_000)
+    kept: deque[Record] = deque(maxlen=lines)
+    while batch.records:
+        kept.extend(batch.records)
+        position = batch.position
+        batch = log.read(wanted, position, limit=10_000)
+    found: list[Record] = list(kept)
+    while True:
+        for record in found:
+            console.show(_event(record), _line(record), as_json=json)
+        batch = log.read(wanted, position, wait_s=5.0)
+        found, position = list(batch.records), batch.position
+
+
+@app.command(cls=options.Command)
+def verify(directory: options.Deployment, json: options.Json = False) -> None:
+    """Check that the log is whole, each event said by whom it names, and each blob as its name promises.
+
+    Opens it for reading only. Exit status 1 if anything is wrong.
+    """
+    from fedloop_cli import verification
+
+    report = verification.verify(directory)
+    console.show(verification.as_document(report), lambda: _report(report), as_json=json)
+    if not report.verified:
+        raise typer.Exit(1)
+
+
+@app.command(cls=options.Command)
+def replay(directory: options.Deployment, json: options.Json = False) -> None:
+    """Fold the whole log from scratch, and compare with the snapshots that are there.
+
+    Exit status 1 if a snapshot differs from the log.
+    """
+    from fedloop_cli import replaying
+
+    replayed = replaying.replay(directory)
+    console.show(replaying.as_document(replayed), lambda: replaying.as_text(replayed), as_json=json)
+    if replayed.differing:
+        raise typer.Exit(1)
+
+
+def _event(record: Record) -> dict[str, object]:
+    import msgspec
+
+    try:
+        data: object = msgspec.json.decode(record.data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        data = record.data.decode(errors="backslashreplace")
+    return {
+        "offset": record.offset,
+        "appended": console.moment(record.appended_ms),
+        "topic": record.topic,
+        "key": record.key,
+        "id": record.id,
+        "type": record.type,
+        "source": record.source,
+        "data": data,
+    }
+
+
+def _line(record: Record) -> str:
+    kind = record.type.removeprefix("io.fedloop.")
+    text = record.data.decode(errors="backslashreplace")
+    shown = text if len(text) <= 160 or not sys.stdout.isatty() else text[:159] + "…"
+    head = f"{record.offset:>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
+    return f"{head}  {console.printable(record.key):20}  {console.printable(shown)}"
+
+
+def _report(report: Report) -> str:
+    lines = [
+        console.fields(
+            {
+                "log": report.log,
+                "events": f"{report.events:,} ({', '.join(f'{topic} {count:,}' for topic, count in report.by_topic.items())})",
+                "clients": report.clients,
+                "blobs": f"{report.blobs:,} read and hashed, {report.blob_bytes:,} bytes",
+                "unknown types": report.unknown,
+                "stale decisions": report.stale,
+            }
+        ),
+        "",
+    ]
+    for finding in report.findings:
+        where = "" if finding.offset is None else f"offset {finding.offset}: "
+        lines.append(f"WRONG  {where}{console.printable(finding.what)}")
+    if report.wrong > len(report.findings):
+        lines.append(f"WRONG  and {report.wrong - len(report.findings):,} more")
+    lines += [
+        "The log is intact." if report.verified else f"{report.wrong:,} things are wrong.",
+        f"Not seen by this check: {report.not_seen}.",
+    ]
+    return "\n".join(lines)

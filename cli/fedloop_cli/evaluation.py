@@ -1,0 +1,82 @@
+"""The server's held-out set: masked when it is taken in, and the accuracy of a release on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from fedloop_events.errors import UsageError
+from fedloop_events.types import ModelSpec
+from fedloop_events.views import Evaluated
+from msgspec import Struct
+
+from fedloop_cli.tables import Row
+
+if TYPE_CHECKING:
+    from fedloop_clients.model import EmbeddingClassifier
+
+FILE: Final = "heldout.json"
+
+
+class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
+    """Masked texts and their labels."""
+
+    texts: list[str]
+    labels: list[str]
+
+
+def keep(folder: Path, rows: Sequence[Row]) -> dict[str, int]:
+    """Mask `rows` and keep them in `folder`, unless that was done before; how many could not be masked, by reason.
+
+    Devices see masked texts alone, so the accuracy that counts is that on masked texts, and the server keeps no others.
+    """
+    if (folder / FILE).exists():
+        return {}
+    from fedloop_privacy.masking import Masker, MaskingError
+
+    masker, failed = Masker(), 0
+    held = HeldOut([], [])
+    for row in rows:
+        try:
+            held.texts.append(masker.mask(row.text).text)
+        except MaskingError:
+            failed += 1
+        else:
+            held.labels.append(row.label)
+    temporary = folder / f".{FILE}.{os.getpid()}"
+    temporary.write_bytes(msgspec.json.encode(held))
+    temporary.replace(folder / FILE)
+    return {"could not be masked": failed} if failed else {}
+
+
+class Evaluator:
+    """Accuracy on the held-out set in `folder`. The model is loaded when it is first needed.
+
+    Raises `UsageError` if there is no held-out set.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec, model_dir: Path | None) -> None:
+        path = folder / FILE
+        try:
+            data = path.read_bytes()
+            self._held = msgspec.json.decode(data, type=HeldOut)
+        except FileNotFoundError:
+            raise UsageError(f"there is no held-out set {path}", hint="run `fedloop server init` again, to its end") from None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise UsageError(f"the held-out set {path} cannot be read", cause=str(error)) from None
+        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._spec, self._model_dir = spec, model_dir
+        self._model: EmbeddingClassifier | None = None
+
+    def __call__(self, arrays: Mapping[str, Any]) -> Evaluated:
+        if self._model is None:
+            from fedloop_clients.model import EmbeddingClassifier
+
+            self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
+        self._model.load(arrays)
+        accuracy = self._model.accuracy(self._held.texts, self._held.labels)
+        return Evaluated(accuracy, len(self._held.texts), self._sha256)

@@ -1,0 +1,122 @@
+"""What all commands have in common: `--json`, `--config`, and how a command is registered."""
+
+from __future__ import annotations
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import click
+import typer
+from fedloop_events.errors import UsageError
+from typer.core import TyperCommand
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Deployment = Annotated[Path, typer.Argument(metavar="DIR")]
+Store = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
+
+_ARGUMENTS: Final = {
+    "DIR": "Folder of the deployment.",
+    "ROUND": "A round's id, such as r0001.",
+    "RELEASE": "A release's id.",
+    "CLIENT": "A client's id.",
+}
+"""What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""
+
+
+class Command(TyperCommand):
+    """A command that takes `--config FILE`: TOML whose tables are commands and whose keys are their options.
+
+    An option on the command line outweighs the file. A table or key that no command has is an error.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="TOML file with defaults for options: [server.init] epsilon = 4",
+                is_eager=True,
+                expose_value=False,
+                callback=_configure,
+            )
+        )
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        arguments, listed = [], []
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option):
+                # click's own, for Typer's imports rich and escapes brackets for it.
+                record = click.Option.get_help_record(parameter, ctx)
+                listed += [record] if record is not None else []
+            else:
+                arguments.append((parameter.make_metavar(ctx), _ARGUMENTS.get((parameter.metavar or "").strip("[]"), "")))
+        for title, records in (("Arguments", arguments), ("Options", listed)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002 (typer's word)
+    """A group of commands."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        suggest_commands=False,  # click does
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+
+
+def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as TOML", cause=str(error)) from None
+    defaults = _defaults(found, context.find_root().command, [], path)
+    names = context.command_path.split()[1:]
+    context.default_map = defaults.get(".".join(names), {})
+
+
+def _defaults(found: dict[str, Any], command: click.Command, names: list[str], path: Path) -> dict[str, dict[str, Any]]:
+    """Defaults by dotted command name, each key and value checked. Raises `UsageError` that names the key."""
+    if isinstance(command, click.Group):
+        tables: dict[str, dict[str, Any]] = {}
+        for name, below in found.items():
+            where = ".".join([*names, name])
+            child = command.commands.get(name)
+            if child is None or not isinstance(below, dict):
+                raise _unknown(f"[{where}]", path, [".".join([*names, each]) for each in command.commands], where)
+            tables |= _defaults(below, child, [*names, name], path)
+        return tables
+    options = {
+        flag.removeprefix("--").removeprefix("no-"): parameter
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.expose_value
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        option = options.get(key)
+        if option is None or option.name is None:
+            raise _unknown(f'"{key}" in [{".".join(names)}]', path, list(options), key)
+        try:
+            values[option.name] = option.type_cast_value(click.Context(command), value)
+        except click.BadParameter as error:
+            raise UsageError(f"{path}: {key} = {value!r} in [{'.'.join(names)}] is not allowed", cause=error.message) from None
+    return {".".join(names): values}
+
+
+def _unknown(what: str, path: Path, known: list[str], given: str) -> UsageError:
+    near = get_close_matches(given, known, 1)
+    return UsageError(
+        f"{path}: there is no {what}",
+        hint=f'did you mean "{near[0]}"?' if near else f"there are {', '.join(known)}",
+    )

@@ -1,0 +1,157 @@
+"""`fedloop log replay`: every state folded again from the first event on, and compared with what was kept of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from fedloop_events import envelope, locations
+from fedloop_events.envelope import Record
+from fedloop_events.errors import InvalidEventError
+from fedloop_events.identities import Identities
+from fedloop_events.log import EventLog, read_all
+from fedloop_events.projections import Fold, Reader, Snapshots
+from fedloop_events.views import ReleasesView, RoundsView
+from msgspec import Struct
+
+from fedloop_cli import console
+
+SNAPSHOTS: Final = "*.snapshot"
+"""Where folds keep their states, anywhere below the deployment's folder: `<name of the fold>.snapshot`."""
+
+
+class Replayed(Struct):
+    """What the folds say. `matching` and `differing` name the snapshots that are, and are not, the state that the log gives at
+    their position; `refused` are events that count for nothing, by reason."""
+
+    log: str
+    events: int = 0
+    seconds: float = 0.0
+    types: dict[str, int] = {}
+    unknown: int = 0
+    refused: int = 0
+    first_refused: list[dict[str, Any]] = []
+    epoch: int = 0
+    clients: int = 0
+    revoked: int = 0
+    rounds: dict[str, int] = {}
+    releases: dict[str, int] = {}
+    current: str | None = None
+    stale_decisions: int = 0
+    spends: int = 0
+    suspended: list[str] = []
+    matching: list[str] = []
+    differing: list[str] = []
+
+
+def replay(directory: Path) -> Replayed:
+    """Fold the log in `directory` from scratch. Raises `UsageError` if there is none."""
+    from fedloop_privacy.ledger import Ledger
+
+    log = locations.open_log(directory)
+    replayed = Replayed(str(directory))
+    began = time.monotonic()
+    types: Counter[str] = Counter()
+    for record in read_all(log):
+        replayed.events += 1
+        types[record.type] += 1
+    replayed.types = dict(sorted(types.items()))
+    people = Identities()
+
+    def refused(record: Record, error: InvalidEventError) -> None:
+        if len(replayed.first_refused) < 20:
+            replayed.first_refused.append({"offset": record.offset, "type": record.type, "why": error.message})
+
+    who = Reader(log, people, on_refused=refused)
+    who.catch_up()
+    rounds = Reader(log, RoundsView(), identities=people, on_refused=refused)
+    releases = Reader(log, ReleasesView(), identities=people, on_refused=refused)
+    ledger = Reader(log, Ledger(), identities=people, on_refused=refused)
+    for reader in (rounds, releases, ledger):
+        reader.catch_up()
+        replayed.refused += reader.refused
+    replayed.refused += who.refused
+    replayed.unknown = sum(count for name, count in types.items() if not _known(name))
+    _summarise(replayed, people, rounds.fold, releases.fold, ledger.fold)
+    folds: dict[str, type[Fold]] = {"rounds": RoundsView, "releases": ReleasesView, "ledger": Ledger}
+    for path in sorted(directory.rglob(SNAPSHOTS)):
+        name = path.name.split(".")[0]
+        if name in folds:
+            same = _same(log, path, folds[name])
+            (replayed.matching if same else replayed.differing).append(str(path.relative_to(directory)))
+    replayed.seconds = round(time.monotonic() - began, 3)
+    return replayed
+
+
+def as_document(replayed: Replayed) -> dict[str, Any]:
+    document: dict[str, Any] = msgspec.to_builtins(replayed)
+    return document
+
+
+def as_text(replayed: Replayed) -> str:
+    rate = replayed.events / replayed.seconds if replayed.seconds else 0.0
+    rows: dict[str, object] = {
+        "log": replayed.log,
+        "events": f"{replayed.events:,} in {replayed.seconds:.1f} s ({rate:,.0f} a second)",
+        "unknown types": replayed.unknown,
+        "refused": replayed.refused,
+        "epoch": replayed.epoch,
+        "clients": f"{replayed.clients}, {replayed.revoked} revoked",
+        "rounds": _counts(replayed.rounds),
+        "releases": _counts(replayed.releases),
+        "in force": replayed.current,
+        "stale decisions": replayed.stale_decisions,
+        "spends": replayed.spends,
+        "suspended": ", ".join(replayed.suspended) or "nobody",
+        "snapshots": f"{len(replayed.matching)} match the log, {len(replayed.differing)} differ",
+    }
+    lines = [console.fields(rows), "", console.table(["type", "events"], [list(each) for each in replayed.types.items()])]
+    lines += [f"REFUSED  offset {each['offset']}: {console.printable(each['why'])}" for each in replayed.first_refused]
+    lines += [f"DIFFERS  {console.printable(path)}" for path in replayed.differing]
+    return "\n".join(lines)
+
+
+def _summarise(replayed: Replayed, people: Identities, rounds: RoundsView, releases: ReleasesView, ledger: Any) -> None:
+    replayed.epoch, replayed.stale_decisions = rounds.epoch, rounds.stale
+    replayed.clients = len(people.clients)
+    replayed.revoked = sum(client.revoked for client in people.clients.values())
+    replayed.rounds = dict(Counter(each.state for each in rounds.rounds.values()))
+    replayed.releases = dict(Counter(each.status for each in releases.releases.values()))
+    for model in releases.models:
+        current = releases.current(model)
+        replayed.current = current.release if current is not None else replayed.current
+    replayed.spends = sum(len(ledger.spends(client)) for client in people.clients)
+    replayed.suspended = [client for client in people.clients if ledger.suspended(client) is not None]
+
+
+def _same(log: EventLog, path: Path, fold: type[Fold]) -> bool:
+    """Whether the log, folded up to the snapshot's position, gives the snapshot's state."""
+    fresh, people = fold(), Identities()
+    found = Snapshots(path).load(fresh.version)
+    if found is None:
+        return False
+    position, state = found
+    Reader(log, people).catch_up()
+    for record in read_all(log, fresh.topics):
+        if position.covers(record.stream, record.offset):
+            try:
+                payload = envelope.decode(record)
+                if payload is not None:
+                    people.authenticate(record, payload)
+                    fresh.apply(record, payload)
+            except InvalidEventError:
+                continue
+    return fresh.to_state() == state
+
+
+def _known(type_name: str) -> bool:
+    from fedloop_events.types import TYPES
+
+    return type_name in {payload.type_name for payload in TYPES} or type_name == "io.fedloop.feedback.recorded.v1"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"

@@ -1,0 +1,92 @@
+"""Running the server of a deployment, with the evaluator that only this package can build."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloop_events import types
+from fedloop_events.envelope import Record
+from fedloop_events.errors import UsageError
+
+from fedloop_cli.evaluation import Evaluator
+from fedloop_cli.state import MODEL, Followed
+
+
+def serve(
+    directory: Path,
+    stop: threading.Event,
+    *,
+    rounds: int | None = None,
+    until_idle: bool = False,
+    on_event: Callable[[Record, types.Payload], None] | None = None,
+) -> int:
+    """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
+
+    `on_event` is told of what is appended from now on. Raises `FencedError` when another server has taken over.
+    """
+    from fedloop_server import actions
+    from fedloop_server.server import Server
+    from fedloop_server.setup import open_deployment
+
+    deployment = open_deployment(directory)
+    spec = Followed(deployment.log).releases.models.get(MODEL)
+    if spec is None:
+        raise UsageError(f"{directory} has no model", hint="run `fedloop server init` again, to its end")
+    model_dir = Path(deployment.config.model_dir) if deployment.config.model_dir else None
+    before = deployment.log.end()
+
+    def news(record: Record, payload: types.Payload) -> None:
+        if on_event is not None and not before.covers(record.stream, record.offset):
+            on_event(record, payload)
+
+    server = Server(
+        deployment.log,
+        deployment.blobs,
+        deployment.author,
+        deployment.config,
+        evaluate=Evaluator(deployment.folder, spec, model_dir),
+        on_event=news,
+        plan=deployment.plan_file,
+    )
+    if not until_idle:
+        return server.run(stop, rounds)
+    ended = 0
+    while not stop.is_set() and (rounds is None or ended < rounds):
+        action = server.step()
+        if isinstance(action, actions.Wait) and server.state.rounds.pending is None:
+            break
+        ended += isinstance(action, (actions.DecideRelease, actions.AbortRound))
+    return ended
+
+
+def describe(payload: types.Payload) -> str:
+    """One line on what happened in a round; "" for what needs none."""
+    match payload:
+        case types.EpochStarted():
+            return f"server {payload.server_id} has begun epoch {payload.epoch}"
+        case types.RoundRequested():
+            return f"{payload.rounds} requested ({payload.reason})"
+        case types.RoundOpened():
+            return f"{payload.round_id} opened: {payload.kind} on {payload.base_release}, {len(payload.cohort)} clients"
+        case types.UpdateSubmitted(round_id=str()):
+            return f"{payload.round_id} update of {payload.client_id}"
+        case types.RoundDeclined(round_id=str()):
+            return f"{payload.round_id} declined by {payload.client_id}: {payload.reason}"
+        case types.UpdateRefused():
+            return f"{payload.round_id} update of {payload.client_id} refused: {payload.reason}"
+        case types.RoundClosed(round_id=str()):
+            return f"{payload.round_id} closed: {len(payload.accepted)} updates count, {len(payload.excluded)} clients do not"
+        case types.RoundAborted():
+            return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
+        case types.ReleaseEvaluated():
+            return f"{payload.release} has accuracy {payload.accuracy:.4f} on {payload.examples} held-out messages"
+        case types.ReleasePublished():
+            return f"{payload.release} published"
+        case types.ReleaseRejected():
+            return f"{payload.release} rejected: {payload.reason} ({payload.detail})"
+        case types.ReleaseRolledBack():
+            return f"{payload.release} in force again, {payload.withdrawn} withdrawn: {payload.reason}"
+        case _:
+            return ""
