@@ -211,13 +211,15 @@ class LogGrid(Grid):
             # By the log's clock: what passed while this server was away has passed.
             passed_s = (self._journal.steps.now_ms - collection.sent_ms) / 1000
             deadline = time.monotonic() + min(max(timeout_s - passed_s, 0.0), timeout_s)
+        wait_s = 0.0
         while True:
+            self._journal.catch_up(wait_s)
             collection.judge()
             self._journal.refuse(collection.take_refusals())
             left_s = 1.0 if deadline is None else deadline - time.monotonic()
             if collection.complete or left_s <= 0:
                 return
-            self._journal.catch_up(min(left_s, 0.05 if collection.waits_for_blobs else 1.0))
+            wait_s = min(left_s, 0.05 if collection.waits_for_blobs else 1.0)
 
     def _replies(self, collection: Collection, closed: RoundClosed, reader: TensorReader) -> list[Message]:
         accepted = {each.instruction_id: each for each in closed.accepted}
