@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -235,9 +236,10 @@ def answering(content: Callable[[RecordDict], RecordDict]) -> ClientApp:
     return app
 
 
-def reply_with(arrays: dict[str, np.ndarray], **metrics: float | int | list[float]) -> RecordDict:
+def reply_with(arrays: dict[str, np.ndarray], **metrics: float | list[float]) -> RecordDict:
     record = ArrayRecord({name: Array(values) for name, values in arrays.items()})
-    return RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 5, "loss": 0.5} | metrics)})
+    values: dict[str, int | float | list[int] | list[float]] = {"num-examples": 5, "loss": 0.5, **metrics}
+    return RecordDict({"arrays": record, "metrics": MetricRecord(values)})
 
 
 GOOD = {"weights": np.ones(6, np.float32), "bias": np.zeros((), np.float32)}
@@ -299,8 +301,8 @@ def test_the_time_that_passed_while_the_server_was_away_has_passed(
     grid = deployment.grid()
     message = Message(RecordDict({"arrays": initial_arrays()}), fleet.node_id(0), "train")
     grid.push_messages([message])
-    real = sqlite.time.time_ns
-    monkeypatch.setattr(sqlite.time, "time_ns", lambda: real() + 3600 * 10**9)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + 3600 * 10**9)
     (reply,) = deployment.grid(server_id="resumed").send_and_receive([message], timeout=3600)
     assert reply.has_error()
     assert reply.error.reason == "silent"
@@ -310,8 +312,8 @@ def test_a_clock_that_stepped_back_does_not_lengthen_the_wait(deployment: Deploy
     deployment.client(0, regression_app())
     message = Message(RecordDict({"arrays": initial_arrays()}), fleet.node_id(0), "train")
     deployment.grid().push_messages([message])
-    real = sqlite.time.time_ns
-    monkeypatch.setattr(sqlite.time, "time_ns", lambda: real() - 3600 * 10**9)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
     (reply,) = deployment.grid(server_id="resumed").send_and_receive([message], timeout=0.2)
     assert reply.has_error()
 
