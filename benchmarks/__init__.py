@@ -1,0 +1,1 @@
+"""What Fedloop costs, as ratios against peers that are measured in the same run."""
