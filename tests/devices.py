@@ -1,0 +1,238 @@
+"""A deployment with scripted devices: numpy in place of a model, real keys, a real ledger, a real log."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from fedloop_events import tensors, topics, types
+from fedloop_events.author import Author
+from fedloop_events.blobs import BlobStore
+from fedloop_events.envelope import Record, decode
+from fedloop_events.identities import Identities
+from fedloop_events.log import EventLog, read_all
+from fedloop_events.projections import Reader
+from fedloop_events.signatures import SigningKey
+from fedloop_events.tensors import Array
+from fedloop_events.views import Evaluated, ReleasesView, RoundsView
+from fedloop_privacy.ledger import Ledger
+from fedloop_server.config import ServerConfig
+from fedloop_server.server import Server
+from fedloop_server.setup import Deployment, create_deployment, open_deployment
+
+P = TypeVar("P", bound=types.Payload)
+Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
+"""What becomes of an honest update: other tensors, the reason of a refusal, or None for silence."""
+
+SPEC = types.ModelSpec(
+    base_model="tiny", base_sha256="0" * 64, labels=["a", "b", "c"], rank=2, alpha=4.0, targets=["query"], layers=1
+)
+# At sampling rate 1 the accountant has a closed form and needs no torch.
+CONFIG = ServerConfig(
+    planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100, expected_batch=100, quorum=2, deadline_s=30.0
+)
+OPEN_CONFIG = ServerConfig(epsilon=None, quorum=2, deadline_s=30.0)
+
+
+def initial_arrays() -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    return {
+        "lora.0.query.A": random.normal(size=(2, 4)).astype(np.float32),
+        "lora.0.query.B": np.zeros((4, 2), np.float32),
+        "head.weight": np.zeros((3, 4), np.float32),
+        "head.bias": np.zeros(3, np.float32),
+    }
+
+
+def evaluate(arrays: Mapping[str, Array]) -> Evaluated:
+    return Evaluated(0.5, 100, "e" * 64)
+
+
+class Device:
+    """Answers each instruction of the latest epoch once. Its updates are a function of its name, the round and the base."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        blobs: BlobStore,
+        client_id: str,
+        *,
+        epsilon: float | None = 8.0,
+        examples: int = 64,
+        behave: Behaviour = lambda opened, arrays: arrays,
+    ) -> None:
+        self.client_id, self.epsilon, self.examples, self.behave = client_id, epsilon, examples, behave
+        self.author = Author(log, SigningKey.generate())
+        self._blobs = blobs
+        self._identities, self._ledger = Identities(), Ledger()
+        self._rounds = Reader(log, RoundsView(), identities=self._identities)
+        self._audit = Reader(log, self._ledger, identities=self._identities)
+        self._answered: set[str] = set()
+        self._seq = 0
+        Reader(log, self._identities).catch_up()
+
+    @property
+    def origin(self) -> str:
+        return self._identities.origin
+
+    def seq(self) -> int:
+        self._seq += 1
+        return self._seq - 1
+
+    def enrol(self) -> None:
+        node_id = int.from_bytes(hashlib.sha256(self.client_id.encode()).digest()[:8], "big") | 1
+        self.author.say(
+            types.ClientEnrolled(
+                self.origin, self.client_id, self.seq(), self.author.key.public_key, str(node_id), self.epsilon, 1e-5
+            )
+        )
+        self.seen()
+
+    def seen(self) -> None:
+        self.author.say(types.ClientSeen(self.origin, self.client_id, self.seq(), self.examples))
+
+    def step(self, wait_s: float = 0.0) -> None:
+        """Answer what is open and addressed to this device."""
+        self._rounds.wait(wait_s)
+        opened = self._rounds.fold.open_round
+        if opened is None or opened.opened is None:
+            return
+        instruction = opened.instructed.get(self.client_id)
+        if instruction is not None and instruction not in self._answered:
+            self._answered.add(instruction)
+            self.answer(opened.opened, instruction)
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            self.step(0.05)
+
+    def answer(self, opened: types.RoundOpened, instruction: str) -> None:
+        honest = self.trained(opened)
+        update = self.behave(opened, honest)
+        if isinstance(update, str):
+            self.author.say(
+                types.RoundDeclined(
+                    self.origin, self.client_id, self.seq(), opened.run_id, instruction, update, round_id=opened.round_id
+                )
+            )
+        elif update is not None:
+            self.submit(opened, instruction, update)
+
+    def submit(self, opened: types.RoundOpened, instruction: str, arrays: Mapping[str, Array]) -> str:
+        """The update's event id."""
+        blob = self._blobs.put(tensors.encode(arrays))
+        spend_seq = None if opened.mechanism is None else self.spend(opened, instruction)
+        update = types.UpdateSubmitted(
+            self.origin,
+            self.client_id,
+            self.seq(),
+            opened.run_id,
+            instruction,
+            types.Content(arrays={"arrays": blob}, metrics={"metrics": {"num-examples": 1}}),
+            opened.round_id,
+            opened.base_release,
+            opened.mechanism,
+            spend_seq,
+        )
+        return self.author.say(update)[0].id
+
+    def spend(self, opened: types.RoundOpened, instruction: str) -> int:
+        self._audit.catch_up()
+        assert opened.mechanism is not None
+        spent = self._ledger.next_spend(
+            self.client_id,
+            opened.mechanism,
+            origin=self.origin,
+            seq=self.seq(),
+            run_id=opened.run_id,
+            instruction_id=instruction,
+            round_id=opened.round_id,
+        )
+        self.author.say(spent)
+        return spent.spend_seq
+
+    def trained(self, opened: types.RoundOpened) -> dict[str, Array]:
+        seed = hashlib.sha256(f"{self.client_id} {opened.number}".encode()).digest()
+        random = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+        base = tensors.decode(self._blobs.get(opened.base))
+        if opened.kind == "sums":
+            return {"sums": random.normal(size=base["head.weight"].shape).astype(np.float32)}
+        return {name: (base[name] + random.normal(size=base[name].shape)).astype(np.float32) for name in opened.upload}
+
+
+class World:
+    """A deployment in a folder, and what its log says."""
+
+    def __init__(self, folder: Path, config: ServerConfig = CONFIG) -> None:
+        self.folder, self.config = folder, config
+        self.deployment: Deployment = create_deployment(folder, SPEC, initial_arrays(), config)
+        self.log, self.blobs, self.author = self.deployment.log, self.deployment.blobs, self.deployment.author
+        self.devices: dict[str, Device] = {}
+
+    def device(
+        self,
+        client_id: str,
+        *,
+        epsilon: float | None = 8.0,
+        examples: int = 64,
+        behave: Behaviour = lambda opened, arrays: arrays,
+    ) -> Device:
+        """An enrolled device, which has just been seen."""
+        device = Device(self.log, self.blobs, client_id, epsilon=epsilon, examples=examples, behave=behave)
+        device.enrol()
+        self.devices[client_id] = device
+        return device
+
+    def server(
+        self,
+        *,
+        log: EventLog | None = None,
+        config: ServerConfig | None = None,
+        evaluate: Callable[[Mapping[str, Array]], Evaluated] = evaluate,
+    ) -> Server:
+        author = self.author if log is None else Author(log, self.author.key)
+        return Server(log or self.log, self.blobs, author, config or self.config, evaluate=evaluate)
+
+    def request(self, rounds: int = 1, request_id: str = "q1") -> None:
+        origin = self.payloads(types.DeploymentCreated)[0].origin
+        self.author.say(types.RoundRequested(origin, "main", request_id, rounds))
+
+    def records(self, kind: type[P]) -> list[tuple[Record, P]]:
+        return [(record, payload) for record in read_all(self.log) if isinstance(payload := decode(record), kind)]
+
+    def payloads(self, kind: type[P]) -> list[P]:
+        return [payload for _, payload in self.records(kind)]
+
+    @property
+    def rounds(self) -> RoundsView:
+        reader = Reader(self.log, RoundsView(), identities=Identities())
+        reader.catch_up()
+        return reader.fold
+
+    @property
+    def releases(self) -> ReleasesView:
+        reader = Reader(self.log, ReleasesView(), identities=Identities())
+        reader.catch_up()
+        return reader.fold
+
+    @contextmanager
+    def serving(self, *names: str) -> Iterator[None]:
+        """Devices (all by default) answer as long as the block lasts."""
+        stop = threading.Event()
+        chosen = [self.devices[name] for name in names] or list(self.devices.values())
+        threads = [threading.Thread(target=device.run, args=(stop,)) for device in chosen]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
