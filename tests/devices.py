@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from fedloop_events import tensors, topics, types
+from fedloop_events import tensors, types
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
 from fedloop_events.envelope import Record, decode
@@ -23,7 +23,7 @@ from fedloop_events.views import Evaluated, ReleasesView, RoundsView
 from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.server import Server
-from fedloop_server.setup import Deployment, create_deployment, open_deployment
+from fedloop_server.setup import Deployment, create_deployment
 
 P = TypeVar("P", bound=types.Payload)
 Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
@@ -162,7 +162,7 @@ class Device:
         base = tensors.decode(self._blobs.get(opened.base))
         if opened.kind == "sums":
             return {"sums": random.normal(size=base["head.weight"].shape).astype(np.float32)}
-        return {name: (base[name] + random.normal(size=base[name].shape)).astype(np.float32) for name in opened.upload}
+        return {name: np.asarray(base[name] + random.normal(size=base[name].shape), np.float32) for name in opened.upload}
 
 
 class World:
@@ -234,5 +234,3 @@ class World:
             stop.set()
             for thread in threads:
                 thread.join()
-
-
