@@ -31,14 +31,18 @@ class TermsError(FedloopError):
     """A round asks for something this trainer does not do."""
 
 
-_DP = {"head_lr": 8.0, "lora_lr": 2.0}
-_PLAIN = {"lr": 0.003, "local_epochs": 1.0, "batch": 32.0}
+_DP = {"head_lr": 24.0, "bias_lr": 0.0, "lora_lr": 2.0}
+_PLAIN = {"head_lr": 0.01, "bias_lr": 0.01, "lora_lr": 0.001, "local_epochs": 1.0, "batch": 32.0}
 _WHOLE = {"local_epochs": 1000, "batch": 65_536}  # whole numbers, and the most they may be
 
 
 def default_hyperparameters(dp: bool) -> dict[str, float]:
-    """The hyperparameters that a round may set, with what it gets otherwise: under DP the learning rates of SGD for head and
-    adapter; without, AdamW's learning rate, the passes over the device's examples, and how many make a batch."""
+    """The hyperparameters that a round may set, with what it gets otherwise: learning rates of the head's weight, its bias and
+    the adapter (SGD's under DP, else AdamW's); without DP also the passes over the device's examples, and how many make a batch.
+
+    What has learning rate 0 is frozen and takes no part of the clip norm. Under DP the bias is: between devices with different
+    labels it learns their priors alone.
+    """
     return dict(_DP if dp else _PLAIN)
 
 
@@ -47,9 +51,8 @@ def train(model: EmbeddingClassifier, texts: Sequence[str], labels: Sequence[str
     release, and afterwards the trained one.
 
     - kind "sums": the sum of the sentence embeddings of each class [classes, d];
-    - kind "train" with a mechanism: DP-SGD for `mechanism.steps` steps, the head at `head_lr`, the adapter at `lora_lr`;
-    - kind "train" without: AdamW at `lr` for `local_epochs` over batches of `batch`, in an order that follows from the round's
-      number.
+    - kind "train" with a mechanism: DP-SGD for `mechanism.steps` steps;
+    - kind "train" without: AdamW for `local_epochs` over batches of `batch`, in an order that follows from the round's number.
 
     An example whose label the model does not know takes no part. Under a mechanism what comes out costs exactly that mechanism
     for one example more or less; there may be no examples at all. Raises TermsError for terms that cannot be followed,
@@ -65,8 +68,10 @@ def train(model: EmbeddingClassifier, texts: Sequence[str], labels: Sequence[str
         if opened.upload != [SUMS]:
             raise TermsError(f"a round of sums has one tensor, {SUMS!r}, to upload")
         return {SUMS: _sums(model, texts, of_class, opened)}
-    with model.trainable(opened.upload) as chosen:
-        _fit(model, chosen, texts, of_class, opened, settings)
+    rates = {name: _learning_rate(name, settings) for name in opened.upload}
+    with model.trainable([name for name in rates if rates[name] > 0]) as chosen:
+        if chosen:
+            _fit(model, chosen, texts, of_class, opened, settings)
     return model.arrays(opened.upload)
 
 
@@ -81,6 +86,11 @@ def _settings(opened: RoundOpened) -> dict[str, float]:
         if most is not None and not (float(value).is_integer() and 1 <= value <= most):
             raise TermsError(f"hyperparameter {name} must be a whole number from 1 to {most}, not {value!r}")
     return settings
+
+
+def _learning_rate(name: str, settings: Mapping[str, float]) -> float:
+    kind = "lora_lr" if name.startswith("lora.") else "bias_lr" if name == "head.bias" else "head_lr"
+    return settings[kind]
 
 
 def _sums(
@@ -103,17 +113,16 @@ def _fit(
     settings: Mapping[str, float],
 ) -> None:
     """Train the parameters `chosen` in place. If only the head is among them, its inputs are computed once."""
-    lora = [p for name, p in chosen.items() if name.startswith("lora.")]
-    head = [p for name, p in chosen.items() if not name.startswith("lora.")]
+    groups = [ParameterGroup([p], _learning_rate(name, settings)) for name, p in chosen.items()]
+    lora = any(name.startswith("lora.") for name in chosen)
     examples: Examples[_Batch] = _Texts(model, texts, of_class) if lora else _Embedded(model, texts, of_class)
     module = model.tail if lora else model.tail.head
     if opened.mechanism is not None:
-        groups = [ParameterGroup(head, settings["head_lr"]), ParameterGroup(lora, settings["lora_lr"])]
-        dp_sgd(module, [group for group in groups if group.parameters], examples, _losses, opened.mechanism)
+        dp_sgd(module, groups, examples, _losses, opened.mechanism)
         return
     plain_sgd(
         module,
-        [ParameterGroup([*lora, *head], settings["lr"])],
+        groups,
         examples,
         _losses,
         epochs=int(settings["local_epochs"]),
