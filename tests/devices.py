@@ -161,7 +161,7 @@ class Device:
         random = np.random.default_rng(int.from_bytes(seed[:8], "big"))
         base = tensors.decode(self._blobs.get(opened.base))
         if opened.kind == "sums":
-            return {"sums": random.normal(size=base["head.weight"].shape).astype(np.float32)}
+            return {"sums": np.asarray(random.normal(size=base["head.weight"].shape), np.float32)}
         return {name: np.asarray(base[name] + random.normal(size=base[name].shape), np.float32) for name in opened.upload}
 
 

@@ -1,0 +1,82 @@
+"""The server's configuration: every key explained, every wrong one named."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from fedloop_events.errors import UsageError
+from fedloop_server.config import MEANING, ServerConfig, decode, dump, load
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ServerConfig(),
+        ServerConfig(epsilon=None),
+        ServerConfig(epsilon=3.5, strategy="fedavg", sampling_rate=0.1, steps=3, head_lr=1.0, model_dir='a "b" \\ c\n'),
+    ],
+)
+def test_what_is_written_is_read_back(config: ServerConfig, tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text(dump(config))
+    assert load(tmp_path / "server.toml") == config
+
+
+def test_every_key_has_a_meaning_in_the_file_that_is_written() -> None:
+    assert list(MEANING) == list(ServerConfig.__struct_fields__)
+    text = dump(ServerConfig())
+    assert all(f"# {meaning}\n{key} = " in text for key, meaning in MEANING.items())
+
+
+def test_the_private_numbers_follow_from_public_ones() -> None:
+    config = ServerConfig(nominal_examples=1000, expected_batch=128)
+    assert (config.rate, config.round_steps, config.divisor) == (0.128, 8, 128.0)
+    small = ServerConfig(nominal_examples=100, expected_batch=128)
+    assert (small.rate, small.round_steps, small.divisor) == (1.0, 1, 100.0)
+    assert ServerConfig(sampling_rate=0.5, nominal_examples=1000).divisor == 500.0
+
+
+def test_the_strategy_and_the_hyperparameters_depend_on_whether_rounds_are_private() -> None:
+    assert ServerConfig().merge == "ffa"
+    assert ServerConfig().hyperparameters == {"head_lr": 8.0, "lora_lr": 2.0}
+    assert ServerConfig(epsilon=None).merge == "fedavg"
+    assert set(ServerConfig(epsilon=None).hyperparameters) == {"head_lr", "lora_lr", "local_epochs", "batch"}
+    assert ServerConfig(strategy="fedavg").merge == "fedavg"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epsilom = 2", ["epsilom", 'did you mean "epsilon"']),
+        ("epsilon = -1", ["epsilon = -1", "> 0.0"]),
+        ("epsilon = inf", ["epsilon = inf", "finite"]),
+        ("epsilon = true", ["epsilon = True"]),
+        ("epsilon = 'lots'", ["epsilon = 'lots'", '"none"']),
+        ("delta = 1", ["delta = 1", "< 1.0"]),
+        ("delta = 0.01", ["delta = 0.01", "nominal_examples"]),
+        ("quorum = 0", ["quorum = 0", ">= 1"]),
+        ("quorum = 100", ["quorum = 100", "cohort_size, which is 64"]),
+        ("quorum = 1.5", ["quorum = 1.5", "int"]),
+        ("quorum = 'default'", ["quorum = 'default'", "int"]),
+        ("strategy = 'median'", ["strategy = 'median'", '"ffa"', '"fedavg"']),
+        ("planned_rounds = 1", ["planned_rounds = 1", "2 or more"]),
+        ("sums_share = 1.0", ["sums_share = 1.0", "below 1"]),
+        ("clip_norm = nan", ["clip_norm = nan", "finite"]),
+        ("cohort_size = 1000", ["cohort_size = 1000", "128"]),
+        ("[quorum]\na = 1", ["quorum = {'a': 1}", "int"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(text: str, named: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        decode(tomllib.loads(text))
+    assert all(each in str(caught.value) for each in named), str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"epsilon = ", b"\xff", None])
+def test_a_file_that_is_no_toml_is_an_error_that_names_it(tmp_path: Path, data: bytes | None) -> None:
+    path = tmp_path / "server.toml"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"server\.toml cannot be read"):
+        load(path)

@@ -1,0 +1,164 @@
+"""Who takes part in a round, and what it is asked for."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from devices import CONFIG, World
+from fedloop_events import envelope, types
+from fedloop_events.identities import Client, Place
+from fedloop_events.types import Exclusion, Mechanism
+from fedloop_privacy import accounting
+from fedloop_server.config import MAX_COHORT, ServerConfig
+from fedloop_server.planner import Planner
+from fedloop_server.scheduler import Eligibility, bounded, draw, eligible
+from msgspec.structs import replace
+
+PLACE = Place("log", 1, 0)
+NOW_MS = 1_000_000
+GAUSS = Mechanism(sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1.0, steps=1, divisor=1.0)
+
+
+def client(name: str, **changes: object) -> Client:
+    here = Client(
+        client_id=name,
+        public_key="",
+        node_id=1,
+        epsilon=8.0,
+        delta=1e-5,
+        enrolled_at=PLACE,
+        seen_ms=NOW_MS,
+        examples_at_least=64,
+    )
+    return replace(here, **changes)
+
+
+def no_limit(client: Client, mechanism: Mechanism) -> str | None:
+    return None
+
+
+def reason(one: Client, mechanism: Mechanism | None = GAUSS, **config: object) -> str | None:
+    settings = replace(CONFIG, **config)
+    found = eligible([one], mechanism, settings, now_ms=NOW_MS, budget=no_limit)
+    assert len(found.clients) + len(found.excluded) == 1
+    return found.excluded[0].reason if found.excluded else None
+
+
+def test_each_client_is_in_or_out_for_one_reason() -> None:
+    assert reason(client("a")) is None
+    assert reason(client("a", revoked_at=PLACE, examples_at_least=0)) == "revoked"
+    assert reason(client("a", seen_ms=NOW_MS - 120_000)) is None
+    assert reason(client("a", seen_ms=NOW_MS - 120_001)) == "unavailable"
+    assert reason(client("a", seen_ms=NOW_MS + 10**9)) is None
+    assert reason(client("a", examples_at_least=0)) == "too-few-examples"
+    assert reason(client("a", examples_at_least=0), min_examples=0) is None
+    assert reason(client("a", epsilon=None)) is None
+
+
+def test_a_round_without_privacy_is_only_for_clients_that_allow_it() -> None:
+    assert reason(client("a"), mechanism=None) == "wants-privacy"
+    assert reason(client("a", epsilon=None), mechanism=None) is None
+
+
+def test_the_budget_has_the_last_word() -> None:
+    clients = [client("b"), client("a")]
+    found = eligible(
+        clients, GAUSS, CONFIG, now_ms=NOW_MS, budget=lambda one, _: "budget_exceeded" if one.client_id == "a" else None
+    )
+    assert found == Eligibility(["b"], [Exclusion("a", "budget_exceeded")])
+
+
+def test_a_cohort_is_drawn_evenly_and_the_others_are_named() -> None:
+    found = Eligibility([f"c{number}" for number in range(6)], [Exclusion("a", "revoked")])
+    counts: Counter[str] = Counter()
+    source = random.Random(1)
+    for _ in range(600):
+        drawn = draw(found, 2, source)
+        counts.update(drawn.clients)
+        assert len(drawn.clients) == 2
+        assert {each.client_id for each in drawn.excluded} | set(drawn.clients) == {"a", *found.clients}
+        assert Counter(each.reason for each in drawn.excluded) == {"revoked": 1, "not-drawn": 4}
+    assert all(140 < count < 260 for count in counts.values())
+    assert draw(found, 6, source) is found
+
+
+def test_the_largest_round_fits_into_one_event() -> None:
+    long = "c" * 76
+    cohort = [f"{long}{number:04d}" for number in range(MAX_COHORT)]
+    out = [Exclusion(f"{long}{number:04d}", "not-drawn") for number in range(5000)] + [Exclusion("z", "revoked")]
+    kept = bounded(out)
+    assert kept[-1] == Exclusion("z", "revoked")
+    assert len(kept) > 100
+    opened = types.RoundOpened(
+        "o" * 80, 1, "main", "r0001", "q" * 80, 1, "default", "x" * 80, types.BlobRef("0" * 64, 2**50), "train", "fedavg",
+        cohort, 2, 1.0, [f"lora.{layer}.attention.self.query.{part}" for layer in range(24) for part in "AB" * 4],
+        2**40, 1.0, GAUSS, {}, kept,
+    )  # fmt: skip
+    envelope.encode(opened, id="0" * 32, time_s=0)
+    accepted = [types.AcceptedUpdate(each, "0" * 32, "0" * 32, types.BlobRef("0" * 64, 2**50), 1234.5) for each in cohort]
+    closed = types.RoundClosed("o" * 80, 1, "main", 1000, accepted, [], "r0001")
+    envelope.encode(closed, id="0" * 32, time_s=0)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_plan_costs_a_client_the_configured_epsilon() -> None:
+    planner = Planner(CONFIG)
+    sums, training = planner.terms("sums").mechanism, planner.terms("train").mechanism
+    assert sums is not None
+    assert training is not None
+    spent = [sums, *[training] * (CONFIG.planned_rounds - 1)]
+    assert CONFIG.epsilon is not None
+    assert 0.97 * CONFIG.epsilon < accounting.epsilon(spent, CONFIG.delta) <= CONFIG.epsilon
+    assert accounting.epsilon([sums], CONFIG.delta) <= CONFIG.epsilon * CONFIG.sums_share
+    assert training.divisor == CONFIG.divisor
+
+
+def test_the_plan_is_found_once_and_again_when_the_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    real = accounting.plan
+
+    def counting(*args: float) -> tuple[Mechanism, Mechanism]:
+        calls.append(args)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(accounting, "plan", counting)
+    cache = tmp_path / "plan.json"
+    first = Planner(CONFIG, cache=cache).terms("train")
+    assert Planner(CONFIG, cache=cache).terms("train") == first
+    assert len(calls) == 1
+    other = Planner(replace(CONFIG, epsilon=4.0), cache=cache).terms("train")
+    assert other != first
+    assert len(calls) == 2
+    cache.write_bytes(b"{")
+    assert Planner(CONFIG, cache=cache).terms("train") == first
+    assert Planner(CONFIG, cache=tmp_path / "absent" / "plan.json").terms("train") == first
+
+
+def test_terms_name_what_each_kind_of_round_uploads() -> None:
+    names = ["lora.0.query.A", "lora.0.query.B", "head.weight", "head.bias"]
+    planner = Planner(CONFIG)
+    assert planner.terms("sums").upload(names) == ["sums"]
+    assert planner.terms("train").upload(names) == names[1:]
+    assert Planner(ServerConfig(epsilon=None)).terms("train").upload(names) == names
+    assert planner.terms("sums").hyperparameters == {"head_scale": 7.0}
+    assert planner.terms("sums").max_update_norm == 1000.0
+    assert Planner(replace(CONFIG, nominal_examples=1000)).terms("sums").max_update_norm == 4000.0
+
+
+def test_an_aborted_round_does_not_use_up_the_plan(tmp_path: Path) -> None:
+    world = World(tmp_path / "deployment", replace(CONFIG, deadline_s=0.2))
+    for name in ("ann", "bob"):
+        world.device(name, behave=lambda opened, arrays: None if opened.number == 1 else arrays)
+    world.request(2)
+    with world.serving():
+        server = world.server()
+        server.run(rounds=2)
+    kinds = [each.opened.kind for each in world.rounds.rounds.values() if each.opened]
+    assert [each.state for each in world.rounds.rounds.values()] == ["aborted", "closed"]
+    assert kinds == ["sums", "sums"]
+    assert server.planner.next_kind(world.rounds, world.releases) == "train"

@@ -1,0 +1,144 @@
+"""Making a deployment: whole, resumable, and never over something else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from devices import CONFIG, SPEC, initial_arrays
+from fedloop_events import types
+from fedloop_events.blobs import BlobStore
+from fedloop_events.envelope import decode
+from fedloop_events.errors import FedloopError, UsageError
+from fedloop_events.identities import Identities
+from fedloop_events.log import read_all
+from fedloop_events.projections import Reader
+from fedloop_events.sqlite import SqliteLog
+from fedloop_events.views import ReleasesView
+from fedloop_server import config as configuration
+from fedloop_server.setup import create_deployment, open_deployment
+from msgspec.structs import replace
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+def check_whole(folder: Path) -> None:
+    deployment = open_deployment(folder)
+    payloads = [decode(record) for record in read_all(deployment.log)]
+    assert [type(each) for each in payloads] == [
+        types.DeploymentCreated,
+        types.ModelRegistered,
+        types.ReleaseProposed,
+        types.ReleasePublished,
+    ]
+    identities = Identities()
+    reader = Reader(deployment.log, ReleasesView(), identities=identities)
+    reader.catch_up()
+    assert (reader.refused, identities.server_key) == (0, deployment.author.key.public_key)
+    current = reader.fold.current("default")
+    assert current is not None
+    assert (current.number, deployment.blobs.exists(current.blob)) == (0, True)
+    assert deployment.config == CONFIG
+
+
+def test_a_deployment_is_made_in_a_new_or_empty_folder_and_its_server_part_is_private(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "deep" / "down"):
+        create_deployment(folder, SPEC, initial_arrays(), CONFIG)
+        check_whole(folder)
+        assert stat.S_IMODE((folder / "server" / "key.pem").stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "server").stat().st_mode) == 0o700
+
+
+def test_made_again_it_stays_as_it_is_and_keeps_what_the_operator_changed(tmp_path: Path) -> None:
+    first = create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    (tmp_path / "server" / "server.toml").write_text(configuration.dump(replace(CONFIG, quorum=1)))
+    second = create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    assert second.author.key.public_key == first.author.key.public_key
+    assert second.config.quorum == 1
+    assert len(list(read_all(second.log))) == 4
+
+
+@pytest.mark.parametrize("calls", range(1, 11))
+def test_killed_at_any_step_it_is_made_whole_the_second_time(tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps: each file that appears (before and after), the blob, the events."""
+    left = calls
+
+    def dying(function: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            result = function(*args, **kwargs)  # type: ignore[operator]
+            left -= 1
+            if left == 0:
+                raise Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", dying(os.link))
+        patched.setattr(BlobStore, "put", dying(BlobStore.put))
+        patched.setattr(SqliteLog, "append", dying(SqliteLog.append))
+        with pytest.raises(Killed):
+            create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG)
+    create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG)
+    check_whole(tmp_path / "d")
+
+
+def test_it_is_not_made_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UsageError, match="no folder"):
+        create_deployment(tmp_path / "thesis.txt", SPEC, initial_arrays(), CONFIG)
+
+
+def test_another_model_or_other_tensors_are_refused(tmp_path: Path) -> None:
+    create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    with pytest.raises(UsageError, match="another model"):
+        create_deployment(tmp_path, replace(SPEC, alpha=2.0), initial_arrays(), CONFIG)
+    with pytest.raises(UsageError, match="another model"):
+        create_deployment(tmp_path, SPEC, initial_arrays() | {"head.bias": np.ones(3, np.float32)}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"head.bias": np.zeros(4, np.float32)},
+        {"head.bias": np.zeros(3, np.float64)},
+        {"head.weight": np.full((3, 4), np.nan, np.float32)},
+        {"head.more": np.zeros(3, np.float32)},
+        {"lora.0.query.A": np.zeros((2, 4), np.int64)},
+    ],
+    ids=["labels", "float64", "nan", "names", "int64"],
+)
+def test_tensors_that_can_be_no_release_are_refused_before_anything_is_written(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(UsageError):
+        create_deployment(tmp_path / "d", SPEC, initial_arrays() | arrays, CONFIG)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("spec", [replace(SPEC, labels=["a", "a", "b"]), replace(SPEC, rank=0), replace(SPEC, base_sha256="x")])
+def test_a_model_that_the_log_could_not_hold_is_refused_before_anything_is_written(tmp_path: Path, spec: types.ModelSpec) -> None:
+    with pytest.raises(FedloopError):
+        create_deployment(tmp_path / "d", spec, initial_arrays(), CONFIG)
+    assert not (tmp_path / "d").exists()
+
+
+def test_without_a_deployment_or_its_key_nothing_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        open_deployment(tmp_path)
+    create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    (tmp_path / "server" / "key.pem").unlink()
+    with pytest.raises(UsageError, match="server's key"):
+        open_deployment(tmp_path)
