@@ -176,10 +176,15 @@ class Answering:
         sent = instruction.sent
         spend_seq = self._spend(instruction, opened, opened.mechanism) if opened and opened.mechanism else None
         context = self._context(sent.run_id)
-        answer = serve_instruction(self._app, instruction.record, sent, context, self._reader, terms=opened)
-        if isinstance(answer, Declined):
-            return _Refused("client-error", f"{answer.reason} {answer.detail}".strip())
-        self._submit(instruction, opened, answer if spend_seq is None else _paid_for(answer), spend_seq, context)
+        try:
+            answer = serve_instruction(self._app, instruction.record, sent, context, self._reader, terms=opened)
+            if isinstance(answer, Declined):
+                return _Refused("client-error", f"{answer.reason} {answer.detail}".strip())
+            self._submit(instruction, opened, answer if spend_seq is None else _paid_for(answer), spend_seq, context)
+        except UnreachableError:
+            raise
+        except Exception as error:  # whatever an app gives back that is no answer; its text could hold anything
+            return _Refused("client-error", type(error).__name__)
         return None
 
     def _spend(self, instruction: Instruction, opened: types.RoundOpened, mechanism: types.Mechanism) -> int:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fedloop_events import types
 from fedloop_events.flower import ClientAppCallable
 from flwr.app import Context, Message
 
-from fedloop_clients.app import client_app
 from fedloop_clients.capture import Capture
-from fedloop_clients.model import EmbeddingClassifier, ModelError
 from fedloop_clients.serving import Models
+
+if TYPE_CHECKING:
+    from fedloop_clients.model import EmbeddingClassifier
 
 
 class ClassifierApp:
     """Serves rounds of `model` from the examples in the store. A device without examples declines, before it spends anything.
 
-    `spec` gives the model's spec, or None while the log names none.
+    `spec` gives the model's spec, or None while the log names none. What it trains with (torch and its kin) is imported when the
+    first round comes.
     """
 
     def __init__(
@@ -25,7 +28,6 @@ class ClassifierApp:
     ) -> None:
         self._model, self._capture, self._models, self._spec, self._min_examples = model, capture, models, spec, min_examples
         self._borrowed: EmbeddingClassifier | None = None
-        self._app: ClientAppCallable = client_app(self._get_model, self._get_examples)
 
     def unready(self, opened: types.RoundOpened | None) -> str | None:
         """See `answering.App`."""
@@ -34,6 +36,8 @@ class ClassifierApp:
             return "other-model"
         if len(self._capture.examples(spec.labels)) < self._min_examples:
             return "no-examples"
+        from fedloop_clients.encoder import ModelError
+
         try:
             with self._models.borrowed(spec):
                 return None
@@ -41,12 +45,15 @@ class ClassifierApp:
             return "no-model"
 
     def __call__(self, message: Message, context: Context) -> Message:
+        from fedloop_clients.app import client_app
+
         spec = self._spec()
         assert spec is not None
         with self._models.borrowed(spec) as held:
             self._borrowed = held.model
             try:
-                return self._app(message, context)
+                answer: Message = client_app(self._get_model, self._get_examples)(message, context)
+                return answer
             finally:
                 self._borrowed = None
 

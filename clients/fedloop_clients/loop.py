@@ -190,19 +190,21 @@ class Loop:
         if wait_s:
             self._log.read(TOPICS, self._following.position, limit=1, wait_s=wait_s)
         with self._reading:
-            following = self._following
-            following.catch_up(self._log)
-            if not following.changed:
-                return
-            with self._store.transaction():
-                self._outbox.reconcile(following.mine)
-                for feedback_id in following.published:
-                    self._capture.published(feedback_id)
-                self._store.keep(FOLLOWING, following.to_state())
-            following.mine.clear()
-            following.published.clear()
-            following.changed = False
+            self._following.catch_up(self._log)
+            if self._following.changed:
+                self._keep()
         self._check_standing()
+
+    def _keep(self) -> None:
+        following = self._following
+        with self._store.transaction():
+            self._outbox.reconcile(following.mine)
+            for feedback_id in following.published:
+                self._capture.published(feedback_id)
+            self._store.keep(FOLLOWING, following.to_state())
+        following.mine.clear()
+        following.published.clear()
+        following.changed = False
 
     def _check_standing(self) -> None:
         me = self._identity.client_id
@@ -227,8 +229,6 @@ class Loop:
                     self._capture.failed(each.feedback_id, error.cause or error.message)
                 except InvalidEventError:
                     self._capture.failed(each.feedback_id, "too large for one event")
-                except UnreachableError:
-                    raise
             self._outbox.flush(self._log)
 
     def _publish_one(self, each: Unpublished) -> None:

@@ -1,0 +1,158 @@
+"""A deployment without a server: the tests say themselves what a server would."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from fedloop_events import tensors, types
+from fedloop_events.author import Author
+from fedloop_events.envelope import decode
+from fedloop_events.flower import content_sha256
+from fedloop_events.locations import open_blobs, open_log
+from fedloop_events.log import read_all
+from fedloop_events.masked import MaskedText
+from fedloop_events.signatures import SigningKey
+from fedloop_events.types import Content, Mechanism, RoundOpened
+from fedloop_privacy.masking import MaskingError
+
+P = TypeVar("P", bound=types.Payload)
+ORIGIN = "test.example"
+LABELS = ["card-lost", "loan", "transfer"]
+MECHANISM = Mechanism(sampling_rate=1.0, noise_multiplier=2.0, clip_norm=1.0, steps=1, divisor=1.0)
+"""Costs an epsilon of 1.99 at delta 1e-5."""
+
+
+class DigitMasker:
+    """Masks digits, and fails on texts that say so."""
+
+    def mask(self, text: str) -> MaskedText:
+        if "unmaskable" in text:
+            raise MaskingError("no", cause="the deadline passed")
+        if "explosive" in text:
+            raise ValueError(text)
+        masked, count = re.subn(r"\d+", "<NUMBER_1>", text)
+        return MaskedText._from_masker(masked, {"NUMBER": count} if count else {})
+
+
+class Deployment:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log, self.blobs = open_log(folder, create=True), open_blobs(folder)
+        self.server = Author(self.log, SigningKey.generate())
+        self.server.say(types.DeploymentCreated(origin=ORIGIN, public_key=self.server.key.public_key))
+        self.rounds = self.releases = 0
+
+    def register(self) -> None:
+        spec = types.ModelSpec(
+            base_model="none", base_sha256="0" * 64, labels=LABELS, rank=1, alpha=1.0, targets=["query"], layers=1
+        )
+        self.server.say(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
+        self.server.say(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
+
+    def release(self) -> str:
+        blob = self.blobs.put(tensors.encode({"head.weight": np.full((3, 2), self.releases, np.float32)}))
+        release = f"{self.releases:04d}-{blob.sha256[:12]}"
+        proposed = types.ReleaseProposed(
+            origin=ORIGIN, model="default", epoch=1, release=release, number=self.releases, blob=blob
+        )
+        published = types.ReleasePublished(
+            origin=ORIGIN, model="default", epoch=1, release=release, number=self.releases, blob=blob
+        )
+        self.server.say(proposed, published)
+        self.base, self.base_release = blob, release
+        self.releases += 1
+        return release
+
+    def opened(
+        self, *cohort: str, mechanism: Mechanism | None = MECHANISM, epoch: int = 1, deadline_s: float = 600
+    ) -> RoundOpened:
+        """The terms of a new round; nothing is said yet."""
+        self.rounds += 1
+        return RoundOpened(
+            origin=ORIGIN,
+            epoch=epoch,
+            run_id="main",
+            round_id=f"r{self.rounds:04d}",
+            request_id="q",
+            number=self.rounds,
+            model="default",
+            base_release=self.base_release,
+            base=self.base,
+            kind="train",
+            strategy="ffa",
+            cohort=list(cohort),
+            quorum=1,
+            deadline_s=deadline_s,
+            upload=["x"],
+            max_upload_bytes=10_000,
+            max_update_norm=10.0,
+            mechanism=mechanism,
+        )
+
+    def instruct(self, client_id: str, opened: RoundOpened | None, *, message_type: str = "train", ttl_s: float = 600) -> str:
+        """Send one instruction of a round (or of none); its event id."""
+        content = Content(arrays={"arrays": self.base})
+        sent = types.InstructionSent(
+            origin=ORIGIN,
+            epoch=opened.epoch if opened else 1,
+            run_id="main",
+            step=0,
+            client_id=client_id,
+            message_type=message_type,
+            content=content,
+            content_sha256=content_sha256(message_type, client_id, content),
+            round_id=opened.round_id if opened else None,
+            ttl_s=ttl_s,
+        )
+        return self.server.say(sent)[0].id
+
+    def ask(self, client_id: str, mechanism: Mechanism | None = MECHANISM) -> str:
+        """Open a round for one client; the id of its instruction."""
+        opened = self.opened(client_id, mechanism=mechanism)
+        self.server.say(opened)
+        return self.instruct(client_id, opened)
+
+    def said(self, kind: type[P]) -> list[P]:
+        """Every event of a type, in the order of the log."""
+        return [payload for record in read_all(self.log) if isinstance(payload := decode(record), kind)]
+
+    def bytes(self) -> bytes:
+        """All that the deployment keeps."""
+        return b"".join(path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file())
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(tmp_path / "deployment")
+    made.register()
+    made.release()
+    yield made
+    made.log.close()
+
+
+@pytest.fixture
+def masker() -> DigitMasker:
+    return DigitMasker()
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], object]], int]:
+    """Run something in a forked process that ends with it; minus the signal that killed it, or its exit status."""
+
+    def run(work: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run
