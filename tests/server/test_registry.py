@@ -1,0 +1,120 @@
+"""The release registry: the gate, the lineage, and going back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from devices import World
+from fedloop_events import types
+from fedloop_events.errors import PolicyError, UsageError
+from fedloop_events.log import EventLog
+from fedloop_events.views import Evaluated, ReleasesView
+from fedloop_server import registry
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path / "deployment")
+    for name in ("ann", "bob"):
+        world.device(name)
+    world.request(2)
+    with world.serving():
+        world.server().run(rounds=2)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("candidate", "current", "margin", "reason"),
+    [
+        (0.9, 0.8, 0.0, ""),
+        (0.8, 0.8, 0.0, ""),
+        (0.79, 0.8, 0.02, ""),
+        (0.77, 0.8, 0.02, "less-accurate"),
+        (0.799, 0.8, 0.0, "less-accurate"),
+        (0.0, 1.0, 1.0, ""),
+    ],
+)
+def test_the_gate_lets_pass_what_is_at_most_a_margin_worse(candidate: float, current: float, margin: float, reason: str) -> None:
+    verdict = registry.gate(Evaluated(candidate, 10, "a"), Evaluated(current, 10, "a"), margin)
+    assert verdict.reason == reason
+
+
+def test_accuracies_on_different_sets_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="held-out"):
+        registry.gate(Evaluated(0.9, 10, "a"), Evaluated(0.8, 10, "b"), 0.0)
+
+
+def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world: World) -> None:
+    zero, first, second = world.releases.releases
+    steps = registry.lineage(world.rounds, world.releases, second)
+    assert [(step.release, step.base_release, step.round_id) for step in steps] == [
+        (second, first, "r0002"),
+        (first, zero, "r0001"),
+        (zero, None, None),
+    ]
+    submitted = {record.id: payload.client_id for record, payload in world.records(types.UpdateSubmitted)}
+    for step in steps[:2]:
+        assert {each.update_id: each.client_id for each in step.contributions}.items() <= submitted.items()
+        assert [each.client_id for each in step.contributions] == ["ann", "bob"]
+    with pytest.raises(UsageError):
+        registry.lineage(world.rounds, world.releases, "0009-abc")
+
+
+def test_a_rollback_is_signed_counts_once_and_can_be_taken_back(world: World) -> None:
+    zero, first, second = world.releases.releases
+    said = registry.roll_back(world.author, release=zero, reason="worse in the field")
+    assert (said.release, said.withdrawn) == (zero, second)
+    releases = world.releases
+    assert registry.current(releases, "default").release == zero
+    assert (releases.releases[second].withdrawn, releases.releases[second].reason) == (True, "worse in the field")
+    assert not releases.releases[first].withdrawn
+    with pytest.raises(UsageError, match="in force already"):
+        registry.roll_back(world.author, release=zero, reason="again")
+    registry.roll_back(world.author, release=second, reason="it was the network")
+    assert registry.current(world.releases, "default").release == second
+    assert not world.releases.releases[second].withdrawn
+
+
+def test_only_a_published_release_comes_back(world: World) -> None:
+    origin = world.devices["ann"].origin
+    blob = registry.current(world.releases, "default").blob
+    epoch = world.rounds.epoch
+    world.author.say(
+        types.ReleaseProposed(origin, "default", epoch, "0003-bad", 3, blob),
+        types.ReleaseRejected(origin, "default", epoch, "0003-bad", "less-accurate"),
+    )
+    with pytest.raises(UsageError, match="never published"):
+        registry.roll_back(world.author, release="0003-bad", reason="why not")
+    with pytest.raises(UsageError, match="no release"):
+        registry.roll_back(world.author, release="0007-nothing", reason="why not")
+
+
+def test_a_rollback_that_crosses_a_new_release_changes_nothing(world: World) -> None:
+    zero, _, second = world.releases.releases
+    origin, epoch = world.devices["ann"].origin, world.rounds.epoch
+    blob = registry.current(world.releases, "default").blob
+
+    class Crossing:
+        """Between the operator's look and the operator's word, a release is published."""
+
+        def __init__(self, log: EventLog) -> None:
+            self.read, self.end, self.close = log.read, log.end, log.close
+
+        def append(self, events: object) -> None:
+            world.author.say(
+                types.ReleaseProposed(origin, "default", epoch, "0003-new", 3, blob),
+                types.ReleasePublished(origin, "default", epoch, "0003-new", 3, blob),
+            )
+            world.log.append(events)  # type: ignore[arg-type]
+
+    author = type(world.author)(Crossing(world.log), world.author.key)
+    with pytest.raises(PolicyError, match="nothing was rolled back"):
+        registry.roll_back(author, release=zero, reason="worse in the field")
+    assert registry.current(world.releases, "default").release == "0003-new"
+    assert not world.releases.releases[second].withdrawn
+
+
+def test_a_model_without_releases_is_an_error_that_says_so() -> None:
+    with pytest.raises(UsageError, match="no release"):
+        registry.current(ReleasesView(), "default")
