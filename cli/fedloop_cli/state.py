@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fedloop_events import locations
 from fedloop_events.errors import UsageError
@@ -18,7 +18,9 @@ from fedloop_cli import console
 if TYPE_CHECKING:
     from fedloop_privacy.ledger import Ledger
 
-MODEL = "default"
+MODEL: Final = "default"
+OVER: Final = frozenset({"aborted", "published", "rejected"})
+"""States of a round in which nothing more happens."""
 
 
 class Followed:

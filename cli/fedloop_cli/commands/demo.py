@@ -1,5 +1,54 @@
-"""`fedloop demo`."""
+"""`fedloop demo`: everything at once, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedloop_cli import console, options
 
 
-def demo() -> None:
-    """Run everything on this machine."""
+def demo(
+    data: Annotated[Path | None, typer.Option(metavar="CSV", help="Messages of the users: columns text and label.")] = None,
+    test: Annotated[Path | None, typer.Option(metavar="CSV", help="Held-out messages, with --data.")] = None,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Devices, each a process.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds.")] = 3,
+    epsilon: Annotated[float, typer.Option(help="Privacy budget of each device for its whole life.")] = 8.0,
+    no_dp: Annotated[bool, typer.Option("--no-dp", help="Without differential privacy.")] = False,
+    strategy: Annotated[
+        Literal["default", "ffa", "fedavg"], typer.Option(help="How adapters are merged: ffa, and fedavg without privacy.")
+    ] = "default",
+    seed: Annotated[int, typer.Option(min=0, help="Of who writes what, and of the first release. Noise has none.")] = 0,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="Keep everything here, in place of a new folder.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Run a whole deployment here: devices with invented users, a server, rounds; then check what it promises.
+
+    Every device and the server is a process; kill any of them, and it is started again and goes on. Exit status 1 if a round
+    made no release or a check failed; personal values that passed the masker are counted and shown.
+    """
+    from fedloop_events.errors import UsageError
+
+    if (data is None) != (test is None):
+        raise UsageError("--data and --test go together", hint="one file of messages to learn from, one to measure with")
+
+    from fedloop_cli.demo import live, play, report, users
+
+    chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed)
+    given = users.invented(clients, seed) if data is None or test is None else users.from_files(data, test, clients, seed)
+    for what, count in given.skipped.items():
+        console.note(f"warning: {count} rows skipped: {console.printable(what)}")
+    scene = play.Scene(play.folder_for(directory), chosen, given)
+    with live.view(scene) as refresh:
+        refresh()
+        play.play(scene, refresh)
+        scene.doing = "checking"
+        refresh()
+    found = report.report(scene)
+    console.show(report.as_document(found), lambda: report.as_text(found), as_json=json)
+    if not found.good:
+        raise typer.Exit(1)

@@ -58,18 +58,30 @@ def show(directory: options.Deployment, release: Release, json: options.Json = F
 def rebuild(
     directory: options.Deployment,
     release: Annotated[str | None, typer.Argument(metavar="[RELEASE]")] = None,
+    shallow: Annotated[bool, typer.Option("--shallow", help="Only the last round, on its base as it is stored.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Merge a release again from the updates in the log and compare the bytes: the one in force, unless another is named.
-
-    Exit status 1 if they differ.
+    """Merge a release (the one in force, unless another is named) again from release 0 and the updates in the log, and compare
+    the bytes. Exit status 1 if they differ.
     """
-    from fedloop_cli import rebuilding
+    from fedloop_events import locations
+    from fedloop_server.rebuild import rebuild as rebuild_release
 
-    rebuilt = rebuilding.rebuild(directory, release)
-    said = "the same bytes" if rebuilt.identical else "OTHER BYTES"
-    text = f"{rebuilt.release}: {said} ({rebuilt.rebuilt_sha256}), from {rebuilt.updates} updates"
-    console.show(rebuilding.as_document(rebuilt), text, as_json=json)
+    rebuilt = rebuild_release(locations.open_log(directory), locations.open_blobs(directory), release, deep=not shallow)
+    document = {
+        "release": rebuilt.release,
+        "identical": rebuilt.identical,
+        "published_sha256": rebuilt.published_sha256,
+        "rebuilt_sha256": rebuilt.rebuilt_sha256,
+        "steps": rebuilt.steps,
+    }
+    rows = [
+        [each.release, len(each.clients), each.published_sha256, each.rebuilt_sha256, "yes" if each.identical else "NO"]
+        for each in rebuilt.steps
+    ]
+    said = "has the same bytes" if rebuilt.identical else "HAS OTHER BYTES"
+    heads = ["release", "updates", "published SHA-256", "rebuilt SHA-256", "same"]
+    console.show(document, f"{console.table(heads, rows)}\n{rebuilt.release}, rebuilt from the log, {said}.", as_json=json)
     if not rebuilt.identical:
         raise typer.Exit(1)
 

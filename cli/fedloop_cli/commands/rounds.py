@@ -156,7 +156,9 @@ def _summaries(followed: Followed) -> list[RoundSummary]:
 
 
 def _over(each: RoundSummary) -> bool:
-    return each.state in {"aborted", "published", "rejected"}
+    from fedloop_cli import state
+
+    return each.state in state.OVER
 
 
 def _progress(followed: Followed, each: RoundSummary) -> str:

@@ -43,7 +43,7 @@ def init(
 
     All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
     """
-    from fedloop_cli import deploying
+    from fedloop_cli import deploying, tables
 
     settings: dict[str, Any] = {
         "epsilon": "none" if no_dp else epsilon,
@@ -54,8 +54,12 @@ def init(
         "quorum": quorum,
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
-    made = deploying.deploy(directory, deploying.labels_of(labels, data, test), test, settings, model, seed)
-    for what, count in made.skipped.items():
+    named = deploying.labels_of(labels, data, test)
+    held_out = tables.read(test)
+    deploying.check_known(held_out, named, test)
+    made = deploying.deploy(directory, named, held_out.rows, settings, model, seed)
+    skipped = held_out.skipped | made.skipped
+    for what, count in skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")
     rows = {
         "deployment": made.origin,
@@ -64,7 +68,7 @@ def init(
         "held out": made.held_out,
         "settings": made.settings,
     }
-    console.show(deploying.as_document(made), lambda: console.fields(rows), as_json=json)
+    console.show(deploying.as_document(made) | {"skipped": skipped}, lambda: console.fields(rows), as_json=json)
 
 
 @app.command(cls=options.Command)

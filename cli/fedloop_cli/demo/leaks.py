@@ -1,0 +1,102 @@
+"""Whether a planted personal value stands anywhere it must not: every byte of every file of the deployment is searched.
+
+In text (the log, its write-ahead file, whatever was printed, the server's files) every value of four bytes or more is looked for,
+and each word of a person's name by itself. In binary files (blobs, the devices' encrypted stores) values of eight bytes or more,
+for shorter ones stand there by chance.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from fedloop_events.log import EventLog, read_all
+
+SHORTEST: Final = 4
+SHORTEST_IN_BINARY: Final = 8
+_BLOCK: Final = 32 << 20
+_OVERLAP: Final = 1024
+
+Value = tuple[str, str]
+"""Type and value."""
+
+
+class Needles:
+    """Values to look for, by their first four bytes."""
+
+    def __init__(self, planted: Iterable[Value], ordinary: Iterable[str]) -> None:
+        """`ordinary` are words that stand in the messages anyway: a name that is also one of them is not looked for alone."""
+        plain = set(ordinary)
+        self._by_key: dict[int, list[tuple[bytes, Value]]] = defaultdict(list)
+        for kind, value in planted:
+            self._add(value, (kind, value))
+            if kind == "PERSON":
+                for word in value.split():
+                    if word.lower() not in plain:
+                        self._add(word, (kind, value))
+        self._keys = np.array(sorted(self._by_key), dtype="<u4")
+
+    def _add(self, text: str, value: Value) -> None:
+        data = text.encode()
+        if len(data) >= SHORTEST:
+            self._by_key[int.from_bytes(data[:SHORTEST], "little")].append((data, value))
+
+    def found_in(self, data: bytes, *, binary: bool) -> set[Value]:
+        """The values that stand in `data`; those shorter than eight bytes as whole words, and in text alone."""
+        found: set[Value] = set()
+        for shift in range(SHORTEST):
+            count = (len(data) - shift) // SHORTEST
+            if count <= 0:
+                break
+            keys = np.frombuffer(data, "<u4", count, shift)
+            for index in np.flatnonzero(np.isin(keys, self._keys)).tolist():
+                at = shift + SHORTEST * index
+                for needle, value in self._by_key[int(keys[index])]:
+                    if value not in found and data.startswith(needle, at) and _counts(data, at, needle, binary):
+                        found.add(value)
+        return found
+
+
+def search(directory: Path, log: EventLog, needles: Needles) -> dict[Value, str]:
+    """The planted values that stand in any file below `directory`, or in any event, and in which file first."""
+    found: dict[Value, str] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        parts = path.relative_to(directory).parts
+        binary = parts[0] == "blobs" or path.name.startswith("store.db")
+        for block in _blocks(path):
+            for value in needles.found_in(block, binary=binary):
+                found.setdefault(value, "/".join(parts))
+    for record in read_all(log):
+        # Again, event by event: a long one lies in pieces in the file.
+        for value in needles.found_in(record.data, binary=False):
+            found.setdefault(value, f"event {record.id}")
+    return found
+
+
+def by_type(values: Iterable[Value]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kind, _ in sorted(values):
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _counts(data: bytes, at: int, needle: bytes, binary: bool) -> bool:
+    if len(needle) >= SHORTEST_IN_BINARY:
+        return True
+    return not binary and not _letter(data[at - 1 : at]) and not _letter(data[at + len(needle) : at + len(needle) + 1])
+
+
+def _letter(byte: bytes) -> bool:
+    return byte.isalnum() or byte >= b"\x80"
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The file in blocks that overlap, so that no value is cut in two."""
+    with path.open("rb") as file:
+        kept = b""
+        while block := file.read(_BLOCK):
+            yield kept + block
+            kept = block[-_OVERLAP:]

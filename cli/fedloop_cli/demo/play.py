@@ -1,0 +1,213 @@
+"""The demo's course: a deployment, its devices and its server as processes, waves of feedback, a round after each."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from fedloop_events.errors import UnreachableError, UsageError
+from msgspec import Struct
+
+from fedloop_cli import deploying, requests, state, tables
+from fedloop_cli.demo import device, users
+from fedloop_cli.demo.processes import Child
+
+DELTA: Final = 1e-5
+DEADLINE_S: Final = 180.0
+"""For one round: a device that is killed in it has to load everything again."""
+STALL_TIMEOUT_S: Final = 900.0
+POLL_S: Final = 0.25
+
+
+class Options(Struct, frozen=True):
+    """What the user of the demo decides. `epsilon` None is a run without differential privacy."""
+
+    clients: int
+    rounds: int
+    epsilon: float | None
+    strategy: str
+    seed: int
+
+
+class Scene:
+    """Everything a view shows: it is changed by the course of the demo, and read by the view."""
+
+    def __init__(self, directory: Path, options: Options, given: users.Users) -> None:
+        self.directory, self.options, self.users = directory, options, given
+        self.began = time.monotonic()
+        self.doing = "making the deployment"
+        self.devices = [f"device-{number + 1}" for number in range(options.clients)]
+        self.progress = {name: device.Progress(0) for name in self.devices}
+        self.ready: set[str] = set()
+        self.followed: state.Followed | None = None
+        self.events: list[str] = []
+        """What a reader should know: restarts, rounds."""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def say(self, what: str) -> None:
+        self.events.append(f"{self.seconds:6.1f} s  {what}")
+
+
+def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
+    """Run the whole demo; the files that hold what the processes printed. `refresh` is called again and again.
+
+    Every process is gone when this returns or raises. Raises `FedloopError` if a process does not stay up, or nothing happens
+    for `STALL_TIMEOUT_S`.
+    """
+    _deploy(scene)
+    refresh()
+    with _processes(scene) as children:
+        devices = {child.name: child for child in children if child.name in scene.progress}
+        schedule = {
+            name: users.waves(len(messages), scene.options.rounds)
+            for name, messages in zip(scene.devices, scene.users.devices, strict=True)
+        }
+        for number in range(scene.options.rounds):
+            scene.doing = f"feedback before round {number + 1}"
+            for name, messages in zip(scene.devices, scene.users.devices, strict=True):
+                first = schedule[name][number - 1] if number else 0
+                wave = device.Wave(number + 1, first, messages[first : schedule[name][number]])
+                devices[name].send(msgspec.json.encode(wave).decode())
+            _until(scene, children, partial(_published, scene, number + 1), refresh)
+            scene.doing = f"round {number + 1}"
+            request = _request(scene, number + 1)
+            _until(scene, children, partial(_ended, scene, request), refresh)
+            _tell(scene, request)
+        scene.doing = "ending the processes"
+        refresh()
+    return [file for child in children for file in child.files]
+
+
+def _deploy(scene: Scene) -> None:
+    options, given = scene.options, scene.users
+    examples = max(2, round(sum(map(len, given.devices)) / options.clients))
+    settings: dict[str, Any] = {
+        "epsilon": options.epsilon if options.epsilon is not None else "none",
+        "delta": DELTA,
+        "strategy": options.strategy,
+        "planned_rounds": max(2, options.rounds),
+        "nominal_examples": examples,
+        "expected_batch": min(128, examples),
+        "quorum": min(2, options.clients),
+        "cohort_size": max(2, min(256, options.clients)),
+        "deadline_s": DEADLINE_S,
+        "quorum_wait_s": DEADLINE_S,
+    }
+    rows = [tables.Row(message.text, message.label) for message in given.held_out]
+    deploying.deploy(scene.directory, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
+    scene.followed = state.open_state(scene.directory)
+
+
+@contextmanager
+def _processes(scene: Scene) -> Iterator[list[Child]]:
+    printed = scene.directory / "output"
+    printed.mkdir()
+    children: list[Child] = []
+    try:
+        children.append(Child("server", "fedloop_cli.demo.server", str(scene.directory), printed))
+        for name in scene.devices:
+            terms = device.Terms(
+                str(scene.directory),
+                str(scene.directory / "devices" / name),
+                name,
+                scene.options.epsilon,
+                DELTA,
+            )
+            children.append(
+                Child(name, "fedloop_cli.demo.device", msgspec.json.encode(terms).decode(), printed, partial(_hear, scene, name))
+            )
+        yield children
+    except BaseException:
+        for child in children:
+            child.kill()
+        raise
+    finally:
+        for child in children:
+            child.end()
+        for child in children:
+            child.join()
+
+
+def _hear(scene: Scene, name: str, line: str) -> None:
+    try:
+        progress = msgspec.json.decode(line, type=device.Progress)
+    except msgspec.MsgspecError:
+        return
+    scene.ready.add(name)
+    known = scene.progress[name]
+    scene.progress[name] = device.Progress(progress.given, max(known.wave, progress.wave), progress.unmasked)
+
+
+def _until(scene: Scene, children: list[Child], done: Callable[[], bool], refresh: Callable[[], None]) -> None:
+    """Look after the processes until `done`. Raises `UnreachableError` if nothing happens for too long."""
+    seen: object = None
+    deadline = time.monotonic() + STALL_TIMEOUT_S
+    assert scene.followed is not None
+    while not done():
+        for child in children:
+            if child.look():
+                scene.ready.discard(child.name)
+                scene.say(f"{child.name} was gone: started again as process {child.pid}")
+        now = (dict(scene.progress), scene.followed.log.end())
+        if now != seen:
+            seen, deadline = now, time.monotonic() + STALL_TIMEOUT_S
+        elif time.monotonic() > deadline:
+            raise UnreachableError(
+                f"nothing has happened for {STALL_TIMEOUT_S:.0f} s ({scene.doing})", hint="see the output folder"
+            )
+        refresh()
+        time.sleep(POLL_S)
+        scene.followed.catch_up()
+
+
+def _published(scene: Scene, wave: int) -> bool:
+    return all(progress.wave >= wave for progress in scene.progress.values())
+
+
+def _request(scene: Scene, number: int) -> str:
+    from fedloop_server.setup import open_deployment
+
+    deployment = open_deployment(scene.directory)
+    try:
+        return requests.request_rounds(deployment.author, 1, f"demo, round {number}")
+    finally:
+        deployment.log.close()
+
+
+def _ended(scene: Scene, request_id: str) -> bool:
+    return any(each.state in state.OVER for each in _rounds_of(scene, request_id))
+
+
+def _rounds_of(scene: Scene, request_id: str) -> list[state.RoundSummary]:
+    assert scene.followed is not None
+    found = scene.followed.rounds.rounds.values()
+    return [state.summarise(scene.followed, each) for each in found if each.request_id == request_id]
+
+
+def _tell(scene: Scene, request_id: str) -> None:
+    for each in _rounds_of(scene, request_id):
+        accuracy = f"accuracy {each.accuracy:.3f}" if each.accuracy is not None else each.reason
+        scene.say(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
+
+
+def folder_for(chosen: Path | None) -> Path:
+    """The folder of the run: the one that was chosen, which must be empty, or a new temporary one."""
+    if chosen is None:
+        return Path(tempfile.mkdtemp(prefix="fedloop-demo-"))
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        empty = not any(chosen.iterdir())
+    except OSError as error:
+        raise UsageError(f"{chosen} cannot be used", cause=error.strerror or "") from None
+    if not empty:
+        raise UsageError(f"{chosen} is not empty", hint="every run of the demo is a new deployment: name a new folder")
+    return chosen

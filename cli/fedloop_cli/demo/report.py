@@ -1,0 +1,245 @@
+"""The demo's end: four checks, each really made, and what happened, for a person and as a document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fedloop_events import locations, topics, types
+from fedloop_events.envelope import decode
+from fedloop_events.errors import FedloopError, InvalidEventError
+from fedloop_events.log import EventLog, read_all
+from msgspec import Struct
+
+from fedloop_cli import console, state, verification
+from fedloop_cli.commands.audit import Budget, budget_of
+from fedloop_cli.demo import leaks
+from fedloop_cli.demo.play import Scene
+
+
+class Checks(Struct):
+    """What was checked. `leaks` are planted values that were found in any byte of the deployment, by type."""
+
+    log_verified: bool
+    rebuilt_identical: bool
+    leaks: dict[str, int]
+    budgets_kept: bool
+
+
+class Report(Struct):
+    """Everything that the demo says at its end."""
+
+    log: str
+    rounds: list[state.RoundSummary]
+    baseline_accuracy: float | None
+    final_accuracy: float | None
+    budgets: list[Budget]
+    examples: dict[str, int]
+    masked: dict[str, dict[str, int]]
+    checks: Checks
+    found: list[tuple[str, str]]
+    """Where each leaked value stands, with its type: never the value."""
+    planted: dict[str, int]
+    why: list[str]
+    """Why a check failed."""
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether every round made a release and every check held. A leak is counted and shown: masking promises no more."""
+        checks = self.checks
+        rounds = all(each.state != "aborted" for each in self.rounds)
+        return rounds and checks.log_verified and checks.rebuilt_identical and checks.budgets_kept
+
+
+def report(scene: Scene) -> Report:
+    """Check everything. What the processes printed, and this demo itself, is in the deployment's folder and searched with it."""
+    directory, why = scene.directory, []
+    log = locations.open_log(directory)
+    followed = state.Followed(log)
+    verified = verification.verify(directory)
+    why += [f"log, offset {each.offset}: {each.what}" for each in verified.findings[:5]]
+    identical, reason = _rebuilt(directory, log, followed)
+    why += [reason] if reason else []
+    ledger = state.open_ledger(log, followed.identities)
+    budgets = [budget_of(ledger, client) for _, client in sorted(followed.identities.clients.items())]
+    found = _leaks(scene, log)
+    current = followed.releases.current(state.MODEL)
+    first = next(iter(followed.releases.releases.values()), None)
+    made = Report(
+        str(directory / locations.LOG_FILE),
+        [state.summarise(followed, each) for each in followed.rounds.rounds.values()],
+        first.evaluation.accuracy if first is not None and first.evaluation is not None else None,
+        current.evaluation.accuracy if current is not None and current.evaluation is not None else None,
+        budgets,
+        {name: progress.given for name, progress in scene.progress.items()},
+        _masked(log),
+        Checks(verified.verified, identical, leaks.by_type(found), all(each.kept for each in budgets)),
+        [(kind, where) for (kind, _), where in found.items()],
+        leaks.by_type(scene.users.planted),
+        why,
+        round(scene.seconds, 1),
+    )
+    said = "\n".join([as_text(made), *scene.events]).encode() + msgspec.json.encode(as_document(made))
+    for value in _needles(scene).found_in(said, binary=False):
+        found.setdefault(value, "this report")
+    made.checks.leaks = leaks.by_type(found)
+    return made
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """What `fedloop demo --json` prints."""
+    return {
+        "log": report.log,
+        "rounds": [
+            {
+                "round_id": each.round_id,
+                "release": each.release,
+                "accuracy": each.accuracy,
+                "participants": each.participants,
+                "excluded": [{"client": out["client"], "reason": out["reason"]} for out in each.excluded],
+                "seconds": each.seconds,
+                "bytes_up": each.bytes_up,
+                "bytes_down": each.bytes_down,
+            }
+            for each in report.rounds
+        ],
+        "baseline_accuracy": report.baseline_accuracy,
+        "final_accuracy": report.final_accuracy,
+        "clients": [
+            {
+                "client_id": each.client_id,
+                "examples": report.examples.get(each.client_id, 0),
+                "epsilon": each.epsilon,
+                "delta": each.delta,
+                "budget": each.budget,
+                "masked": report.masked.get(each.client_id, {}),
+            }
+            for each in report.budgets
+        ],
+        "checks": msgspec.to_builtins(report.checks),
+        "seconds": report.seconds,
+    }
+
+
+def as_text(report: Report) -> str:
+    """The same for a person."""
+    parts = [_rounds(report), _clients(report), _masking(report), _checks(report)]
+    accuracy = f"accuracy {_figure(report.baseline_accuracy)} before, {_figure(report.final_accuracy)} after"
+    parts.append(f"{accuracy}; {report.seconds:.0f} s; everything is in {Path(report.log).parent}")
+    return "\n\n".join(parts)
+
+
+def _rounds(report: Report) -> str:
+    heads = ["round", "kind", "took part", "accuracy", "release", "seconds", "up", "down", "excluded"]
+    rows = [
+        [
+            each.round_id,
+            each.kind,
+            len(each.participants),
+            _figure(each.accuracy),
+            each.release or f"{each.state}: {each.reason or each.decision}",
+            each.seconds,
+            _size(each.bytes_up),
+            _size(each.bytes_down),
+            ", ".join(f"{out['client']} ({out['reason']})" for out in each.excluded) or "nobody",
+        ]
+        for each in report.rounds
+    ]
+    return "ROUNDS\n" + console.table(heads, rows, empty="none")
+
+
+def _clients(report: Report) -> str:
+    heads = ["device", "messages", "epsilon spent", "budget", "delta"]
+    rows = [
+        [
+            each.client_id,
+            report.examples.get(each.client_id, 0),
+            f"{each.epsilon:.3f}" if each.budget is not None else "no privacy",
+            each.budget,
+            f"{each.delta:g}",
+        ]
+        for each in report.budgets
+    ]
+    return "DEVICES\n" + console.table(heads, rows)
+
+
+def _masking(report: Report) -> str:
+    total: Counter[str] = Counter()
+    for counts in report.masked.values():
+        total.update(counts)
+    return "MASKED\n" + console.table(["type", "spans"], total.most_common(), empty="nothing was found to mask")
+
+
+def _checks(report: Report) -> str:
+    checks, planted = report.checks, sum(report.planted.values())
+    leaked = sum(checks.leaks.values())
+    if not planted:
+        leaks_line = "leaks: nothing was planted in these messages, so none can be searched for"
+    elif not leaked:
+        leaks_line = f"ok     none of {planted:,} planted personal values stands in any byte of the log, the blobs or the output"
+    else:
+        by_type = ", ".join(f"{count} of {report.planted[kind]} {kind}" for kind, count in checks.leaks.items())
+        leaks_line = f"LEAKED {leaked:,} of {planted:,} planted personal values passed the masker: {by_type}"
+    lines = [
+        _line(checks.log_verified, "the log is intact: every event by its author, none missing, every blob as its name says"),
+        _line(checks.rebuilt_identical, "the last release, rebuilt from the log, has the same bytes"),
+        leaks_line,
+        _line(checks.budgets_kept, "no device has spent more than its budget"),
+        *(f"       {console.printable(reason)}" for reason in report.why),
+    ]
+    return "CHECKS\n" + "\n".join(lines)
+
+
+def _line(held: bool, what: str) -> str:
+    return f"{'ok    ' if held else 'FAILED'} {what}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB"
+
+
+def _rebuilt(directory: Path, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
+    from fedloop_server.rebuild import rebuild
+
+    if not any(each.round_id for each in followed.releases.releases.values()):
+        return False, "no round made a release that could be rebuilt"
+    try:
+        return rebuild(log, locations.open_blobs(directory), deep=True).identical, ""
+    except FedloopError as error:
+        return False, f"rebuild: {error.message}"
+
+
+def _leaks(scene: Scene, log: EventLog) -> dict[leaks.Value, str]:
+    return leaks.search(scene.directory, log, _needles(scene)) if scene.users.planted else {}
+
+
+def _needles(scene: Scene) -> leaks.Needles:
+    """Words that stand in the messages anyway, in lower case, are no names."""
+    ordinary = {
+        word.strip(".,!?:;()").lower()
+        for messages in scene.users.devices
+        for message in messages
+        for word in message.text.split()
+        if word[:1].islower()
+    }
+    return leaks.Needles(scene.users.planted, ordinary)
+
+
+def _masked(log: EventLog) -> dict[str, dict[str, int]]:
+    """Masked spans by client and type, as the devices reported them."""
+    masked: dict[str, Counter[str]] = {}
+    for record in read_all(log, (topics.AUDIT,)):
+        try:
+            payload = decode(record)
+        except InvalidEventError:
+            continue
+        if isinstance(payload, types.TextMasked):
+            masked.setdefault(payload.client_id, Counter()).update(payload.counts)
+    return {client: dict(sorted(counts.items())) for client, counts in sorted(masked.items())}

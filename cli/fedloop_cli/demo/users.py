@@ -1,0 +1,77 @@
+"""The demo's users: which messages they write on which device, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from fedloop_events.errors import UsageError
+from msgspec import Struct
+
+from fedloop_cli import corpus, deploying, tables
+
+CONCENTRATION: Final = 1.0
+"""Of the Dirichlet distribution over devices, for each label: the smaller, the more the devices differ (arXiv 1909.06335)."""
+FIRST_WAVE: Final = 0.7
+
+
+class Message(Struct, frozen=True):
+    """What a user writes, and the label that the user knows to be right."""
+
+    text: str
+    label: str
+
+
+class Users(Struct, frozen=True):
+    """Everything the simulation knows. `planted` are the personal values in the messages by type, as they stand there."""
+
+    devices: list[list[Message]]
+    held_out: list[Message]
+    labels: list[str]
+    planted: set[tuple[str, str]]
+    skipped: dict[str, int]
+
+
+def invented(devices: int, seed: int) -> Users:
+    """The corpus that comes with the package."""
+    messages = corpus.load("train")
+    spread_out = spread([Message(each.text, each.label) for each in messages], devices, seed)
+    held_out = [Message(each.text, each.label) for each in corpus.load("test")]
+    planted = {pair for each in messages for pair in each.planted}
+    return Users(spread_out, held_out, sorted({each.label for each in messages}), planted, {})
+
+
+def from_files(data: Path, test: Path, devices: int, seed: int) -> Users:
+    """Any CSV files of text and label. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
+    train, held_out = tables.read(data), tables.read(test)
+    labels = tables.check_labels(train.labels, data)
+    deploying.check_known(held_out, labels, test)
+    if len(train.rows) < 2 * devices:
+        raise UsageError(f"{data} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
+    spread_out = spread([Message(row.text, row.label) for row in train.rows], devices, seed)
+    skipped = {f"{data.name}: {what}": count for what, count in train.skipped.items()}
+    skipped |= {f"{test.name}: {what}": count for what, count in held_out.skipped.items()}
+    return Users(spread_out, [Message(row.text, row.label) for row in held_out.rows], labels, set(), skipped)
+
+
+def spread(messages: Sequence[Message], devices: int, seed: int) -> list[list[Message]]:
+    """Each message on one device, unevenly by label and in number, every device with two at least; the order is drawn too."""
+    rng = np.random.default_rng(seed)
+    spread_out: list[list[Message]] = [[] for _ in range(devices)]
+    for label in sorted({message.label for message in messages}):
+        of_label = [message for message in messages if message.label == label]
+        shares = rng.dirichlet([CONCENTRATION] * devices)
+        for message, device in zip(of_label, rng.choice(devices, len(of_label), p=shares), strict=True):
+            spread_out[int(device)].append(message)
+    for poor in spread_out:
+        while len(poor) < 2:
+            poor.append(max(spread_out, key=len).pop())
+    return [[device[i] for i in rng.permutation(len(device))] for device in spread_out]
+
+
+def waves(messages: int, rounds: int) -> list[int]:
+    """How many of a device's messages have been written before each round: most of them before the first."""
+    first = messages if rounds == 1 else max(1, round(FIRST_WAVE * messages))
+    return [first + round((messages - first) * number / max(1, rounds - 1)) for number in range(rounds)]
