@@ -18,7 +18,7 @@ from fedloop_events.locations import open_blobs, open_log
 from fedloop_events.log import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
-from fedloop_events.types import Content, Mechanism, RoundOpened
+from fedloop_events.types import BlobRef, Content, Mechanism, RoundOpened
 from fedloop_privacy.masking import MaskingError
 
 P = TypeVar("P", bound=types.Payload)
@@ -55,8 +55,12 @@ class Deployment:
         self.server.say(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
         self.server.say(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
 
+    def put(self) -> BlobRef:
+        """The blob of the next release."""
+        return self.blobs.put(tensors.encode({"head.weight": np.full((3, 2), self.releases, np.float32)}))
+
     def release(self) -> str:
-        blob = self.blobs.put(tensors.encode({"head.weight": np.full((3, 2), self.releases, np.float32)}))
+        blob = self.put()
         release = f"{self.releases:04d}-{blob.sha256[:12]}"
         proposed = types.ReleaseProposed(
             origin=ORIGIN, model="default", epoch=1, release=release, number=self.releases, blob=blob
