@@ -19,7 +19,7 @@ from fedloop_events.log import EventLog, read_all
 from fedloop_events.projections import Reader
 from fedloop_events.signatures import SigningKey
 from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluated, ReleasesView, RoundsView
+from fedloop_events.views import Evaluation, ReleasesView, RoundsView
 from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.server import Server
@@ -49,8 +49,8 @@ def initial_arrays() -> dict[str, Array]:
     }
 
 
-def evaluate(arrays: Mapping[str, Array]) -> Evaluated:
-    return Evaluated(0.5, 100, "e" * 64)
+def evaluate(arrays: Mapping[str, Array]) -> Evaluation:
+    return Evaluation(0.5, 100, "e" * 64)
 
 
 class Device:
@@ -193,7 +193,7 @@ class World:
         *,
         log: EventLog | None = None,
         config: ServerConfig | None = None,
-        evaluate: Callable[[Mapping[str, Array]], Evaluated] = evaluate,
+        evaluate: Callable[[Mapping[str, Array]], Evaluation] = evaluate,
     ) -> Server:
         author = self.author if log is None else Author(log, self.author.key)
         return Server(log or self.log, self.blobs, author, config or self.config, evaluate=evaluate)

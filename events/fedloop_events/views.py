@@ -218,12 +218,16 @@ class RoundsView(Struct):
         return msgspec.msgpack.decode(state, type=cls)
 
 
-class Evaluated(Struct, frozen=True):
-    """Accuracy on one held-out set."""
+class Evaluation(Struct, frozen=True):
+    """Accuracy, from 0 to 1, on one held-out set. Raises ValueError for one that is not (NaN, above all)."""
 
     accuracy: float
     examples: int
     dataset_sha256: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError(f"an accuracy is from 0 to 1, not {self.accuracy!r}")
 
 
 class ReleaseState(Struct):
@@ -242,13 +246,13 @@ class ReleaseState(Struct):
     """Why it was rejected, or withdrawn."""
     withdrawn: bool = False
     """Published, and later rolled back."""
-    evaluations: dict[str, Evaluated] = {}
+    evaluations: dict[str, Evaluation] = {}
     """By held-out set, oldest first; of two on one set the first holds."""
     proposed_ms: int = 0
     decided_ms: int = 0
 
     @property
-    def evaluation(self) -> Evaluated | None:
+    def evaluation(self) -> Evaluation | None:
         """The latest one."""
         return next(reversed(self.evaluations.values()), None)
 
@@ -302,7 +306,7 @@ class ReleasesView(Struct):
         if state is None or state.model != payload.model:
             return
         if isinstance(payload, types.ReleaseEvaluated):
-            evaluated = Evaluated(payload.accuracy, payload.examples, payload.dataset_sha256)
+            evaluated = Evaluation(payload.accuracy, payload.examples, payload.dataset_sha256)
             state.evaluations.setdefault(payload.dataset_sha256, evaluated)
         elif state.status == "proposed":
             if isinstance(payload, types.ReleasePublished) and payload.blob == state.blob:

@@ -7,7 +7,7 @@ from fedloop_events.author import Author
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.identities import Identities
 from fedloop_events.projections import Reader
-from fedloop_events.views import Evaluated, ReleaseState, ReleasesView, RoundsView
+from fedloop_events.views import Evaluation, ReleaseState, ReleasesView, RoundsView
 from msgspec import Struct
 
 MAX_LINEAGE = 10_000
@@ -85,7 +85,7 @@ def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[An
     return steps
 
 
-def gate(candidate: Evaluated, incumbent: Evaluated, margin: float) -> Verdict:
+def gate(candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
     """A candidate passes if it is at most `margin` less accurate than the release in force, on the same held-out set."""
     if candidate.dataset_sha256 != incumbent.dataset_sha256:
         raise ValueError("two accuracies on different held-out sets say nothing about each other")

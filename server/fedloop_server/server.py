@@ -23,7 +23,7 @@ from fedloop_events.errors import BlobError, FencedError, LogError, TensorError
 from fedloop_events.log import START, Batch, EventLog, Position
 from fedloop_events.projections import Reader
 from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluated
+from fedloop_events.views import Evaluation
 from flwr.app import ConfigRecord
 
 from fedloop_server import actions, registry, scheduler
@@ -42,7 +42,7 @@ POLL_S: Final = 1.0
 """How long one step waits for news when there is nothing to do."""
 _Decided = types.ReleasePublished | types.ReleaseRejected
 
-Evaluate = Callable[[Mapping[str, Array]], Evaluated]
+Evaluate = Callable[[Mapping[str, Array]], Evaluation]
 """The accuracy of a release, given its tensors, on the server's held-out set."""
 
 

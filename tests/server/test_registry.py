@@ -9,7 +9,7 @@ from devices import World
 from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.log import EventLog
-from fedloop_events.views import Evaluated, ReleasesView
+from fedloop_events.views import Evaluation, ReleasesView
 from fedloop_server import registry
 
 
@@ -36,13 +36,13 @@ def world(tmp_path: Path) -> World:
     ],
 )
 def test_the_gate_lets_pass_what_is_at_most_a_margin_worse(candidate: float, current: float, margin: float, reason: str) -> None:
-    verdict = registry.gate(Evaluated(candidate, 10, "a"), Evaluated(current, 10, "a"), margin)
+    verdict = registry.gate(Evaluation(candidate, 10, "a"), Evaluation(current, 10, "a"), margin)
     assert verdict.reason == reason
 
 
 def test_accuracies_on_different_sets_are_not_compared() -> None:
     with pytest.raises(ValueError, match="held-out"):
-        registry.gate(Evaluated(0.9, 10, "a"), Evaluated(0.8, 10, "b"), 0.0)
+        registry.gate(Evaluation(0.9, 10, "a"), Evaluation(0.8, 10, "b"), 0.0)
 
 
 def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world: World) -> None:

@@ -19,7 +19,7 @@ from fedloop_events.envelope import Event
 from fedloop_events.errors import FencedError
 from fedloop_events.log import START, Batch, EventLog, Position
 from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluated
+from fedloop_events.views import Evaluation
 from fedloop_server import actions, registry
 from fedloop_server.config import ServerConfig
 from fedloop_server.rebuild import rebuild
@@ -400,9 +400,9 @@ def test_an_update_that_comes_after_its_round_has_closed_is_refused_as_late(tmp_
 # --- the gate and the registry ---------------------------------------------------------------------------------------
 
 
-def scored(*accuracies: float) -> Callable[[Mapping[str, Array]], Evaluated]:
+def scored(*accuracies: float) -> Callable[[Mapping[str, Array]], Evaluation]:
     left = iter(accuracies)
-    return lambda arrays: Evaluated(next(left), 100, "e" * 64)
+    return lambda arrays: Evaluation(next(left), 100, "e" * 64)
 
 
 def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(world: World) -> None:
@@ -418,9 +418,9 @@ def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(worl
 def test_a_new_held_out_set_measures_the_release_in_force_again(world: World) -> None:
     world.request(2)
     with world.serving():
-        server = world.server(evaluate=lambda arrays: Evaluated(0.9, 10, "a" * 64))
+        server = world.server(evaluate=lambda arrays: Evaluation(0.9, 10, "a" * 64))
         server.run(rounds=1)
-        until_idle(world.server(evaluate=lambda arrays: Evaluated(0.5, 20, "b" * 64)))
+        until_idle(world.server(evaluate=lambda arrays: Evaluation(0.5, 20, "b" * 64)))
     assert [each.status for each in world.releases.releases.values()] == ["published"] * 3
     assert list(list(world.releases.releases.values())[1].evaluations) == ["a" * 64, "b" * 64]
 
