@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.types import ModelSpec
-from fedloop_events.views import Evaluated
+from fedloop_events.views import Evaluation
 from msgspec import Struct
 
 from fedloop_cli.tables import Row
@@ -72,11 +72,11 @@ class Evaluator:
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None
 
-    def __call__(self, arrays: Mapping[str, Any]) -> Evaluated:
+    def __call__(self, arrays: Mapping[str, Any]) -> Evaluation:
         if self._model is None:
             from fedloop_clients.model import EmbeddingClassifier
 
             self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
         self._model.load(arrays)
         accuracy = self._model.accuracy(self._held.texts, self._held.labels)
-        return Evaluated(accuracy, len(self._held.texts), self._sha256)
+        return Evaluation(accuracy, len(self._held.texts), self._sha256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from importlib import resources
 from typing import Literal, NamedTuple
 
@@ -24,3 +25,12 @@ def load(part: Literal["train", "test"]) -> list[Message]:
         Message(row["text"], row["intent"], tuple((kind, value) for kind, value in json.loads(row["planted"])))
         for row in csv.DictReader(io.StringIO(text, newline=""))
     ]
+
+
+def ordinary_words() -> set[str]:
+    """The words of the templates, in lower case: a name that is also one of them proves nothing."""
+    from fedloop_cli.corpus import templates
+
+    texts = [*templates.OPENINGS, *templates.CLOSINGS, *templates.SHOPS, *templates.WEEKDAYS, *templates.DAYS]
+    texts += [text for known in templates.INTENTS.values() for text in known]
+    return {word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", text)}

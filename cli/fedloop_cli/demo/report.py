@@ -221,15 +221,7 @@ def _leaks(scene: Scene, log: EventLog) -> dict[leaks.Value, str]:
 
 
 def _needles(scene: Scene) -> leaks.Needles:
-    """Words that stand in the messages anyway, in lower case, are no names."""
-    ordinary = {
-        word.strip(".,!?:;()").lower()
-        for messages in scene.users.devices
-        for message in messages
-        for word in message.text.split()
-        if word[:1].islower()
-    }
-    return leaks.Needles(scene.users.planted, ordinary)
+    return leaks.Needles(scene.users.planted, scene.users.ordinary)
 
 
 def _masked(log: EventLog) -> dict[str, dict[str, int]]:

@@ -25,12 +25,14 @@ class Message(Struct, frozen=True):
 
 
 class Users(Struct, frozen=True):
-    """Everything the simulation knows. `planted` are the personal values in the messages by type, as they stand there."""
+    """Everything the simulation knows. `planted` are the personal values in the messages by type, as they stand there, and
+    `ordinary` the words, in lower case, that they hold besides."""
 
     devices: list[list[Message]]
     held_out: list[Message]
     labels: list[str]
     planted: set[tuple[str, str]]
+    ordinary: set[str]
     skipped: dict[str, int]
 
 
@@ -40,7 +42,7 @@ def invented(devices: int, seed: int) -> Users:
     spread_out = spread([Message(each.text, each.label) for each in messages], devices, seed)
     held_out = [Message(each.text, each.label) for each in corpus.load("test")]
     planted = {pair for each in messages for pair in each.planted}
-    return Users(spread_out, held_out, sorted({each.label for each in messages}), planted, {})
+    return Users(spread_out, held_out, sorted({each.label for each in messages}), planted, corpus.ordinary_words(), {})
 
 
 def from_files(data: Path, test: Path, devices: int, seed: int) -> Users:
@@ -53,7 +55,7 @@ def from_files(data: Path, test: Path, devices: int, seed: int) -> Users:
     spread_out = spread([Message(row.text, row.label) for row in train.rows], devices, seed)
     skipped = {f"{data.name}: {what}": count for what, count in train.skipped.items()}
     skipped |= {f"{test.name}: {what}": count for what, count in held_out.skipped.items()}
-    return Users(spread_out, [Message(row.text, row.label) for row in held_out.rows], labels, set(), skipped)
+    return Users(spread_out, [Message(row.text, row.label) for row in held_out.rows], labels, set(), set(), skipped)
 
 
 def spread(messages: Sequence[Message], devices: int, seed: int) -> list[list[Message]]:
