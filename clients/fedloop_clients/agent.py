@@ -67,6 +67,7 @@ class Agent:
         self._masker, self._app = masker, app
         self._following = Following(identity.client_id, identity.server_key, store.kept(FOLLOWING))
         self._reading, self._masking = threading.Lock(), threading.Lock()
+        self._running = 0
 
     @classmethod
     def enrol(
@@ -175,7 +176,13 @@ class Agent:
         loop = Loop(
             self.identity, self.settings, self._store, self._log, self._blobs, self._following, self._reading, self._masked
         )
-        loop.run(self._serve(), stop or threading.Event(), until)
+        with self._reading:
+            self._running += 1
+        try:
+            loop.run(self._serve(), stop or threading.Event(), until)
+        finally:
+            with self._reading:
+                self._running -= 1
 
     def status(self) -> Status:
         """Where the device stands, as of what it can read now."""
@@ -194,9 +201,10 @@ class Agent:
         self.close()
 
     def _read(self) -> None:
-        """Take in what is new in the log; without a connection the device goes by what it has read before."""
+        """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""
         with self._reading, suppress(UnreachableError):
-            self._following.catch_up(self._log)
+            if not self._running:
+                self._following.catch_up(self._log)
 
     def _spec(self) -> ModelSpec | None:
         return self._following.releases.models.get(self.settings.model)

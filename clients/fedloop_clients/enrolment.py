@@ -61,7 +61,9 @@ def enrol(
     or malformed, the budget makes no sense, or the folder holds another device.
     """
     _check_terms(client_id, epsilon, delta)
-    known = _identities(log)
+    reader = Reader(log, Identities())
+    reader.catch_up()
+    known = reader.fold
     if not known.origin:
         raise UsageError(f"the log at {location} belongs to no deployment", hint="the server creates one: fedloop server init")
     if client_id in known.clients and not (folder / FILE_NAME).exists():
@@ -86,7 +88,8 @@ def enrol(
             _check_same(identity, known, client_id, epsilon, delta)
         author = identity.author(log)
         Outbox(store, author).flush(log)
-        enrolled = _identities(log).clients.get(identity.client_id)
+        reader.catch_up()
+        enrolled = known.clients.get(identity.client_id)
         if enrolled is None or enrolled.public_key != author.key.public_key:
             raise UsageError(
                 f"another device was enrolled as {identity.client_id} at the same time",
@@ -150,12 +153,6 @@ def _check_same(identity: Identity, known: Identities, client_id: str | None, ep
             f"the store holds the device {identity.client_id} with epsilon {identity.epsilon} and delta {identity.delta}",
             hint="its budget is for life: open it as it is, or choose another store folder",
         )
-
-
-def _identities(log: EventLog) -> Identities:
-    reader = Reader(log, Identities())
-    reader.catch_up()
-    return reader.fold
 
 
 def _private(folder: Path) -> Path:

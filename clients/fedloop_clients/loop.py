@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -111,7 +111,7 @@ def read_status(identity: Identity, store: Store, following: Following, model: s
 
 
 class Loop:
-    """One device's loop. `reading` guards `following`, which other threads of the process read; `mask` raises `MaskingError`."""
+    """One device's loop. Under `reading` alone is `following` changed, which other threads read; `mask` raises `MaskingError`."""
 
     def __init__(
         self,
@@ -148,15 +148,10 @@ class Loop:
             rounds_per_day=self._settings.rounds_per_day,
         )
         with _alone(self._store.path.with_name("agent.lock")):
-            self._capture.retry_failed()
-            first = True
+            begun = False
             while not stop.is_set():
                 try:
-                    if first:
-                        self._following.check_end(self._log)
-                        # Before anything is said: a store that was restored learns here what it has said already.
-                        self._catch_up(0.0)
-                    first = False
+                    begun = begun or self._begin()
                     self._pass(answering)
                     self._problem = ""
                 except UnreachableError as error:
@@ -164,6 +159,13 @@ class Loop:
                 if until is not None and until(self._status()):
                     return
                 self._wait(stop)
+
+    def _begin(self) -> bool:
+        """Before anything is said: a store that was restored from a backup learns here what it has said already."""
+        self._following.check_end(self._log)
+        self._catch_up(0.0)
+        self._capture.retry_failed()
+        return True
 
     def _pass(self, answering: Answering) -> None:
         self._outbox.flush(self._log)
@@ -179,8 +181,9 @@ class Loop:
         if self._problem:
             stop.wait(RETRY_S)
             return
-        if not self._capture.unpublished(1):
-            self._log.read(TOPICS, self._following.position, limit=1, wait_s=IDLE_S)
+        with suppress(UnreachableError):  # the next pass meets it again, and says so
+            if not self._capture.unpublished(1):
+                self._log.read(TOPICS, self._following.position, limit=1, wait_s=IDLE_S)
 
     def _status(self) -> Status:
         return read_status(self._identity, self._store, self._following, self._settings.model, self._problem)
