@@ -292,7 +292,7 @@ class Loop:
 def _device() -> Literal["cpu", "cuda", "mps"]:
     """What this process trains on; "cpu" until it has loaded torch."""
     torch = sys.modules.get("torch")
-    if torch is None:
+    if torch is None or getattr(torch.__spec__, "_initializing", False):  # another thread may be loading it
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"

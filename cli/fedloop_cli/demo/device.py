@@ -10,11 +10,14 @@ import os
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from fedloop_events.errors import FedloopError
 from msgspec import Struct
 
 from fedloop_cli.demo.users import Message
@@ -52,38 +55,37 @@ class Progress(Struct, frozen=True):
     unmasked: int = 0
 
 
-def main(terms: Terms) -> int:
+def main(terms: Terms) -> None:
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(
         terms.deployment, terms.store, client_id=terms.client_id, epsilon=terms.epsilon, delta=terms.delta, key_from="file"
     ) as agent:
-        stop, failed = threading.Event(), threading.Event()
-        # Ends the process whatever the other thread waits for: it is started again, or the demo says why not.
-        runner = threading.Thread(target=_run, args=(agent, stop, failed), name="agent")
+        stop = threading.Event()
+        runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")
         runner.start()
-        _report(Progress(_given(Path(terms.store))))
-        for line in sys.stdin:
-            _write(agent, Path(terms.store), msgspec.json.decode(line, type=Wave))
+        _guarded(lambda: _listen(agent, Path(terms.store)))
         stop.set()
         runner.join()
-    return int(failed.is_set())
 
 
-def _run(agent: Agent, stop: threading.Event, failed: threading.Event) -> None:
-    from fedloop_events.errors import FedloopError
-
+def _guarded(work: Callable[[], None]) -> None:
+    """End the process if `work` fails, whatever its other thread waits for: the demo starts it again."""
     try:
-        agent.run(stop)
-    except FedloopError as error:
-        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        work()
     except Exception as error:
-        print(f"error: an internal error ({type(error).__name__})", file=sys.stderr, flush=True)
         if os.environ.get("FEDLOOP_TRACEBACK"):
-            raise
-    if not stop.is_set():
-        failed.set()
+            traceback.print_exc()
+        # The text of an error of ours holds nothing of a user's; another one's may.
+        message = error.message if isinstance(error, FedloopError) else f"an internal error ({type(error).__name__})"
+        print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _listen(agent: Agent, store: Path) -> None:
+    _report(Progress(_given(store)))
+    for line in sys.stdin:
+        _write(agent, store, msgspec.json.decode(line, type=Wave))
 
 
 def _write(agent: Agent, store: Path, wave: Wave) -> None:
@@ -129,4 +131,4 @@ def _report(progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(msgspec.json.decode(sys.argv[1], type=Terms)))
+    main(msgspec.json.decode(sys.argv[1], type=Terms))
