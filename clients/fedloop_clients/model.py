@@ -170,7 +170,10 @@ class EmbeddingClassifier:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, special ones included."""
-        return [len(ids) for ids in self._tokens(texts)]
+        known = {text: len(states) for text in texts if (states := self._cache.get(text)) is not None}
+        missing = list(dict.fromkeys(text for text in texts if text not in known))
+        known |= {text: len(ids) for text, ids in zip(missing, self._tokens(missing), strict=True)}
+        return [known[text] for text in texts]
 
     def batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States [B, T, d], padded to the longest, and their mask [B, T], on the model's device: what `tail` takes."""

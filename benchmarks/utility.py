@@ -1,0 +1,232 @@
+"""What private federated learning is worth: accuracy on banking77's test questions, with the parts that ship.
+
+`python -m benchmarks.utility [--epsilon 8 | --no-dp] [--rounds 8] [--clients 10] [--alpha 0.5] [--masked] [--seed 0]`
+
+Devices hold Dirichlet(alpha) shares of the training questions. Each round runs the server's terms, the devices' trainer and the
+server's merge, in one process and without the log. The classifier head alone, trained from the same first release under the
+same terms, is the baseline that an adapter has to beat. Reads banking77 from FEDLOOP_DATA, else from ../shared/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from fedloop_clients.model import Arrays, EmbeddingClassifier, describe
+from fedloop_clients.trainer import train
+from fedloop_events import tensors
+from fedloop_events.blobs import BlobStore
+from fedloop_events.errors import FedloopError, UsageError
+from fedloop_events.types import AcceptedUpdate, RoundOpened
+from fedloop_privacy.accounting import epsilon, noise_multiplier_for
+from fedloop_server.config import ServerConfig
+from fedloop_server.merging import merge
+from fedloop_server.planner import Planner, Terms
+from msgspec.structs import replace
+
+from benchmarks.harness import Row, scratch
+
+DELTA = 1e-5
+CACHE_BYTES = 1 << 30  # every question's state stays in memory
+AT_LEAST = {"private": 0.835, "plain": 0.87}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Texts and their labels."""
+
+    texts: Sequence[str]
+    labels: Sequence[str]
+
+    def take(self, indices: Sequence[int]) -> Questions:
+        return Questions([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+def banking77(part: str) -> Questions:
+    """The questions of `train` or `test`. Raises UsageError that names the file if it is not there."""
+    folder = Path(os.environ.get("FEDLOOP_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    path = folder / "banking77" / f"{part}.csv"
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: set FEDLOOP_DATA to a folder that holds banking77/{part}.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return Questions([row["text"] for row in rows], [row["category"] for row in rows])
+
+
+def dirichlet(labels: Sequence[str], clients: int, alpha: float, seed: int) -> list[list[int]]:
+    """Indices of each client's share: of every label, proportions drawn from Dirichlet(alpha) (Hsu et al. 2019)."""
+    random = np.random.default_rng(seed)
+    shares: list[list[int]] = [[] for _ in range(clients)]
+    for label in sorted(set(labels)):
+        indices = random.permutation(np.flatnonzero([each == label for each in labels]))
+        cuts = (np.cumsum(random.dirichlet([alpha] * clients)) * len(indices)).astype(int)[:-1]
+        for share, part in zip(shares, np.split(indices, cuts), strict=True):
+            share += part.tolist()
+    return shares
+
+
+class Federation:
+    """Devices with their questions, and one release after the other."""
+
+    def __init__(self, model: EmbeddingClassifier, shares: Sequence[Questions], test: Questions, blobs: BlobStore) -> None:
+        self.model, self.shares, self.test, self._blobs = model, shares, test, blobs
+
+    def round(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
+        """The release that all devices make of `release` under `terms`."""
+        opened = self._opened(number, release, terms, upload or terms.upload(list(release)))
+        accepted = []
+        for client, share in enumerate(self.shares):
+            self.model.load(release)
+            update = train(self.model, share.texts, share.labels, opened)
+            blob = self._blobs.put(tensors.encode(update))
+            weight = 1.0 if terms.mechanism else float(len(share.texts))
+            accepted.append(AcceptedUpdate(f"c{client}", f"{client:032x}", f"{client:032x}", blob, weight))
+        return merge(self._blobs, opened, release, accepted)
+
+    def rounds(self, first: int, last: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
+        for number in range(first, last + 1):
+            start = time.perf_counter()
+            release = self.round(number, release, terms, upload)
+            took_s = time.perf_counter() - start
+            print(f"  round {number}: accuracy {self.accuracy(release):.4f}, {took_s:.0f} s", file=sys.stderr, flush=True)
+        return release
+
+    def accuracy(self, release: Arrays) -> float:
+        self.model.load(release)
+        return self.model.accuracy(self.test.texts, self.test.labels)
+
+    def _opened(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str]) -> RoundOpened:
+        return RoundOpened(
+            origin="benchmark",
+            epoch=0,
+            run_id="main",
+            round_id=f"r{number:04d}",
+            request_id="benchmark",
+            number=number,
+            model="default",
+            base_release="base",
+            base=self._blobs.put(tensors.encode(release)),
+            kind=terms.kind,
+            strategy=terms.strategy,
+            cohort=[f"c{client}" for client in range(len(self.shares))],
+            quorum=len(self.shares),
+            deadline_s=60.0,
+            upload=list(upload),
+            max_upload_bytes=1 << 30,
+            max_update_norm=terms.max_update_norm,
+            mechanism=terms.mechanism,
+            hyperparameters=terms.hyperparameters,
+        )
+
+
+def private(federation: Federation, config: ServerConfig, seed: int) -> dict[str, float]:
+    """Accuracies at the budget of `config`: class sums alone, head alone, head and adapter."""
+    assert config.epsilon is not None
+    planner = Planner(config)
+    sums, training = planner.terms("sums"), planner.terms("train")
+    assert sums.mechanism is not None
+    assert training.mechanism is not None
+    initial = federation.model.initial_arrays(seed)
+    spent = epsilon([sums.mechanism] + [training.mechanism] * (config.planned_rounds - 1), config.delta)
+    print(f"epsilon {spent:.3f} of {config.epsilon:g} a client, delta {config.delta:g}", file=sys.stderr)
+    whole = replace(sums.mechanism, noise_multiplier=noise_multiplier_for(config.epsilon, config.delta, 1.0, 1))
+    first = federation.rounds(1, 1, initial, sums)
+    head = ["head.weight", "head.bias"]
+    return {
+        "class sums alone, the whole budget": federation.accuracy(federation.round(1, initial, replace(sums, mechanism=whole))),
+        "sums, then the head alone": federation.accuracy(federation.rounds(2, config.planned_rounds, first, training, head)),
+        f"sums, then head and LoRA ({config.merge})": federation.accuracy(
+            federation.rounds(2, config.planned_rounds, first, training)
+        ),
+    }
+
+
+def plain(federation: Federation, config: ServerConfig, seed: int) -> dict[str, float]:
+    """Accuracy without differential privacy."""
+    terms = Planner(config).terms("train")
+    release = federation.rounds(1, config.planned_rounds, federation.model.initial_arrays(seed), terms)
+    return {f"head and LoRA ({config.merge}), no privacy": federation.accuracy(release)}
+
+
+def federate(
+    folder: Path, rounds: int, clients: int, alpha: float, seed: int, *, part: float = 1.0, mask: bool = False
+) -> Federation:
+    """Banking77 (or a `part` of it) on `clients` devices, with the base model from its package."""
+    training, test = (_masked(banking77(name)) if mask else banking77(name) for name in ("train", "test"))
+    if part < 1:
+        random = np.random.default_rng(seed)
+        training, test = (q.take(random.permutation(len(q.texts))[: int(part * len(q.texts))].tolist()) for q in (training, test))
+    model = EmbeddingClassifier(describe(sorted(set(training.labels))), cache_bytes=CACHE_BYTES)
+    shares = [training.take(share) for share in dirichlet(training.labels, clients, alpha, seed)]
+    return Federation(model, shares, test, BlobStore(folder))
+
+
+def _masked(questions: Questions) -> Questions:
+    from fedloop_privacy.masking import Masker
+
+    return Questions([masked.text for masked in Masker().mask_many(questions.texts)], questions.labels)
+
+
+def rows(quick: bool) -> list[Row]:
+    """Head and adapter against the head alone at epsilon 8, and against the figures that are promised."""
+    rounds, clients, part = (2, 2, 0.05) if quick else (8, 10, 1.0)
+    with scratch() as folder:
+        federation = federate(folder, rounds, clients, 0.5, 0, part=part)
+        _, head, lora = private(federation, ServerConfig(epsilon=8.0, delta=DELTA, planned_rounds=rounds), 0).values()
+        (without,) = plain(federation, ServerConfig(epsilon=None, planned_rounds=rounds), 0).values()
+    return [
+        Row("banking77 at epsilon 8, head and LoRA", "head alone, same terms", lora, head, "accuracy", lora / head, 1.0),
+        Row(
+            "the same", f"promised {AT_LEAST['private']}", lora, AT_LEAST["private"], "accuracy", lora / AT_LEAST["private"], 1.0
+        ),
+        Row(
+            "no privacy",
+            f"promised {AT_LEAST['plain']}",
+            without,
+            AT_LEAST["plain"],
+            "accuracy",
+            without / AT_LEAST["plain"],
+            1.0,
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.utility", description=__doc__.splitlines()[0])
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--epsilon", type=float, help="with this budget alone (default: 8, and without privacy)")
+    budget.add_argument("--no-dp", action="store_true", help="without differential privacy alone")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution: smaller is less even")
+    parser.add_argument("--masked", action="store_true", help="mask the questions first, as a device does")
+    parser.add_argument("--seed", type=int, default=0, help="of the shares and the first release; noise has none")
+    given = parser.parse_args(arguments)
+    measured: dict[str, float] = {}
+    try:
+        with scratch() as folder:
+            federation = federate(folder, given.rounds, given.clients, given.alpha, given.seed, mask=given.masked)
+            if not given.no_dp:
+                config = ServerConfig(epsilon=given.epsilon or 8.0, delta=DELTA, planned_rounds=given.rounds)
+                measured |= private(federation, config, given.seed)
+            if given.no_dp or given.epsilon is None:
+                measured |= plain(federation, ServerConfig(epsilon=None, planned_rounds=given.rounds), given.seed)
+    except FedloopError as error:
+        print(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+        return error.exit_status
+    print(f"| banking77, {given.clients} clients, {given.rounds} rounds | accuracy on {len(federation.test.texts):,} questions |")
+    print("| --- | --- |")
+    for name, accuracy in measured.items():
+        print(f"| {name} | {accuracy:.4f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
