@@ -75,6 +75,11 @@ class TensorReader:
                 self._last = (ref.sha256, arrays)
             return self._last[1]
 
+    def forget(self) -> None:
+        """Let go of what is kept; what is asked for later is read again."""
+        with self._lock:
+            self._kept, self._kept_bytes, self._last = {}, 0, ("", {})
+
 
 class BlobArray(Array):
     """One tensor of a blob, read when asked.

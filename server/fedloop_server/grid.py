@@ -77,6 +77,7 @@ class LogGrid(Grid):
         round_id = None if round is None else round.round_id
         self._journal = Journal(log, author, self._identities, run_id=run_id, round_id=round_id, epoch=epoch, after=after)
         self._blobs, self._writer, self._checker = blobs, ContentWriter(blobs), ContentWriter(Unstored())
+        self._reader = TensorReader(blobs)
         self._listed: list[list[str]] = []
         self.set_run(flower.new_run(flower.run_number(self._identities.origin, run_id)))
 
@@ -191,8 +192,9 @@ class LogGrid(Grid):
         except KeyError:
             raise UsageError("a message id is not one that this run has pushed") from None
         known_specs = self._writer.specs | self._checker.specs
-        # A reader of its own for each collection: what it keeps is let go with the replies.
-        reader = TensorReader(self._blobs)
+        # Strategies hold on to the replies of the collection before: what was read for them is let go here.
+        self._reader.forget()
+        reader = self._reader = TensorReader(self._blobs)
         collection = Collection(self._journal.steps, sent, self._round, self._admission, reader, known_specs)
         closed = self._journal.replayed(step, RoundClosed)
         if closed is None:

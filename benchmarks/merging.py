@@ -1,0 +1,94 @@
+"""The mean of updates from the blob store, against reading and hashing the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from fedloop_events import tensors
+from fedloop_events.blobs import BlobStore
+from fedloop_events.tensors import TensorSpec
+from fedloop_events.types import BlobRef
+from fedloop_server.merging import weighted_mean
+
+from benchmarks.harness import Row, interleaved_s, peak_rss_bytes, rates, scratch
+
+EXTRA_BYTES = 64 << 20
+"""How much a merge may hold beside one model."""
+
+
+def rows(quick: bool) -> list[Row]:
+    sizes = [(4, 1_000_000)] if quick else [(100, 1_000_000), (10, 50_000_000)]
+    return [row for count, elements in sizes for row in _merge(count, elements, runs=1 if quick else 5)]
+
+
+def _merge(count: int, elements: int, *, runs: int) -> list[Row]:
+    what = f"mean of {count} updates of {elements // 1_000_000} M float32"
+    with scratch() as folder:
+        blobs, specs = BlobStore(folder), [TensorSpec("a", "F32", (elements,))]
+        updates = [(_update(blobs, seed, elements), 1.0 + seed) for seed in range(count)]
+        total_bytes = sum(ref.size_bytes for ref, _ in updates)
+
+        def ours() -> None:
+            weighted_mean(blobs, updates, specs)
+
+        def peer() -> None:
+            for ref, _ in updates:
+                _read_and_hash(folder / ref.sha256[:2] / ref.sha256[2:], ref)
+
+        ours_s, theirs_s = interleaved_s([ours, peer], runs=runs)
+        reports = [_in_a_process(folder, updates, elements, threads) for threads in (1, 2)]
+    same = len({report["sha256"] for report in reports}) == 1
+    peak, most = max(int(report["peak_bytes"]) for report in reports), elements * 4 + EXTRA_BYTES
+    gigabytes = total_bytes / 1e9
+    return [
+        rates(what, "reading and SHA-256 of the same bytes, 1 thread", gigabytes / ours_s, gigabytes / theirs_s, "GB/s", 0.7),
+        Row(f"{what}: peak memory", "one model and 64 MB", peak / 1e6, most / 1e6, "MB", most / peak, 1.0),
+        Row(f"{what}: with 1 and 2 threads", "the same bytes", float(same), 1.0, "", float(same), 1.0),
+    ]
+
+
+def _update(blobs: BlobStore, seed: int, elements: int) -> BlobRef:
+    random = np.random.default_rng(seed)
+    return blobs.put(tensors.encode({"a": random.standard_normal(elements, dtype=np.float32)}))
+
+
+def _read_and_hash(path: Path, ref: BlobRef) -> None:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    assert digest.hexdigest() == ref.sha256
+
+
+def _in_a_process(folder: Path, updates: list[tuple[BlobRef, float]], elements: int, threads: int) -> dict[str, str]:
+    """The hash of the mean, and what a process that merges holds beyond one that has only imported the same modules."""
+    arguments = json.dumps([str(folder), elements, [[ref.sha256, ref.size_bytes, weight] for ref, weight in updates]])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.merging"],
+        input=arguments,
+        env=os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report: dict[str, str] = json.loads(done.stdout)
+    return report
+
+
+def _main() -> None:
+    folder, elements, updates = json.load(sys.stdin)
+    before = peak_rss_bytes()
+    refs = [(BlobRef(sha256, size_bytes), weight) for sha256, size_bytes, weight in updates]
+    merged = weighted_mean(BlobStore(folder), refs, [TensorSpec("a", "F32", (elements,))])
+    peak_bytes = peak_rss_bytes() - before
+    print(json.dumps({"sha256": hashlib.sha256(merged["a"].data).hexdigest(), "peak_bytes": peak_bytes}))
+
+
+if __name__ == "__main__":
+    _main()
