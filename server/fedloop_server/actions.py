@@ -11,6 +11,7 @@ from typing import Self
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.identities import Client, Identities
+from fedloop_events.log import START, Position
 from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
 from fedloop_privacy.ledger import Ledger
 from msgspec import Struct
@@ -93,6 +94,9 @@ class State:
         self.people = Identities()
         self.said_ms = 0
         """The log's own clock, as of the last event that the server said."""
+        self.round_after = START
+        """Before everything that the open round rests on."""
+        self._epoch_after = START
         self._on_event = on_event
 
     def apply(self, record: Record, payload: types.Payload) -> None:
@@ -103,7 +107,12 @@ class State:
         elif record.topic == topics.AUDIT:
             self.ledger.apply(record, payload)
         else:
+            epoch, open_round = self.rounds.epoch, self.rounds.open_round
             self.rounds.apply(record, payload)
+            if self.rounds.epoch != epoch:
+                self._epoch_after = Position({record.stream: record.offset - 1})
+            if self.rounds.open_round is not open_round:
+                self.round_after = self._epoch_after
         if self._on_event is not None:
             self._on_event(record, payload)
 

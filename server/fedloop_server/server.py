@@ -243,6 +243,8 @@ class Server:
             epoch=self.epoch,
             round=opened,
             admission=Admission(ledger_check=self._ledger_check),
+            identities=self.state.people,
+            after=self.state.round_after,
         )
         strategy = FederatedLora(opened, self._blobs)
         messages = strategy.configure_train(opened.number, strategy.base(), ConfigRecord(), grid)
