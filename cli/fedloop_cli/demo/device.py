@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
 
 REPORT_EVERY: Final = 10
-SETTLE_TIMEOUT_S: Final = 300.0
+WAIT_TIMEOUT_S: Final = 300.0
 
 
 class Terms(Struct, frozen=True):
@@ -83,6 +83,7 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 def _listen(agent: Agent, store: Path) -> None:
+    _until(lambda: agent.status().release is not None)
     _report(Progress(_given(store)))
     for line in sys.stdin:
         _write(agent, store, msgspec.json.decode(line, type=Wave))
@@ -108,10 +109,14 @@ def _write(agent: Agent, store: Path, wave: Wave) -> None:
         _count(store, number + 1)
         if (number + 1) % REPORT_EVERY == 0:
             _report(Progress(number + 1))
-    deadline = time.monotonic() + SETTLE_TIMEOUT_S
-    while not (status := agent.status()).settled and time.monotonic() < deadline:
+    _until(lambda: agent.status().settled)
+    _report(Progress(_given(store), wave.number, sum(agent.status().failed.values())))
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
+    while not done() and time.monotonic() < deadline:
         time.sleep(0.1)
-    _report(Progress(_given(store), wave.number, sum(status.failed.values())))
 
 
 def _given(store: Path) -> int:
