@@ -99,9 +99,17 @@ class Deployment:
             mechanism=mechanism,
         )
 
-    def instruct(self, client_id: str, opened: RoundOpened | None, *, message_type: str = "train", ttl_s: float = 600) -> str:
+    def instruct(
+        self,
+        client_id: str,
+        opened: RoundOpened | None,
+        *,
+        message_type: str = "train",
+        ttl_s: float = 600,
+        base: BlobRef | None = None,
+    ) -> str:
         """Send one instruction of a round (or of none); its event id."""
-        content = Content(arrays={"arrays": self.base})
+        content = Content(arrays={"arrays": base or (opened.base if opened else self.base)})
         sent = types.InstructionSent(
             origin=ORIGIN,
             epoch=opened.epoch if opened else 1,

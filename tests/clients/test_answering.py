@@ -203,9 +203,9 @@ def test_only_a_release_of_the_log_is_trained_on(deployment: Deployment, enrol: 
     ):
         deployment.server.say(opened)
         deployment.instruct("phone", opened)
-    opened, deployment.base = deployment.opened("phone"), crafted
+    opened = deployment.opened("phone")
     deployment.server.say(opened)
-    deployment.instruct("phone", opened)
+    deployment.instruct("phone", opened, base=crafted)
     agent.run(until=answered(4))
     assert (declined(deployment), trainer.count()) == (["wrong-base", "wrong-base", "not-in-cohort", "wrong-base"], 0)
 
