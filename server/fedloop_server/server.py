@@ -31,7 +31,6 @@ from fedloop_server.actions import Action, OnEvent, State
 from fedloop_server.admission import Admission
 from fedloop_server.config import ServerConfig
 from fedloop_server.grid import LogGrid
-from fedloop_server.journal import start_epoch
 from fedloop_server.merging import MergeError, merge
 from fedloop_server.planner import Planner
 from fedloop_server.setup import MODEL, release_id
@@ -167,7 +166,7 @@ class Server:
         """`again` marks the ids of a second attempt."""
         match action:
             case actions.StartEpoch():
-                self.epoch = start_epoch(self._log, self._author, run_id=self.run_id, server_id=self.server_id)
+                self._start()
             case actions.RefuseLate():
                 self._refuse_late(action, again)
             case actions.OpenRound():
@@ -184,6 +183,15 @@ class Server:
                 self._decide(action.release, action.verdict, again)
             case actions.Wait():
                 pass
+
+    def _start(self) -> None:
+        """Two servers that start at once get an epoch each, and the later one goes on."""
+        while not self.epoch:
+            epoch = self.state.rounds.epoch + 1
+            self._say(types.EpochStarted(**self._run() | {"epoch": epoch}, server_id=self.server_id), "epoch", epoch)
+            self._read()
+            if self.state.rounds.server_id == self.server_id:
+                self.epoch = epoch
 
     def _refuse_late(self, action: actions.RefuseLate, again: str) -> None:
         refused = types.UpdateRefused(
