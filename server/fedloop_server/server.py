@@ -95,8 +95,8 @@ class Server:
         self._clock = (0, 0.0)
         self._stop = threading.Event()
 
-    def run(self, stop: threading.Event | None = None, rounds: int | None = None) -> int:
-        """Go on until `stop` is set, or `rounds` rounds have ended from now on; how many have.
+    def run(self, stop: threading.Event | None = None, rounds: int | None = None, *, until_idle: bool = False) -> int:
+        """Go on until `stop` is set, `rounds` rounds have ended from now on, or (`until_idle`) none is requested; how many have.
 
         A round ends when its release is published or rejected, or when it is aborted. Raises FencedError when another server has
         taken over.
@@ -106,8 +106,10 @@ class Server:
         before, ended = self._ended(), 0
         try:
             while not self._stop.is_set() and (rounds is None or ended < rounds):
-                self.step()
+                action = self.step()
                 ended = self._ended() - before
+                if until_idle and isinstance(action, actions.Wait) and self.state.rounds.pending is None:
+                    break
         except _StoppedError:
             pass
         return ended

@@ -114,16 +114,20 @@ def test_rounds_without_privacy_train_everything_from_the_first_one_on(tmp_path:
     assert rebuild(world.log, world.blobs).identical
 
 
-def test_run_ends_after_so_many_rounds_or_when_it_is_told_to_stop(world: World) -> None:
+def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_told_to_stop(tmp_path: Path) -> None:
+    world = enrolled(World(tmp_path / "deployment", replace(CONFIG, planned_rounds=4)))
     world.request(3)
     with world.serving():
         assert world.server().run(rounds=2) == 2
-    assert len(world.releases.releases) == 3
+        assert world.server().run(until_idle=True) == 1
+    assert len(world.releases.releases) == 4
     stop, seen = threading.Event(), threading.Event()
 
     def watch(record: object, payload: types.Payload) -> None:
-        if isinstance(payload, types.InstructionSent) and payload.round_id == "r0003":
+        if isinstance(payload, types.InstructionSent) and payload.round_id == "r0004":
             seen.set()
+
+    world.request(1, "q2")
 
     server = Server(world.log, world.blobs, world.author, world.config, evaluate=half, on_event=watch)
     thread = threading.Thread(target=server.run, args=(stop,))
