@@ -23,8 +23,7 @@ from msgspec import Struct
 
 from fedloop_server import registry
 from fedloop_server.merging import merge
-
-MODEL = "default"
+from fedloop_server.setup import MODEL
 
 
 class RebuildError(FedloopError):

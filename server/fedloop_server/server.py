@@ -11,16 +11,15 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 
-from fedloop_events import ids, tensors, topics, types
+from fedloop_events import ids, tensors, types
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
-from fedloop_events.envelope import Event
 from fedloop_events.errors import BlobError, FencedError, LogError, TensorError
-from fedloop_events.log import START, Batch, EventLog, Position
+from fedloop_events.log import EventLog
 from fedloop_events.projections import Reader
 from fedloop_events.tensors import Array
 from fedloop_events.views import Evaluation
@@ -35,6 +34,7 @@ from fedloop_server.merging import MergeError, merge
 from fedloop_server.planner import Planner
 from fedloop_server.setup import MODEL, release_id
 from fedloop_server.strategies import FederatedLora
+from fedloop_server.watched import StoppedError, WatchedLog
 
 RUN: Final = "main"
 POLL_S: Final = 1.0
@@ -110,7 +110,7 @@ class Server:
                 ended = self._ended() - before
                 if until_idle and isinstance(action, actions.Wait) and self.state.rounds.pending is None:
                     break
-        except _StoppedError:
+        except StoppedError:
             pass
         return ended
 
@@ -244,7 +244,7 @@ class Server:
         """Run the round on Flower: instructions out, answers in, until all have come or the deadline is over."""
         opened = self.state.rounds.rounds[round_id].opened
         assert opened is not None
-        log = _Watched(self._log, self._stop, self._read)
+        log = WatchedLog(self._log, self._stop, self._read)
         grid = LogGrid(
             log,
             self._blobs,
@@ -331,33 +331,3 @@ class Server:
 
     def _arrays(self, blob: types.BlobRef) -> dict[str, Array]:
         return tensors.decode(self._blobs.get(blob))
-
-
-class _StoppedError(Exception):
-    """The loop was told to stop while a round waited."""
-
-
-class _Watched:
-    """The log as a round's grid sees it: with each look at it the server looks too, and may be told to stop."""
-
-    def __init__(self, log: EventLog, stop: threading.Event, look: Callable[[], None]) -> None:
-        self._log, self._stop, self._look = log, stop, look
-
-    def append(self, events: Sequence[Event]) -> None:
-        self._log.append(events)
-
-    def read(
-        self, topics: Collection[str] = topics.ALL, after: Position = START, *, limit: int = 1000, wait_s: float = 0.0
-    ) -> Batch:
-        if self._stop.is_set():
-            raise _StoppedError
-        batch = self._log.read(topics, after, limit=limit, wait_s=wait_s)
-        if batch.records:
-            self._look()
-        return batch
-
-    def end(self) -> Position:
-        return self._log.end()
-
-    def close(self) -> None:
-        self._log.close()
