@@ -1,0 +1,196 @@
+"""What a round costs when training costs nothing: clients in processes of their own over the SQLite log, against Flower's own.
+
+`python -m benchmarks.rounds ours|ray FOLDER CLIENTS MEGABYTES ROUNDS` measures one candidate and prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from fedloop_events.author import Author
+from fedloop_events.blobs import BlobStore
+from fedloop_events.identities import Identities
+from fedloop_events.projections import Reader
+from fedloop_events.signatures import SigningKey
+from fedloop_events.simulated import SimulatedClient
+from fedloop_events.sqlite import SqliteLog
+from fedloop_events.types import DeploymentCreated
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from msgspec import Struct
+
+from benchmarks import superlink
+from benchmarks.harness import Row, costs, peak_rss_bytes, scratch
+
+TENSORS = 8
+LIMIT_S = 300.0
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"}
+
+
+class Report(Struct, frozen=True):
+    """Seconds a round after the first (median), and the most memory that the server's process held."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def rows(quick: bool) -> list[Row]:
+    if quick:
+        return _against_ray(2, 1, 3, 0.0)
+    return [
+        *_against_ray(2, 1, 12, 1.0),
+        *_against_ray(10, 1, 12, 1.0),
+        *_against_ray(10, 10, 8, 0.67),
+        _against_superlink(2, 1, 4, 50.0),
+        _against_superlink(10, 10, 3, 10.0),
+    ]
+
+
+def _against_ray(clients: int, megabytes: int, rounds: int, at_least: float) -> list[Row]:
+    what, peer = f"round, {clients} clients x {megabytes} MB", "Flower simulation on Ray, in memory"
+    ours, theirs = (_measure(name, clients, megabytes, rounds) for name in ("ours", "ray"))
+    memory = costs(f"{what}: server's peak memory", peer, ours.peak_bytes / 1e6, theirs.peak_bytes / 1e6, "MB", 2.0)
+    return [costs(what, peer, ours.seconds, theirs.seconds, "s", at_least), memory]
+
+
+def _against_superlink(clients: int, megabytes: int, rounds: int, at_least: float) -> Row:
+    what, peer = f"round, {clients} clients x {megabytes} MB", "Flower SuperLink and SuperNodes, loopback"
+    ours = _measure("ours", clients, megabytes, 3 * rounds)
+    with scratch() as folder:
+        theirs_s = superlink.seconds_a_round(folder, clients, megabytes, rounds)
+    return costs(what, peer, ours.seconds, theirs_s, "s", at_least)
+
+
+def _measure(candidate: str, clients: int, megabytes: int, rounds: int) -> Report:
+    with scratch() as folder:
+        arguments = [candidate, str(folder), str(clients), str(megabytes), str(rounds)]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.rounds", *arguments],
+            env=os.environ | QUIET,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=LIMIT_S,
+        )
+    report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return Report(report["seconds"], int(report["peak_bytes"]))
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+def trivial_app() -> ClientApp:
+    """Adds the client's number to what it gets."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        number = np.float32(float(str(context.node_config["partition-id"])))
+        arrays = ArrayRecord(
+            {name: Array(array.numpy() + number) for name, array in message.content.array_records["arrays"].items()}
+        )
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    return app
+
+
+def timed_rounds(grid: Grid, clients: int, megabytes: int, rounds: int) -> float:
+    """Run FedAvg; the median of the seconds between the ends of consecutive rounds."""
+    ends: list[float] = []
+
+    def at_end(_: int, __: ArrayRecord) -> None:
+        ends.append(time.perf_counter())
+
+    elements = megabytes * 1_000_000 // 4 // TENSORS
+    arrays = ArrayRecord({f"layer-{i}": Array(np.zeros(elements, np.float32)) for i in range(TENSORS)})
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
+    result = strategy.start(grid, arrays, num_rounds=rounds, timeout=LIMIT_S, evaluate_fn=at_end)
+    mean = rounds * (clients - 1) / 2
+    assert np.allclose(result.arrays["layer-0"].numpy(), mean), "every client took part in every round"
+    return statistics.median(later - earlier for earlier, later in pairwise(ends[1:]))
+
+
+def run_ours(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
+    from fedloop_server.grid import LogGrid
+    from fedloop_server.journal import start_epoch
+
+    key = SigningKey.generate()
+    log = SqliteLog(folder / "log.sqlite")
+    author = Author(log, key)
+    author.say(DeploymentCreated(origin="benchmark", public_key=key.public_key))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_serve, args=(folder, number), daemon=True) for number in range(clients)]
+    for process in processes:
+        process.start()
+    try:
+        _wait_until_enrolled(log, clients)
+        epoch = start_epoch(log, author, run_id="run", server_id="server")
+        grid = LogGrid(log, BlobStore(folder / "blobs"), author, run_id="run", epoch=epoch)
+        return timed_rounds(grid, clients, megabytes, rounds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _serve(folder: Path, number: int) -> None:
+    log, blobs = SqliteLog(folder / "log.sqlite"), BlobStore(folder / "blobs")
+    config: dict[str, bool | float | int | str] = {"partition-id": number}
+    client = SimulatedClient(log, blobs, f"client-{number}", trivial_app(), node_id=1000 + number, node_config=config)
+    client.enrol()
+    client.run(threading.Event())
+
+
+def _wait_until_enrolled(log: SqliteLog, clients: int) -> None:
+    reader, deadline = Reader(log, Identities()), time.monotonic() + LIMIT_S
+    while len(reader.fold.clients) < clients:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the clients did not enrol")
+        reader.wait(1.0)
+
+
+def run_ray(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
+    from flwr.simulation import run_simulation
+
+    server, seconds = ServerApp(), []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        seconds.append(timed_rounds(grid, clients, megabytes, rounds))
+
+    run_simulation(
+        server,
+        trivial_app(),
+        clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
+        },
+    )
+    return float(seconds[0])
+
+
+def _main(candidate: str, folder: str, *numbers: str) -> None:
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    clients, megabytes, rounds = map(int, numbers)
+    seconds = {"ours": run_ours, "ray": run_ray}[candidate](Path(folder), clients, megabytes, rounds)
+    with suppress(BrokenPipeError):
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_rss_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
