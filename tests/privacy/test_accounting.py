@@ -87,6 +87,8 @@ def test_one_gaussian_release_is_exact_by_balle_and_wang(noise_multiplier: float
 def test_gaussians_compose_to_one() -> None:
     together = epsilon([mechanism(1.0, 2.0, 4)], DELTA)
     assert together == pytest.approx(epsilon([mechanism(1.0, 1.0, 1)], DELTA), abs=1e-6)
+    apart = epsilon([mechanism(1.0, 2.0, 1), mechanism(1.0, 2.0, 1), mechanism(1.0, 1.0, 1)], DELTA)
+    assert apart == pytest.approx(epsilon([mechanism(1.0, 1.5**-0.5, 1)], DELTA), abs=1e-6)
 
 
 def test_nothing_spent_costs_nothing_and_order_does_not_matter() -> None:
@@ -149,7 +151,7 @@ def test_more_noise_fewer_steps_and_rarer_sampling_cost_less(m: Mechanism) -> No
 
 @pytest.mark.parametrize(
     ("target", "rate", "steps", "spent"),
-    [(8.0, 0.1, 70, [mechanism(1.0, 1.08, 1)]), (1.0, 0.05, 40, []), (4.0, 1.0, 1, []), (0.1, 1.0, 1, [])],
+    [(8.0, 0.1, 70, [mechanism(1.0, 1.08, 1)]), (1.0, 0.05, 40, []), (4.0, 1.0, 1, []), (60.0, 1.0, 1, []), (0.1, 1.0, 1, [])],
 )
 def test_calibrated_noise_meets_its_target_from_below(target: float, rate: float, steps: int, spent: list[Mechanism]) -> None:
     noise_multiplier = noise_multiplier_for(target, DELTA, rate, steps, spent)
