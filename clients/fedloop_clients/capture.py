@@ -127,10 +127,11 @@ class Capture:
                     "no response of this device has this response_id",
                     hint=f"use the id that predict() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
                 )
-            target = _target(response[0], said, labels)
+            target, standing = _target(response[0], said, labels)
             db.execute(
-                "INSERT INTO feedback (feedback_id, response_id, digest, said, target, state) VALUES (?, ?, ?, ?, ?, 'captured')",
-                (feedback_id, response_id, digest, msgspec.json.encode(said), target),
+                "INSERT INTO feedback (feedback_id, response_id, digest, said, target, standing, state)"
+                " VALUES (?, ?, ?, ?, ?, ?, 'captured')",
+                (feedback_id, response_id, digest, msgspec.json.encode(said), target, standing),
             )
         return Feedback(feedback_id, response_id, target)
 
@@ -167,7 +168,10 @@ class Capture:
             )
 
     def examples(self, labels: Sequence[str]) -> list[tuple[str, str]]:
-        """(masked text, label) of every response whose latest feedback teaches one of `labels`, oldest first."""
+        """(masked text, label) of every response whose feedback teaches one of `labels`, oldest first.
+
+        Of several pieces of feedback the latest that names a label holds; where none does, the latest thumb or rating.
+        """
         found = self._store.rows(_EXAMPLES.format(what="masked, target"))
         pairs = ((msgspec.json.decode(masked, type=MaskedText).text, target) for masked, target in found)
         return [(text, target) for text, target in pairs if target in labels]
@@ -196,7 +200,7 @@ class Capture:
 _EXAMPLES: Final = """
 SELECT {what} FROM feedback JOIN responses USING (response_id)
 WHERE target IS NOT NULL AND masked IS NOT NULL AND number = (
-    SELECT max(number) FROM feedback AS later WHERE later.response_id = feedback.response_id
+    SELECT number FROM feedback AS each WHERE each.response_id = feedback.response_id ORDER BY standing DESC, number DESC LIMIT 1
 ) ORDER BY number
 """
 
@@ -242,17 +246,19 @@ def _check_label(label: str, labels: Sequence[str]) -> None:
         )
 
 
-def _target(predicted: str, said: Said, labels: Sequence[str]) -> str | None:
-    """The label that this feedback teaches: the one given, or the predicted one where the user was content with it."""
+def _target(predicted: str, said: Said, labels: Sequence[str]) -> tuple[str | None, int]:
+    """The label that this feedback teaches (the one given, or the predicted one where the user was content with it), and how
+    much it weighs beside other feedback on the response: 2 if it names a label, 1 if it judges the predicted one, else 0."""
     if said.label is not None:
-        return said.label
+        return said.label, 2
     if said.correction is not None:
         named = said.correction.strip().casefold()
         for label in labels:
             if label.casefold() == named:
-                return label
+                return label, 2
     content = said.thumb == "up" or (said.thumb is None and said.rating is not None and said.rating >= 4)
-    return predicted if content else None
+    remark_only = said.thumb is None and said.rating is None and said.correction is None
+    return predicted if content else None, 0 if remark_only else 1
 
 
 def _identifier(name: str, given: str | None) -> str:

@@ -40,10 +40,11 @@ CREATE TABLE feedback (
     digest BLOB NOT NULL,    -- of everything the user said: the same id with another digest is refused
     said BLOB,               -- JSON, as the user wrote it, until it is published
     target TEXT,             -- the label that it teaches, if any
+    standing INTEGER NOT NULL, -- 2: it names a label; 1: it judges the predicted one; 0: a remark
     state TEXT NOT NULL CHECK (state IN ('captured', 'published', 'failed')),
     failure TEXT
 ) STRICT;
-CREATE INDEX feedback_response ON feedback (response_id, number);
+CREATE INDEX feedback_response ON feedback (response_id, standing, number);
 CREATE INDEX feedback_state ON feedback (state, number);
 CREATE TABLE outbox (
     seq INTEGER PRIMARY KEY,

@@ -66,12 +66,22 @@ def test_what_feedback_teaches(capture: Capture, response: str, said: Said, teac
     assert capture.count_examples() == len(capture.examples(LABELS))
 
 
-def test_the_latest_feedback_of_a_response_holds(capture: Capture, response: str) -> None:
-    capture.say(response, Said(thumb="up"), LABELS)
-    capture.say(response, Said(label="loan"), LABELS)
-    assert capture.examples(LABELS) == [("my card is gone", "loan")]
+def test_the_latest_verdict_on_a_response_holds_and_a_remark_changes_nothing(capture: Capture, response: str) -> None:
     capture.say(response, Said(thumb="down"), LABELS)
     assert capture.examples(LABELS) == []
+    capture.say(response, Said(rating=5), LABELS)
+    capture.say(response, Said(comment="at last"), LABELS)
+    assert [text for text, _ in capture.examples(LABELS)] == ["my card is gone"]
+    capture.say(response, Said(correction="it was about something else"), LABELS)
+    assert capture.examples(LABELS) == []
+
+
+def test_the_latest_label_holds_whatever_is_said_of_the_predicted_one(capture: Capture, response: str) -> None:
+    capture.say(response, Said(label="transfer"), LABELS)
+    capture.say(response, Said(label="loan"), LABELS)
+    capture.say(response, Said(thumb="down", rating=1, comment="not what I asked"), LABELS)
+    assert capture.examples(LABELS) == [("my card is gone", "loan")]
+    assert capture.count_examples() == 1
 
 
 def test_the_same_feedback_id_is_the_same_feedback(capture: Capture, response: str) -> None:

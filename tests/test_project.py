@@ -1,0 +1,55 @@
+"""What must always hold in the project's own files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("events", "privacy", "clients", "server", "cli")
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "torch.hub.load"}
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_nothing_that_ships_can_run_code_from_data() -> None:
+    """No pickle in any of its forms, no `eval`, no loader that runs what it loads. Schemas are written by a developer's tool."""
+    found = []
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            bad = [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES and path.name != "schemas.py"]
+            bad += [ast.unparse(node.func)] if isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS else []
+            found += [f"{path.relative_to(ROOT)}: {name}" for name in bad]
+    assert not found
+
+
+def test_the_lock_pins_every_package_with_a_hash_and_names_no_address() -> None:
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert not re.search(r"://|--index|--find-links|--extra-index", lock)
+    pinned = re.findall(r"^([a-z0-9][a-z0-9._-]*)==\S+.*?((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)", lock, re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^[a-z0-9]", lock, re.MULTILINE)) > 50
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_says_that_it_is_typed(package: str) -> None:
+    assert (ROOT / package / f"fedloop_{package}" / "py.typed").exists()
+
+
+def test_tracked_files_name_no_folder_of_a_developers_machine() -> None:
+    listed = subprocess.run(
+        ["git", "grep", "-nIE", r"(^|[^A-Za-z0-9_./])/(home|root|work|Users)/"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = [line for line in listed.stdout.splitlines() if not line.startswith("tests/test_project.py")]
+    assert not lines
