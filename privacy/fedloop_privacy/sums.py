@@ -62,6 +62,10 @@ def _clipped(rows: NDArray[np.float64], most: float) -> NDArray[np.float64]:
 
 
 def _norms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Norms [n, 1], 1 where the row is zero or not finite."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    """Norms [n, 1], 1 where the row is zero or not finite; column by column, so that no machine adds in another order."""
+    squares = np.zeros(len(rows))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for column in rows.T:
+            squares += column * column
+    norms = np.sqrt(squares)[:, np.newaxis]
     return np.where((norms > 0) & np.isfinite(norms), norms, 1.0)
