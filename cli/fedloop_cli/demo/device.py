@@ -1,12 +1,13 @@
-"""One device of the demo, and its user: `python -m fedloop_cli.demo.device` with its terms as JSON.
+"""One device of the demo, and its user.
 
-The device is the agent of `fedloop_clients`, through its public interface. What its user writes comes on standard input, so that
-it stands in no file but the agent's own encrypted store; how far things are goes to standard output. It ends when its input does.
+The device is the agent of `fedloop_clients`, through its public interface. What its user writes comes on a channel, so that it
+stands in no file but the agent's own encrypted store; how far things are is said there too. It ends when the channel does.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -55,7 +56,7 @@ class Progress(Struct, frozen=True):
     unmasked: int = 0
 
 
-def main(terms: Terms) -> None:
+def main(terms: Terms, channel: socket.socket) -> None:
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(
@@ -64,7 +65,7 @@ def main(terms: Terms) -> None:
         stop = threading.Event()
         runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")
         runner.start()
-        _guarded(lambda: _listen(agent, Path(terms.store)))
+        _guarded(lambda: User(agent, Path(terms.store), channel).live())
         stop.set()
         runner.join()
 
@@ -82,58 +83,55 @@ def _guarded(work: Callable[[], None]) -> None:
         os._exit(1)
 
 
-def _listen(agent: Agent, store: Path) -> None:
-    _until(lambda: agent.status().release is not None)
-    _report(Progress(_given(store)))
-    for line in sys.stdin:
-        _write(agent, store, msgspec.json.decode(line, type=Wave))
+class User:
+    """Writes messages, reads the answers, and says whether they are right."""
 
+    def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:
+        self._agent, self._channel = agent, channel
+        self._count = store / "given"
+        """How many messages were written, over all the device's processes."""
 
-def _write(agent: Agent, store: Path, wave: Wave) -> None:
-    """The user writes, reads the answer, and says whether it is right."""
-    from fedloop_clients.capture import ConflictingFeedbackError
+    def live(self) -> None:
+        _until(lambda: self._agent.status().release is not None)
+        self._report(Progress(self._given()))
+        with self._channel.makefile("rb") as lines:
+            for line in lines:
+                self._write(msgspec.json.decode(line, type=Wave))
 
-    given = _given(store)
-    for number, message in enumerate(wave.messages, wave.first):
-        if number < given:
-            continue
-        response = agent.predict(message.text)
+    def _write(self, wave: Wave) -> None:
+        given = self._given()
+        for number, message in enumerate(wave.messages, wave.first):
+            if number >= given:
+                self._react(number, message)
+                if (number + 1) % REPORT_EVERY == 0:
+                    self._report(Progress(number + 1))
+        _until(lambda: self._agent.status().settled)
+        self._report(Progress(self._given(), wave.number, sum(self._agent.status().failed.values())))
+
+    def _react(self, number: int, message: Message) -> None:
+        from fedloop_clients.capture import ConflictingFeedbackError
+
+        response = self._agent.predict(message.text)
         right = response.label == message.label
         with suppress(ConflictingFeedbackError):  # killed after it was recorded and before that was counted
-            agent.feedback(
+            self._agent.feedback(
                 response.response_id,
                 thumb="up" if right else None,
                 label=None if right else message.label,
                 feedback_id=f"message-{number}",
             )
-        _count(store, number + 1)
-        if (number + 1) % REPORT_EVERY == 0:
-            _report(Progress(number + 1))
-    _until(lambda: agent.status().settled)
-    _report(Progress(_given(store), wave.number, sum(agent.status().failed.values())))
+        temporary = self._count.with_name(".given")
+        temporary.write_text(str(number + 1))
+        temporary.replace(self._count)
+
+    def _given(self) -> int:
+        return int(self._count.read_text()) if self._count.exists() else 0
+
+    def _report(self, progress: Progress) -> None:
+        self._channel.sendall(msgspec.json.encode(progress) + b"\n")
 
 
 def _until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not done() and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def _given(store: Path) -> int:
-    """How many messages this device's user has written, over all its processes."""
-    path = store / "given"
-    return int(path.read_text()) if path.exists() else 0
-
-
-def _count(store: Path, given: int) -> None:
-    temporary = store / ".given"
-    temporary.write_text(str(given))
-    temporary.replace(store / "given")
-
-
-def _report(progress: Progress) -> None:
-    print(msgspec.json.encode(progress).decode(), flush=True)
-
-
-if __name__ == "__main__":
-    main(msgspec.json.decode(sys.argv[1], type=Terms))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from fedloop_events.log import EventLog, read_all
@@ -19,30 +19,31 @@ SHORTEST: Final = 4
 SHORTEST_IN_BINARY: Final = 8
 _BLOCK: Final = 32 << 20
 _OVERLAP: Final = 1024
+_HASH_BITS: Final = 20
 
 Value = tuple[str, str]
 """Type and value."""
 
 
 class Needles:
-    """Values to look for, by their first four bytes."""
+    """Values to look for, found through a hash of their first four bytes."""
 
     def __init__(self, planted: Iterable[Value], ordinary: Iterable[str]) -> None:
-        """`ordinary` are words that stand in the messages anyway: a name that is also one of them is not looked for alone."""
+        """`ordinary` are words that stand in the messages anyway: a name that is also one of them is not looked for."""
         plain = set(ordinary)
-        self._by_key: dict[int, list[tuple[bytes, Value]]] = defaultdict(list)
+        self.values: set[Value] = set()
+        """What is looked for: each word of a person's name is a value by itself."""
         for kind, value in planted:
-            self._add(value, (kind, value))
-            if kind == "PERSON":
-                for word in value.split():
-                    if word.lower() not in plain:
-                        self._add(word, (kind, value))
-        self._keys = np.array(sorted(self._by_key), dtype="<u4")
-
-    def _add(self, text: str, value: Value) -> None:
-        data = text.encode()
-        if len(data) >= SHORTEST:
-            self._by_key[int.from_bytes(data[:SHORTEST], "little")].append((data, value))
+            words = value.split() if kind == "PERSON" else []
+            self.values.update((kind, each) for each in (value, *words) if each.lower() not in plain)
+        self._by_key: dict[int, list[tuple[bytes, Value]]] = defaultdict(list)
+        self._hashes = np.zeros(1 << _HASH_BITS, dtype=bool)
+        for kind, value in sorted(self.values):
+            data = value.encode()
+            if len(data) >= SHORTEST:
+                key = int.from_bytes(data[:SHORTEST], "little")
+                self._by_key[key].append((data, (kind, value)))
+                self._hashes[_hash(np.array([key], dtype="<u4"))] = True
 
     def found_in(self, data: bytes, *, binary: bool) -> set[Value]:
         """The values that stand in `data`; those shorter than eight bytes as whole words, and in text alone."""
@@ -52,9 +53,9 @@ class Needles:
             if count <= 0:
                 break
             keys = np.frombuffer(data, "<u4", count, shift)
-            for index in np.flatnonzero(np.isin(keys, self._keys)).tolist():
+            for index in np.flatnonzero(self._hashes[_hash(keys)]).tolist():
                 at = shift + SHORTEST * index
-                for needle, value in self._by_key[int(keys[index])]:
+                for needle, value in self._by_key.get(int(keys[index]), ()):
                     if value not in found and data.startswith(needle, at) and _counts(data, at, needle, binary):
                         found.add(value)
         return found
@@ -87,6 +88,11 @@ def _counts(data: bytes, at: int, needle: bytes, binary: bool) -> bool:
     if len(needle) >= SHORTEST_IN_BINARY:
         return True
     return not binary and not _letter(data[at - 1 : at]) and not _letter(data[at + len(needle) : at + len(needle) + 1])
+
+
+def _hash(keys: np.ndarray[Any, np.dtype[np.uint32]]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Multiplicative hashing (Knuth, TAOCP 3, section 6.4)."""
+    return keys * np.uint32(2_654_435_761) >> np.uint32(32 - _HASH_BITS)
 
 
 def _letter(byte: bytes) -> bool:

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from fedloop_cli import deploying, requests, state, tables
 from fedloop_cli.demo import device, users
-from fedloop_cli.demo.processes import Child
+from fedloop_cli.demo.processes import Child, Nursery
 
 DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
@@ -63,9 +63,7 @@ def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
     Every process is gone when this returns or raises. Raises `FedloopError` if a process does not stay up, or nothing happens
     for `STALL_TIMEOUT_S`.
     """
-    _deploy(scene)
-    refresh()
-    with _processes(scene) as children:
+    with _processes(scene, refresh) as children:
         devices = {child.name: child for child in children if child.name in scene.progress}
         schedule = {
             name: users.waves(len(messages), scene.options.rounds)
@@ -76,7 +74,7 @@ def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
             for name, messages in zip(scene.devices, scene.users.devices, strict=True):
                 first = schedule[name][number - 1] if number else 0
                 wave = device.Wave(number + 1, first, messages[first : schedule[name][number]])
-                devices[name].send(msgspec.json.encode(wave).decode())
+                devices[name].send(msgspec.json.encode(wave))
             _until(scene, children, partial(_published, scene, number + 1), refresh)
             scene.doing = f"round {number + 1}"
             request = _request(scene, number + 1)
@@ -108,36 +106,37 @@ def _deploy(scene: Scene) -> None:
 
 
 @contextmanager
-def _processes(scene: Scene) -> Iterator[list[Child]]:
+def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child]]:
+    """The deployment, and everybody in it. The nursery loads while the deployment is made."""
     printed = scene.directory / "output"
-    printed.mkdir()
     children: list[Child] = []
-    try:
-        children.append(Child("server", "fedloop_cli.demo.server", str(scene.directory), printed))
-        for name in scene.devices:
-            terms = device.Terms(
-                str(scene.directory),
-                str(scene.directory / "devices" / name),
-                name,
-                scene.options.epsilon,
-                DELTA,
-            )
-            children.append(
-                Child(name, "fedloop_cli.demo.device", msgspec.json.encode(terms).decode(), printed, partial(_hear, scene, name))
-            )
-        yield children
-    except BaseException:
-        for child in children:
-            child.kill()
-        raise
-    finally:
-        for child in children:
-            child.end()
-        for child in children:
-            child.join()
+    with tempfile.TemporaryDirectory() as aside:
+        nursery = Nursery(Path(aside))
+        try:
+            _deploy(scene)
+            printed.mkdir()
+            scene.doing = "starting the processes"
+            refresh()
+            children.append(Child("server", nursery, "server", str(scene.directory), printed))
+            for name in scene.devices:
+                store = scene.directory / "devices" / name
+                terms = device.Terms(str(scene.directory), str(store), name, scene.options.epsilon, DELTA)
+                hear = partial(_hear, scene, name)
+                children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, hear))
+            yield children
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+        finally:
+            for child in children:
+                child.end()
+            for child in children:
+                child.join()
+            nursery.end()
 
 
-def _hear(scene: Scene, name: str, line: str) -> None:
+def _hear(scene: Scene, name: str, line: bytes) -> None:
     try:
         progress = msgspec.json.decode(line, type=device.Progress)
     except msgspec.MsgspecError:

@@ -3,116 +3,139 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+import msgspec
 from fedloop_events.errors import FedloopError
+
+from fedloop_cli.demo.nursery import Order
 
 MOST_RESTARTS: Final = 5
 END_TIMEOUT_S: Final = 20.0
 
 
-class Child:
-    """One process. What it prints is kept in files, of all its lives; `on_line` is told each line of standard output.
+class Nursery:
+    """Starts the nursery, and it again if it is killed. What it forks is not its any more, and lives on."""
 
-    It ends when its standard input is closed, so it does not outlive this process either.
-    """
-
-    def __init__(self, name: str, module: str, argument: str, folder: Path, on_line: Callable[[str], None] | None = None) -> None:
-        self.name = name
-        self.restarts = 0
-        self._command = [sys.executable, "-m", module, argument]
-        self._folder, self._on_line = folder, on_line
-        self._sent: list[str] = []
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def files(self) -> list[Path]:
-        """Everything that it has printed."""
-        return [self._folder / f"{self.name}.out", self._folder / f"{self.name}.err"]
-
-    def send(self, line: str) -> None:
-        """Write a line to its standard input; a later life of it gets all lines again."""
-        with self._lock:
-            self._sent.append(line)
-            self._write(line)
-
-    def look(self) -> bool:
-        """Start it again if it has ended; whether it had. Raises `FedloopError` if it does not stay up."""
-        status = self._process.poll()
-        if status is None:
-            return False
-        if self.restarts >= MOST_RESTARTS:
-            last = self.files[1].read_text(errors="replace").strip().splitlines()[-1:]
-            raise FedloopError(
-                f"{self.name} ended {self.restarts + 1} times, last with status {status}",
-                cause=last[0] if last else "",
-                hint=f"see {self.files[1]}",
-            )
-        with self._lock:
-            self.restarts += 1
-            self._start()
-            for line in self._sent:
-                self._write(line)
-        return True
+    def spawn(self, order: Order) -> tuple[int, socket.socket]:
+        """A new process: its id, and this end of its channel. Raises `FedloopError` if the nursery cannot be started."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for _ in range(2):
+                with suppress(OSError):
+                    socket.send_fds(self._control, [msgspec.json.encode(order)], [theirs.fileno()])
+                    if answer := self._control.recv(64):
+                        return int(answer), ours
+                self.end()
+                self._start()
+        raise FedloopError("the demo's processes cannot be started", hint=f"see {self._folder / 'nursery.err'}")
 
     def end(self) -> None:
-        """Let it finish what it does, and kill it if that takes too long."""
-        with self._lock:
-            try:
-                if self._process.stdin is not None:
-                    self._process.stdin.close()
-            except OSError:
-                pass
-
-    def join(self) -> None:
-        """Wait for its end."""
+        self._control.close()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reader.join()
-
-    def kill(self) -> None:
-        self._process.kill()
 
     def _start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        with self.files[1].open("ab") as errors:
+        quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+        self._control, theirs = socket.socketpair()
+        with theirs, (self._folder / "nursery.err").open("ab") as errors:
             self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                [sys.executable, "-m", "fedloop_cli.demo.nursery"],
+                stdin=theirs.fileno(),
+                stdout=errors,
                 stderr=errors,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the demo alone: it ends its children in order
+                env=os.environ | quiet,
+                start_new_session=True,
             )
-        self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+
+
+class Child:
+    """One process, over all its lives. `on_line` is told each line that it says on its channel; what it prints is kept in files.
+
+    It ends when its channel is closed, so it does not outlive this process either.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        nursery: Nursery,
+        role: Literal["device", "server"],
+        terms: str,
+        folder: Path,
+        on_line: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.files = [folder / f"{name}.out", folder / f"{name}.err"]
+        """Everything that it has printed."""
+        self.restarts = 0
+        self._order = Order(role, terms, *map(str, self.files))
+        self._nursery, self._on_line = nursery, on_line
+        self._sent: list[bytes] = []
+        self._start()
+
+    def send(self, line: bytes) -> None:
+        """Say a line to it; a later life of it is told everything again."""
+        self._sent.append(line)
+        self._say(line)
+
+    def look(self) -> bool:
+        """Start it again if it has ended; whether it had. Raises `FedloopError` if it does not stay up."""
+        if self._reader.is_alive():
+            return False
+        if self.restarts >= MOST_RESTARTS:
+            last = self.files[1].read_text(errors="replace").strip().splitlines()[-1:] if self.files[1].exists() else []
+            raise FedloopError(f"{self.name} ended {self.restarts + 1} times", cause="".join(last), hint=f"see {self.files[1]}")
+        self.restarts += 1
+        self._channel.close()
+        self._start()
+        for line in self._sent:
+            self._say(line)
+        return True
+
+    def end(self) -> None:
+        """Let it finish what it does."""
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_WR)
+
+    def join(self) -> None:
+        """Wait for its end, and kill it if that takes too long."""
+        self._reader.join(END_TIMEOUT_S)
+        if self._reader.is_alive():
+            self.kill()
+            self._reader.join()
+        self._channel.close()
+
+    def kill(self) -> None:
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _start(self) -> None:
+        self.pid, self._channel = self._nursery.spawn(self._order)
+        self._reader = threading.Thread(target=self._read, args=(self._channel,), daemon=True)
         self._reader.start()
 
-    def _write(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it has been killed: `look` starts it again, and sends everything again
+    def _say(self, line: bytes) -> None:
+        with suppress(OSError):  # it has been killed: `look` starts it again, and says everything again
+            self._channel.sendall(line + b"\n")
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        with self.files[0].open("ab") as kept:
-            for line in process.stdout:
-                kept.write(line)
-                kept.flush()
+    def _read(self, channel: socket.socket) -> None:
+        """Until the kernel closes the channel's other end, with the process."""
+        with suppress(OSError), channel.makefile("rb") as lines:
+            for line in lines:
                 if self._on_line is not None:
-                    self._on_line(line.decode(errors="replace").rstrip("\n"))
+                    self._on_line(line)

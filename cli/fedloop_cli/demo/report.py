@@ -78,7 +78,7 @@ def report(scene: Scene) -> Report:
         _masked(log),
         Checks(verified.verified, identical, leaks.by_type(found), all(each.kept for each in budgets)),
         [(kind, where) for (kind, _), where in found.items()],
-        leaks.by_type(scene.users.planted),
+        leaks.by_type(_needles(scene).values),
         why,
         round(scene.seconds, 1),
     )

@@ -1,0 +1,87 @@
+"""The demo's nursery: a process that has loaded what a device and a server need, once, and forks them: `python -m` this module.
+
+Loading takes fifteen seconds of a core, so eight devices one by one would take minutes. It has a single thread and opens nothing
+before it forks. Its standard input is a socket: each order comes with the channel of the new process, and is answered
+with the process's id.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Final, Literal, NoReturn
+
+import msgspec
+from fedloop_events.errors import FedloopError
+from msgspec import Struct
+
+MAX_ORDER_BYTES: Final = 65_536
+
+
+class Order(Struct, frozen=True):
+    """A process to start: what it is, its terms as JSON, and where it prints."""
+
+    role: Literal["device", "server"]
+    terms: str
+    output: str
+    errors: str
+
+
+def main() -> None:
+    control = socket.socket(fileno=0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo alone: it ends its processes in order
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the dead; the demo sees their channels close
+    _preload()
+    while True:
+        data, channels, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, 1)
+        if not data or not channels:
+            return
+        order = msgspec.json.decode(data, type=Order)
+        process = os.fork()
+        if process == 0:
+            control.close()
+            _become(order, channels[0])
+        os.close(channels[0])
+        control.sendall(b"%d\n" % process)
+
+
+def _preload() -> None:
+    import scipy.optimize  # noqa: F401
+
+    import fedloop_cli.demo.device
+    import fedloop_cli.demo.server  # noqa: F401
+
+
+def _become(order: Order, channel: int) -> NoReturn:
+    """The new process's life: it ends with it."""
+    status = 1
+    try:
+        os.setsid()
+        for path, descriptor in ((order.output, 1), (order.errors, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+        if order.role == "device":
+            from fedloop_cli.demo import device
+
+            device.main(msgspec.json.decode(order.terms, type=device.Terms), socket.socket(fileno=channel))
+        else:
+            from fedloop_cli.demo import server
+
+            server.main(Path(order.terms), socket.socket(fileno=channel))
+        status = 0
+    except FedloopError as error:
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        # The text of an error that is not ours may hold what a user wrote.
+        print(f"error: an internal error ({type(error).__name__})", file=sys.stderr, flush=True)
+        if os.environ.get("FEDLOOP_TRACEBACK"):
+            traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
