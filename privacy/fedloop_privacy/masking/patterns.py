@@ -61,6 +61,7 @@ DATES = (
     Pattern("DATE_TIME", 0.8, DIGIT, rf"(?<!\w){_MONTH}\.?,?[\ -]?{_YEAR}(?!\d)"),
     Pattern("DATE_TIME", 0.8, DIGIT,
         rf"""(?i)(?<!\w){_DAY}(?:(?:st|nd|rd|th)(?:\ of)?\ may\b|\ may\ {_YEAR})(?:,?\ {_YEAR})?"""),
+    Pattern("DATE_TIME", 0.8, DIGIT, rf"(?<!\w)may\ {_DAY}(?:st|nd|rd|th)?,?\ {_YEAR}(?!\d)"),
     Pattern("DATE_TIME", 0.6, DIGIT, rf"""
         (?i)\b(?:born|since|in|year|founded|established|from|until|till|before|after|during|of)\ (?<v>{_YEAR})\b
         (?![.,]\d)"""),
@@ -123,11 +124,13 @@ NUMBERS = (
         [^\d\n+]{{0,24}}(?<v>[+(]?\d(?:{_SEP}\d){{5,16}})(?!\d)"""),
     Pattern("PHONE_NUMBER", 0.45, DIGIT, r"(?<![\d.,/-])0\d{2,4}[\ -]\d{3,4}[\ -]?\d{3,4}(?![\d])"),
     Pattern("IBAN_CODE", 0.8, DIGIT, r"""
-        (?i)(?<![A-Z0-9])(?![A-Z]{2}\d{2}\ ?[A-Z\ ]{11})[A-Z]{2}(?:[-.\ \n]?\d){2}(?:[-.\ \n]{0,2}[A-Z0-9]){4}
+        (?i)(?<![A-Z0-9])(?![A-Z]{2}\d{2}\ ?[A-Z\ ]{11})[A-Z]{2}\d[-.\ \n]?\d(?:[-.\ \n]{0,2}[A-Z0-9]){4}
         (?:[-.\ \n]{0,2}\d(?:[A-Z]?[-.\ \n]{0,2}(?=\w?\d))?){7,26}[A-Z]{0,3}\b"""),
     Pattern("IBAN_CODE", 0.8, DIGIT, r"(?i)(?<!\w)[A-Z]\ [A-Z]\ \d\ \d(?:\ [A-Z0-9]){10,32}(?!\w)"),
     Pattern("ACCOUNT_NUMBER", 0.35, DIGIT, rf"(?<![\d])\d(?:{_SEP}\d){{6,40}}"),
     Pattern("ACCOUNT_NUMBER", 0.35, DIGIT, r"(?<!\d)\d{6,}+"),
+    Pattern("ACCOUNT_NUMBER", 0.8, DIGIT,
+        r"""(?i)\b(?:account|acct|a/c|sort\ code)(?:\ (?:number|no\.?|nr))?(?:\ is|:)?\ \#?(?<v>\d(?:[\ -]?\d){5,20}+)"""),
     Pattern("ACCOUNT_NUMBER", 0.5, DIGIT, r"(?<![\d-])\d{2}-\d{2}-\d{2}(?![\d-])"),
     Pattern("ACCOUNT_NUMBER", 0.5, DIGIT, r"""
         (?i)\b(?:end(?:s|ing)?(?:\ (?:in|with))?|last\ (?:four|4)(?:\ digits?)?(?:\ (?:are|is)|:)?)\ (?<v>\d{4})
@@ -147,17 +150,17 @@ NUMBERS = (
 )  # fmt: skip
 
 _NAMEWORD = r"(?:[A-Z][\w'.-]{0,30}+)"
-_STREET_WORD = """
-    (?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Square|Sq|Terrace|Ter|Way|Parkway
-    |Pkwy|Highway|Hwy|Crescent|Cres|Close|Circle|Cir|Trail|Trl|Alley|Plaza|Gardens?|Grove|Row|Mews|Hill|Park|Rise|View
-    |Walk|Green|Route|Expressway|Turnpike|Pike|Crossing|Bridge|Pass|Path|Ridge|Run|Trace|Estates?|Extension|Falls|Ferry
-    |Fields?|Flats?|Ford|Forest|Forge|Fork|Forks|Freeway|Glens?|Greens?|Harbors?|Haven|Heights|Hollow|Inlet|Islands?
-    |Isle|Junctions?|Keys?|Knolls?|Lakes?|Landing|Light|Loaf|Locks?|Lodge|Loop|Mall|Manors?|Meadows?|Mills?|Mission
-    |Motorway|Mount|Mountains?|Neck|Orchard|Oval|Overpass|Passage|Pines?|Plains?|Points?|Ports?|Prairie|Radial|Ramp
-    |Ranch|Rapids?|Rest|River|Shoals?|Shores?|Skyway|Springs?|Spurs?|Station|Stravenue|Stream|Summit|Throughway|Track
-    |Trafficway|Tunnel|Underpass|Unions?|Valleys?|Via|Viaduct|Villages?|Ville|Vista|Wall|Wells?|Common|Corners?|Course
-    |Coves?|Creek|Crest|Cape|Canyon|Camp|Burgs?|Brooks?|Branch|Bluffs?|Beach|Bayou|Arcade|Dale|Dam|Divide|Club|Cliffs?
-    |Center|Causeway|Bypass|Bottom)\\b\\.?"""
+_STREET_WORD = r"""
+    (?:(?:Alley|Arcade|Avenue|Bayou|Beach|Bluff|Bottom|Boulevard|Branch|Bridge|Brook|Burg|Bypass|Camp|Canyon|Cape|Causeway
+    |Center|Circle|Cliff|Close|Club|Common|Corner|Course|Court|Cove|Creek|Crescent|Crest|Crossing|Crossroad|Curve|Dale
+    |Dam|Divide|Drive|Estate|Expressway|Extension|Fall|Ferry|Field|Flat|Ford|Forest|Forge|Fork|Forks|Fort|Freeway
+    |Garden|Gateway|Glen|Green|Grove|Harbor|Haven|Highway|Hill|Hollow|Inlet|Island|Isle|Junction|Key|Knoll|Lake|Land
+    |Landing|Lane|Light|Loaf|Lock|Lodge|Loop|Mall|Manor|Meadow|Mill|Mission|Motorway|Mount|Mountain|Neck|Orchard|Oval
+    |Overpass|Park|Parkway|Pass|Passage|Path|Pike|Pine|Place|Plain|Plaza|Point|Port|Prairie|Radial|Ramp|Ranch|Rapid
+    |Rest|Ridge|Rise|River|Road|Route|Row|Rue|Run|Shoal|Shore|Skyway|Spring|Spur|Square|Station|Stravenue|Stream
+    |Street|Summit|Terrace|Throughway|Trace|Track|Trafficway|Trail|Tunnel|Turnpike|Underpass|Union|Valley|Via|Viaduct
+    |View|Village|Ville|Vista|Walk|Wall|Way|Well)s?
+    |Ave|Blvd|Cir|Cres|Ct|Dr|Heights|Hwy|Ln|Mews|Pkwy|Pl|Rd|Sq|St|Ter|Trl)\b\.?"""
 _SUFFIXED = r"""
     (?<![A-Za-z])[A-Z][a-z]{3,40}+(?<=strasse|str|gasse|weg|platz|allee|ufer|straat|laan|plein|gracht|dreef|vej
     |gade|gatan|gata|vagen|veien|vei|stien|katu|tie|polku|kuja|tanav|puiestee|utca|iela|gatve)"""
@@ -167,6 +170,9 @@ _STREET_LEAD = """
     |Unter\\ den|Zum|Zur)"""
 _UNIT = r"""
     (?:Suite|Ste\.?|Apt\.?|Apartment|Unit|Flat|Studio|Room|Rm\.?|Floor|Building|Bldg\.?|Box|No\.?)"""
+_UNITS_OF_MEASURE = """
+    pounds?|dollars?|euros?|usd|gbp|eur|bucks?|quid|points?|days?|hours?|minutes?|weeks?|months?|years?|times|people|of|in|on|at
+    |to|for|from|and|or|is|was"""
 # What may follow a street: units, places, postcodes and states, up to seven pieces, never a word in lower case.
 _TAIL = rf"""
     (?:[,\s]{{1,4}}(?:{_UNIT}\ ?\#?\w{{1,6}}|[A-Z]{{2}}\b|[A-Z]{{1,2}}\d[A-Z\d]?\ ?\d[A-Z]{{2}}\b|[A-Z]?-?
@@ -179,12 +185,14 @@ _LINES = r"""
 
 ADDRESSES = (
     Pattern("STREET_ADDRESS", 0.8, DIGIT, rf"""
-        (?<![\w])\d{{1,6}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\ (?:\d{{1,5}}(?:st|nd|rd|th)?\ )?(?:{_NAMEWORD}
-        \ ){{0,4}}?{_NAMEWORD}\ {_STREET_WORD}(?:\ (?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\b\.?)?(?:
+        (?<![\w])\d{{1,6}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\ (?:\d{{1,5}}(?:st|nd|rd|th)?\ )?
+        (?:{_NAMEWORD}\ ){{0,4}}?{_NAMEWORD}\ (?:{_STREET_WORD}|(?=[A-Z]{{2}})(?i:{_STREET_WORD}))(?:\ (?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\b\.?)?(?:
         {_TAIL})?"""),
     Pattern("STREET_ADDRESS", 0.7, DIGIT, rf"""
-        (?i)(?<!\w)\d{{1,6}}[a-z]?\ (?:(?!and|of|in|on|to|for|the|times|days|more|at)[a-z'.]{{2,20}}\ ){{1,3}}
-        (?:street|avenue|ave|road|rd|boulevard|blvd|lane|drive|crescent|terrace|parkway)\b(?:{_TAIL})?"""),
+        (?<!\w)\d{{1,6}}[A-Za-z]?\ (?i:(?!(?:and|more|the|{_UNITS_OF_MEASURE})\b)[a-z'.]{{2,20}}\ ){{1,3}}
+        (?i:street|avenue|ave|road|rd|boulevard|blvd|lane|drive|crescent|terrace|parkway|turnpike|expressway|motorway|freeway
+        |highway|junctions?|cliffs?|mews|causeway|bypass|throughway|viaduct|underpass|overpass|bluffs?|bayou|burgs?|inlet
+        |shoals?|knolls?|ville|hollow|crossroads?|stravenue|trafficway|close)\b(?:{_TAIL})?"""),
     Pattern("STREET_ADDRESS", 0.6, DIGIT, rf"""
         (?<!\w)(?:{_NAMEWORD}\ ){{1,3}}(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Drive|Crescent
         |Terrace|Parkway)\b\.?\ ?\d{{1,5}}\b(?:{_TAIL})?"""),
@@ -197,6 +205,13 @@ ADDRESSES = (
         (?<![\w])\d{{1,5}}[a-z]?,?\ (?:{_NAMEWORD}\ ){{0,2}}(?i:rue|avenue|boulevard|chemin|via|viale|calle
         |avenida|rua)\ (?:(?:de|du|des|la|le|les|della|del|di|da|do)\ ){{0,3}}{_NAMEWORD}
         (?:\ {_NAMEWORD}){{0,2}}(?:{_TAIL})?"""),
+    Pattern("STREET_ADDRESS", 0.6, DIGIT, rf"""
+        (?<![\w.,$])\d{{3,6}},?\ (?!(?i:{_UNITS_OF_MEASURE})\b)[A-Za-z][A-Za-z'.-]{{1,20}}+(?:\ [A-Za-z][A-Za-z'.-]{{1,20}}+)?
+        \ (?i:{_STREET_WORD})(?:{_TAIL})?"""),
+    Pattern("STREET_ADDRESS", 0.7, DIGIT, rf"""
+        (?<!\w)(?i:flat|studio|apartment|apt\.?|unit|suite|{_STREET_WORD})\ \d{{1,4}}[A-Za-z]?,?\s{{1,2}}
+        [A-Za-z][A-Za-z'.-]{{1,20}}+(?:\ [A-Za-z][A-Za-z'.-]{{1,20}}+)?\ (?i:{_STREET_WORD})(?:{_TAIL})?"""),
+    Pattern("STREET_ADDRESS", 0.6, DIGIT, r"(?i)(?<!\w)(?:flat|studio)\ (?:\d{1,3}[a-z]?|[a-z]\d{1,3})(?!\w)"),
     Pattern("STREET_ADDRESS", 0.75, DIGIT, rf"""
         (?<!\w)(?:\d{{1,6}}\ )?(?:{_NAMEWORD}\ |(?i:rue|de|du|des|la|le|der|van|nad|na)\ ){{1,5}}+(?:\d{{1,5}}
         [a-z]?\b\.?|)[\s,>?]{{0,8}}(?i:Suite|Apt\.?)\ \d{{1,5}}{_LINES}"""),
