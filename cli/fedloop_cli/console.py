@@ -14,12 +14,19 @@ from fedloop_events.errors import FedloopError
 Text = str | Callable[[], str]
 
 
+class ReaderGoneError(Exception):
+    """Whoever read standard output has seen enough. (Click would make an error of a `BrokenPipeError`.)"""
+
+
 def show(document: Mapping[str, Any], text: Text, *, as_json: bool) -> None:
     """Print a result: `document` as one line of JSON, or `text` for a person (a function, so that only what is shown is made)."""
-    if as_json:
-        print(msgspec.json.encode(document).decode(), flush=True)
-    else:
-        print(text if isinstance(text, str) else text(), flush=True)
+    try:
+        if as_json:
+            print(msgspec.json.encode(document).decode(), flush=True)
+        else:
+            print(text if isinstance(text, str) else text(), flush=True)
+    except BrokenPipeError:
+        raise ReaderGoneError from None
 
 
 def note(text: str) -> None:

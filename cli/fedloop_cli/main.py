@@ -74,8 +74,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         console.note("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has seen enough: no error, and no complaint when Python flushes at the end.
+    except (console.ReaderGoneError, BrokenPipeError):
         _discard_output()
         return 0
     except Exception as error:
@@ -107,6 +106,7 @@ def _usage(error: click.ClickException) -> UsageError:
 
 
 def _discard_output() -> None:
+    """Python flushes at the end, and would complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
