@@ -84,16 +84,18 @@ def clipped_sum(model: EmbeddingClassifier, names: Sequence[str], clip_norm: flo
     return total
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "fedavg", "head"])
+@pytest.mark.parametrize("strategy", ["ffa", "fedavg", "head", "weight"])
 def test_a_private_step_is_the_sum_of_gradients_clipped_one_at_a_time(
     model: EmbeddingClassifier, base: Arrays, strategy: str
 ) -> None:
-    names = {"ffa": ffa(model), "fedavg": list(model.shapes), "head": ["head.weight", "head.bias"]}[strategy]
-    rates = {"head_lr": 3.0, "bias_lr": 1.0, "lora_lr": 2.0}
-    expected = clipped_sum(model, names, QUIET.clip_norm)
+    head = ["head.weight", "head.bias"]
+    names = {"ffa": ffa(model), "fedavg": list(model.shapes), "head": head, "weight": head}[strategy]
+    rates = {"head_lr": 3.0, "bias_lr": 0.0 if strategy == "weight" else 1.0, "lora_lr": 2.0}
+    trained = ["head.weight"] if strategy == "weight" else names  # what is frozen has no part in the norm
+    expected = clipped_sum(model, trained, QUIET.clip_norm)
     got = train(model, TEXTS, TRUE, opened(names, QUIET, hyperparameters=rates))
     assert list(got) == names
-    for name in names:
+    for name in trained:
         rate = rates["lora_lr" if name.startswith("lora.") else "bias_lr" if name == "head.bias" else "head_lr"]
         step = (base[name] - got[name]) * QUIET.divisor / rate
         np.testing.assert_allclose(step, expected[name].numpy(), atol=2e-5, err_msg=name)
