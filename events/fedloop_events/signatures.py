@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -187,9 +188,14 @@ def pre_authentication(payload_type: str, body: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(body), body)
 
 
-def _extension_digest(event: Event, names: tuple[str, ...] | list[str]) -> bytes:
+def extensions_digest(values: Iterable[str]) -> bytes:
+    """EXT_DIGEST of the extension, over the values of the signed attributes in their order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(value.encode()).digest() for value in values)).digest()
+
+
+def _extension_digest(event: Event, names: Sequence[str]) -> bytes:
     values = {"partitionkey": event.key, "fedlooptopic": event.topic}
-    return hashlib.sha256(b"".join(hashlib.sha256(values.get(name, "").encode()).digest() for name in names)).digest()
+    return extensions_digest(values.get(name, "") for name in names)
 
 
 def _signed_body(event: Event, public_key: str) -> bytes:
