@@ -1,0 +1,155 @@
+"""The whole main path through the command line, with processes that are killed on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from fedloop_cli import corpus
+
+from .conftest import Fedloop
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LABELS = ("lost_card", "refund", "loan")
+
+
+def write(path: Path, part: str, messages: int) -> Path:
+    chosen = [each for each in corpus.load("train" if part == "train" else "test") if each.label in LABELS][:messages]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([each.text, each.label] for each in chosen)
+    return path
+
+
+@contextmanager
+def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedloop_cli.main", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(process: subprocess.Popen[str], said: str, deadline_s: float = 120) -> None:
+    """Read what a process says until it says `said`."""
+    assert process.stderr is not None
+    deadline = time.monotonic() + deadline_s
+    for line in process.stderr:
+        if said in line:
+            return
+        assert time.monotonic() < deadline
+    raise AssertionError(f"the process ended without saying {said!r}")
+
+
+def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedloop: Fedloop, tmp_path: Path) -> None:
+    directory, stores = tmp_path / "deployment", [tmp_path / "one", tmp_path / "two"]
+    test = write(tmp_path / "test.csv", "test", 30)
+    made = fedloop("server", "init", directory, "--test", test, "--rounds", "2", "--examples", "30", "--json").document
+    assert (made["labels"], made["held_out"]) == (3, 30)
+    assert fedloop("server", "init", directory, "--test", test, "--rounds", "2", "--examples", "30").status == 0
+    for store in stores:
+        enrolled = ("agent", "enrol", directory, "--store", store, "--client-id", store.name, "--key-from", "file", "--json")
+        assert fedloop(*enrolled).document["client_id"] == store.name
+        given = fedloop("agent", "feedback", "--store", store, "--data", write(tmp_path / "data.csv", "train", 30), "--json")
+        assert given.document["recorded"] == 30
+    response = fedloop("agent", "predict", "--store", stores[0], "--text", "-", "--json", stdin="I lost my card").document
+    again = (
+        "agent",
+        "feedback",
+        "--store",
+        stores[0],
+        "--response",
+        response["response_id"],
+        "--label",
+        "lost_card",
+        "--feedback-id",
+        "f1",
+    )
+    assert fedloop(*again).status == fedloop(*again).status == 0
+    assert fedloop("round", "start", directory, "--rounds", "2").status == 0
+
+    with running("agent", "run", "--store", stores[0]), running("server", "run", directory) as server:
+        until(server, "r0001 opened")
+        server.send_signal(signal.SIGKILL)
+    with running("agent", "run", "--store", stores[1]) as agent:
+        until(agent, "release")
+        agent.send_signal(signal.SIGKILL)
+    with (
+        running("agent", "run", "--store", stores[0]) as one,
+        running("agent", "run", "--store", stores[1]),
+        running("server", "run", directory, "--rounds", "2") as server,
+    ):
+        assert server.wait(200) == 0
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(60) == 0
+
+    rounds = fedloop("round", "list", directory, "--json").document["rounds"]
+    assert [(each["round_id"], each["state"], each["kind"]) for each in rounds] == [
+        ("r0001", "published", "sums"),
+        ("r0002", "published", "train"),
+    ]
+    assert [each["participants"] for each in rounds] == [["one", "two"], ["one", "two"]]
+    releases = fedloop("release", "list", directory, "--json").document
+    assert releases["current"] == rounds[1]["release"]
+    rebuilt = fedloop("release", "rebuild", directory, "--json")
+    assert (rebuilt.status, rebuilt.document["identical"], len(rebuilt.document["steps"])) == (0, True, 2)
+    verified = fedloop("log", "verify", directory, "--json")
+    assert (verified.status, verified.document["verified"]) == (0, True)
+    budget = fedloop("audit", "budget", directory, "--json").document
+    assert [(each["spends"], each["kept"]) for each in budget["clients"]] == [(2, True), (2, True)]
+    first = releases["releases"][1]["release"]
+    assert fedloop("release", "rollback", directory, first, "--reason", "test").status == 0
+    assert fedloop("release", "list", directory, "--json").document["current"] == first
+    assert fedloop("server", "revoke", directory, "two").status == 0
+    assert fedloop("agent", "run", "--store", stores[1]).status == 4
+
+
+def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path) -> None:
+    data, test = write(tmp_path / "data.csv", "train", 90), write(tmp_path / "test.csv", "test", 30)
+    directory = tmp_path / "run"
+    arguments = ("demo", "--data", data, "--test", test, "--clients", "3", "--rounds", "2", "--dir", directory, "--json")
+    with running(*arguments) as demo:
+        until(demo, "feedback before round 1")
+        _kill_some(demo.pid, 2)
+        until(demo, "started again")
+        out, err = demo.communicate(timeout=300)
+    assert demo.returncode == 0, err
+    document = json.loads(out)
+    assert document.keys() == {"log", "rounds", "baseline_accuracy", "final_accuracy", "clients", "checks", "seconds"}
+    assert [each["round_id"] for each in document["rounds"]] == ["r0001", "r0002"]
+    keys = {"round_id", "release", "accuracy", "participants", "excluded", "seconds", "bytes_up", "bytes_down"}
+    assert all(each.keys() == keys and each["release"] for each in document["rounds"])
+    assert document["checks"] == {"log_verified": True, "rebuilt_identical": True, "leaks": {}, "budgets_kept": True}
+    assert sum(each["examples"] for each in document["clients"]) == 90
+    assert all(0 < each["epsilon"] <= each["budget"] == 8.0 for each in document["clients"])
+    assert document["final_accuracy"] > document["baseline_accuracy"]
+    assert not psutil.pid_exists(demo.pid)
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(directory) in " ".join(each.info["cmdline"] or [])]
+
+
+def _kill_some(demo: int, count: int) -> None:
+    """The nursery's children are the server and the devices."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = [each for child in psutil.Process(demo).children() for each in child.children()]
+        if len(found) >= 4:
+            for each in found[:count]:
+                each.kill()
+            return
+        psutil.Process(demo).cpu_percent(interval=0.2)
+    raise AssertionError("the demo has not started its processes")
