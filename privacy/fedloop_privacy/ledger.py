@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from fedloop_privacy import accounting
 
-Reason = Literal["budget_exceeded", "client_suspended", "no_budget", "mechanism_mismatch", "spend_missing"]
+Reason = Literal["budget-exceeded", "client-suspended", "no-budget", "mechanism-mismatch", "spend-missing"]
 
 
 class Spend(Struct, frozen=True):
@@ -38,7 +38,7 @@ class Spend(Struct, frozen=True):
 class Suspension(Struct, frozen=True):
     """Why a client is suspended: the spend, and the event that does not fit the chain."""
 
-    reason: Literal["spend_reused", "chain_broken"]
+    reason: Literal["spend-reused", "chain-broken"]
     spend_seq: int
     event_id: str
 
@@ -79,7 +79,7 @@ class Ledger:
             return
         if account.suspended is None:
             used = spend.spend_seq < len(account.spends)
-            account.suspended = Suspension("spend_reused" if used else "chain_broken", spend.spend_seq, record.id)
+            account.suspended = Suspension("spend-reused" if used else "chain-broken", spend.spend_seq, record.id)
         account.spends.append(spend)
 
     def spends(self, client_id: str) -> tuple[Spend, ...]:
@@ -118,7 +118,7 @@ class Ledger:
         if budget is None:
             return None
         if mechanism is None:
-            return Refusal("no_budget", "no budget is enough for a round without differential privacy")
+            return Refusal("no-budget", "no budget is enough for a round without differential privacy")
         return _over(self.would_be(client_id, mechanism, delta), budget)
 
     def check_update(
@@ -141,10 +141,10 @@ class Ledger:
             return self.check(client_id, None, budget, delta)
         spends = self._account(client_id).spends
         if spend_seq is None or not 0 <= spend_seq < len(spends):
-            return Refusal("spend_missing", "the update names no spend that the client has recorded")
+            return Refusal("spend-missing", "the update names no spend that the client has recorded")
         spend = spends[spend_seq]
         if spend.instruction_id != instruction_id or spend.mechanism != mechanism:
-            return Refusal("mechanism_mismatch", "the recorded spend is not for this instruction under the round's terms")
+            return Refusal("mechanism-mismatch", "the recorded spend is not for this instruction under the round's terms")
         if budget is None:
             return None
         return _over(accounting.epsilon([each.mechanism for each in spends[: spend_seq + 1]], delta), budget)
@@ -198,10 +198,10 @@ def _continues(account: _Account, payload: BudgetSpent) -> bool:
 
 
 def _suspended() -> Refusal:
-    return Refusal("client_suspended", "the client's chain of spends was forked or torn")
+    return Refusal("client-suspended", "the client's chain of spends was forked or torn")
 
 
 def _over(would_be: float, budget: float) -> Refusal | None:
     if would_be <= budget:
         return None
-    return Refusal("budget_exceeded", f"epsilon would be {would_be:.3f} of {budget:g}", would_be)
+    return Refusal("budget-exceeded", f"epsilon would be {would_be:.3f} of {budget:g}", would_be)

@@ -174,7 +174,7 @@ def _open(state: State, planner: Planner, model: str, now_ms: int) -> Action:
     kind = planner.next_kind(state.rounds, state.releases)
     if kind is None:
         planned = planner.config.planned_rounds
-        return AbortRound(round_id(number), "plan_exhausted", f"the budget is planned for {planned} rounds, which are over")
+        return AbortRound(round_id(number), "plan-exhausted", f"the budget is planned for {planned} rounds, which are over")
     mechanism, config = planner.terms(kind).mechanism, planner.config
 
     def budget(client: Client, mechanism: types.Mechanism) -> str | None:

@@ -171,7 +171,7 @@ def test_no_round_exceeds_the_budget_of_a_life(deployment: Deployment, enrol: En
             agent.run(until=answered(asked))
             assert agent.status().epsilon_spent <= 3.0
     assert trainer.count() == len(deployment.said(types.BudgetSpent)) == 2
-    assert declined(deployment) == ["budget_exceeded"] * 2
+    assert declined(deployment) == ["budget-exceeded"] * 2
     refused = deployment.said(types.BudgetRefused)
     assert [each.budget_epsilon for each in refused] == [3.0] * 2
     assert all(each.would_be_epsilon is not None and each.would_be_epsilon > 3 for each in refused)
@@ -181,7 +181,7 @@ def test_a_mechanism_without_noise_is_declined(deployment: Deployment, enrol: En
     agent = enrol()
     deployment.ask("phone", Mechanism(1.0, 1e-9, 1.0, 1, 1.0))
     agent.run(until=answered())
-    assert (declined(deployment), trainer.count()) == (["budget_exceeded"], 0)
+    assert (declined(deployment), trainer.count()) == (["budget-exceeded"], 0)
     assert deployment.said(types.BudgetRefused)[0].would_be_epsilon is None
 
 

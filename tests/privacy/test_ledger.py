@@ -107,10 +107,10 @@ def test_a_reused_number_with_other_content_suspends_and_both_spends_count() -> 
     ledger = fold([*spends, clone])
     evidence = ledger.suspended("ada")
     assert evidence is not None
-    assert (evidence.reason, evidence.spend_seq, evidence.event_id) == ("spend_reused", 1, instruction(4))
+    assert (evidence.reason, evidence.spend_seq, evidence.event_id) == ("spend-reused", 1, instruction(4))
     assert len(ledger.spent("ada")) == 4
-    assert reason(ledger.check("ada", mechanism(), 100.0, DELTA)) == "client_suspended"
-    assert reason(ledger.check("ada", None, None, DELTA)) == "client_suspended"
+    assert reason(ledger.check("ada", mechanism(), 100.0, DELTA)) == "client-suspended"
+    assert reason(ledger.check("ada", None, None, DELTA)) == "client-suspended"
     assert ledger.suspended("bob") is None
 
 
@@ -121,7 +121,7 @@ def test_a_spend_that_does_not_continue_the_chain_suspends_and_counts(change: di
     ledger = fold([first, second, torn])
     evidence = ledger.suspended("ada")
     assert evidence is not None
-    assert evidence.reason == "chain_broken"
+    assert evidence.reason == "chain-broken"
     assert len(ledger.spent("ada")) == 3
 
 
@@ -173,7 +173,7 @@ def test_no_sequence_of_accepted_spends_exceeds_the_budget(asked: list[Mechanism
         if refusal is None:
             spend(ledger, terms)
         else:
-            assert refusal.reason == "budget_exceeded"
+            assert refusal.reason == "budget-exceeded"
             assert refusal.would_be_epsilon is not None
             assert refusal.would_be_epsilon > budget
         assert ledger.epsilon("ada", DELTA) <= budget
@@ -186,8 +186,8 @@ def test_all_rounds_of_a_plan_are_accepted_and_one_more_is_not() -> None:
     for terms in (sums, training, training, training):
         assert ledger.check("ada", terms, 8.0, DELTA) is None
         spend(ledger, terms)
-    assert reason(ledger.check("ada", training, 8.0, DELTA)) == "budget_exceeded"
-    assert reason(ledger.check("ada", sums, 8.0, DELTA)) == "budget_exceeded"
+    assert reason(ledger.check("ada", training, 8.0, DELTA)) == "budget-exceeded"
+    assert reason(ledger.check("ada", sums, 8.0, DELTA)) == "budget-exceeded"
 
 
 def reason(refusal: Refusal | None) -> str | None:
@@ -196,7 +196,7 @@ def reason(refusal: Refusal | None) -> str | None:
 
 def test_a_budget_forbids_rounds_without_differential_privacy_and_its_absence_allows_all() -> None:
     ledger = Ledger()
-    assert reason(ledger.check("ada", None, 8.0, DELTA)) == "no_budget"
+    assert reason(ledger.check("ada", None, 8.0, DELTA)) == "no-budget"
     assert ledger.check("ada", None, None, DELTA) is None
     assert ledger.check("ada", mechanism(noise_multiplier=0.1), None, DELTA) is None
 
@@ -208,14 +208,14 @@ def test_an_update_counts_only_with_the_spend_that_pays_for_it() -> None:
     good = ("ada", 0, instruction(0), terms, 8.0, DELTA)
     assert ledger.check_update(*good) is None
     for update, code in (
-        (("ada", None, instruction(0), terms, 8.0, DELTA), "spend_missing"),
-        (("ada", 2, instruction(0), terms, 8.0, DELTA), "spend_missing"),
-        (("bob", 0, instruction(0), terms, 8.0, DELTA), "spend_missing"),
-        (("ada", 1, instruction(0), terms, 8.0, DELTA), "mechanism_mismatch"),
-        (("ada", 0, instruction(1), terms, 8.0, DELTA), "mechanism_mismatch"),
-        (("ada", 0, instruction(0), mechanism(steps=4), 8.0, DELTA), "mechanism_mismatch"),
-        (("ada", 0, instruction(0), terms, 0.1, DELTA), "budget_exceeded"),
-        (("ada", None, instruction(0), None, 8.0, DELTA), "no_budget"),
+        (("ada", None, instruction(0), terms, 8.0, DELTA), "spend-missing"),
+        (("ada", 2, instruction(0), terms, 8.0, DELTA), "spend-missing"),
+        (("bob", 0, instruction(0), terms, 8.0, DELTA), "spend-missing"),
+        (("ada", 1, instruction(0), terms, 8.0, DELTA), "mechanism-mismatch"),
+        (("ada", 0, instruction(1), terms, 8.0, DELTA), "mechanism-mismatch"),
+        (("ada", 0, instruction(0), mechanism(steps=4), 8.0, DELTA), "mechanism-mismatch"),
+        (("ada", 0, instruction(0), terms, 0.1, DELTA), "budget-exceeded"),
+        (("ada", None, instruction(0), None, 8.0, DELTA), "no-budget"),
     ):
         assert reason(ledger.check_update(*update)) == code
     assert ledger.check_update("ada", None, instruction(0), None, None, DELTA) is None
@@ -228,7 +228,7 @@ def test_a_later_spend_does_not_undo_an_update_that_was_within_budget() -> None:
     spend(ledger, mechanism(noise_multiplier=0.5))
     assert ledger.check_update("ada", 0, instruction(0), terms, within, DELTA) is None
     assert reason(ledger.check_update("ada", 1, instruction(1), mechanism(noise_multiplier=0.5), within, DELTA)) == (
-        "budget_exceeded"
+        "budget-exceeded"
     )
 
 

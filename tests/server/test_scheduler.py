@@ -66,9 +66,9 @@ def test_a_round_without_privacy_is_only_for_clients_that_allow_it() -> None:
 def test_the_budget_has_the_last_word() -> None:
     clients = [client("b"), client("a")]
     found = eligible(
-        clients, GAUSS, CONFIG, now_ms=NOW_MS, budget=lambda one, _: "budget_exceeded" if one.client_id == "a" else None
+        clients, GAUSS, CONFIG, now_ms=NOW_MS, budget=lambda one, _: "budget-exceeded" if one.client_id == "a" else None
     )
-    assert found == Eligibility(["b"], [Exclusion("a", "budget_exceeded")])
+    assert found == Eligibility(["b"], [Exclusion("a", "budget-exceeded")])
 
 
 def test_a_cohort_is_drawn_evenly_and_the_others_are_named() -> None:

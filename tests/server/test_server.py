@@ -82,7 +82,7 @@ def test_private_rounds_begin_with_sums_and_end_with_the_plan(world: World) -> N
     assert [each.status for each in releases.releases.values()] == ["published"] * 4
     last = rounds.rounds["r0004"]
     assert last.aborted is not None
-    assert last.aborted.reason == "plan_exhausted"
+    assert last.aborted.reason == "plan-exhausted"
     assert rounds.pending is None
     current = registry.current(releases, "default")
     assert (current.number, current.evaluation) == (3, half({}))
@@ -339,7 +339,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(tmp_path: Path) -> Non
     assert state.participants == ["ann", "bob"]
     assert {name: each.reason for name, each in state.excluded.items()} == {
         "cem": "too-few-examples",
-        "dan": "budget_exceeded",
+        "dan": "budget-exceeded",
         "eve": "revoked",
     }
 
@@ -355,7 +355,7 @@ def test_a_client_whose_ledger_was_forked_is_left_out(world: World) -> None:
         until_idle(world.server())
     state = world.rounds.rounds["r0002"]
     assert state.participants == ["bob", "cem"]
-    assert state.excluded["ann"].reason == "client_suspended"
+    assert state.excluded["ann"].reason == "client-suspended"
 
 
 POISON: dict[str, tuple[Callable[[dict[str, Array]], dict[str, Array]], str]] = {
