@@ -138,7 +138,8 @@ class Reader(Generic[F]):
 
     def wait(self, timeout_s: float) -> int:
         """`catch_up`, after waiting up to `timeout_s` for the first event; how many events were read."""
-        return self._step(timeout_s) and 1 + self.catch_up()
+        count = self._step(timeout_s)
+        return count + self.catch_up() if count else 0
 
     def save(self) -> None:
         """Write a snapshot now."""

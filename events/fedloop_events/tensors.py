@@ -20,7 +20,7 @@ from fedloop_events.errors import TensorError
 MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_RANK: Final = 8
 _MAX_BYTES: Final = 2**53
-_NAME: Final = re.compile(r"[!-~]{1,200}")
+_NAME: Final = re.compile(r"(?!__metadata__\Z)[!-~]{1,200}")
 _SIZES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
