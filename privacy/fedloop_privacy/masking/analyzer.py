@@ -7,6 +7,7 @@ times out is skipped, which lets personal data through; and its e-mail recognise
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic
@@ -35,6 +36,8 @@ _COULD_MATCH = regex.compile(r"\d|[0-9A-Fa-f]{2}[:.-][0-9A-Fa-f]{2}|::")
 _PHONE_LIKE = regex.compile(r"(?<![\d])[+(]{0,2}\d(?:[ ().\-/\n]{0,3}\d){4,15}+(?!\d)(?:[ ]?(?:x|ext\.?)[ ]?\d{1,6})?")
 # The tokeniser of spaCy takes time quadratic in a run of punctuation.
 _PUNCTUATION_RUN = regex.compile(r"[^\w\s]{16,}+")
+# Presidio logs texts that it fails to validate, and every recogniser of another language.
+logging.getLogger("presidio-analyzer").setLevel(logging.CRITICAL + 1)
 _TYPE_CHARS = regex.compile(r"[^A-Z0-9]+")
 
 

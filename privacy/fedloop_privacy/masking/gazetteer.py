@@ -36,9 +36,7 @@ def word_set(words: str) -> frozenset[str]:
 
 
 # Parts of surnames that are also small words of some language: they join names, and are none themselves.
-PARTICLES = word_set(
-    "van von der den de del della di da do dos das du la le el al bin ibn ben abu ter ten af av zu mac mc st san"
-)
+PARTICLES = word_set("van von der den de del della di da do dos das du la le el al bin ibn abu ter ten af av zu mac mc st san")
 
 
 @dataclass(frozen=True, slots=True)

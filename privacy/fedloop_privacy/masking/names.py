@@ -30,8 +30,8 @@ _INTRODUCES_WEAKLY = regex.compile(
     regex.VERBOSE | regex.IGNORECASE,
 )
 _GREETS = regex.compile(
-    r"""\b(?:hi|hey|hello|dear|thanks|thank\ you|cheers|regards|sincerely|yours|wife|husband|son|daughter|brother|sister|mother|father
-    |friend|partner|colleague)[\s,:]{1,3}$""",
+    r"""\b(?:hi|hey|hello|dear|thanks|thank\ you|cheers|regards|sincerely|yours|wife|husband|son|daughter|brother|sister
+    |mother|father|friend|partner|colleague)[\s,:]{1,3}$""",
     regex.VERBOSE | regex.IGNORECASE,
 )
 _LIVES_IN = regex.compile(
@@ -127,8 +127,10 @@ class NameFinder:
         following = tokens[index + 1]
         if text[tokens[index].end : following.start] not in (" ", ". ", "."):
             return False
+        if following.word in PARTICLES:
+            return any(token.capital for token in tokens[index + 2 : index + 4])
         if tokens[index].word in _TITLES and following.word in self._lists.english_surnames:
-            return following.word not in _FUNCTION_WORDS
+            return following.capital or following.word not in _FUNCTION_WORDS
         return following.capital or (self._lists.is_name(following.word) and following.word not in self._lists.ordinary)
 
     def _begins(self, text: str, tokens: list[_Token], index: int, shouting: bool) -> float:
@@ -213,7 +215,8 @@ class NameFinder:
                 break
             initial = len(token.text) == 1 and token.text.isupper() and token.text != "I"
             particle = token.word in PARTICLES
-            if self._continues(tokens[index], token) or (particle and token.capital and tokens[index].capital):
+            signed = gap[0] == "." and len(tokens[at - 1].text) == 1 and token.capital
+            if signed or self._continues(tokens[index], token) or (particle and token.capital and tokens[index].capital):
                 end = at
             elif not (particle or initial):
                 break

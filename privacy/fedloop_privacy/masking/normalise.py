@@ -22,7 +22,7 @@ import regex
 # Look-alikes of ASCII letters that NFKC leaves alone (the commonest of Unicode TR39's confusables).
 _CYRILLIC = dict(zip("аеорсухіјѕԁԛԝһӏьАВЕКМНОРСТУХІЈЅԌԚԜҺӀ", "aeopcyxijsdqwhlbABEKMHOPCTYXIJSGQWHI", strict=True))
 _GREEK = dict(zip("αικνορυχϲΑΒΕΖΗΙΚΜΝΟΡΤΥΧϹ", "aikvopuxcABEZHIKMNOPTYXC", strict=True))
-_PUNCTUATION = {**dict.fromkeys("‘’‚‛′ʼʹ`´", "'"), **dict.fromkeys("“”„‟″«»", '"'), **dict.fromkeys("。·∙•・‧", "."), "−": "-"}
+_PUNCTUATION = {**dict.fromkeys("‘’‚‛′ʼʹ´", "'"), **dict.fromkeys("“”„‟″«»", '"'), **dict.fromkeys("。·∙•・‧", "."), "−": "-"}
 _UNDECOMPOSED = {"ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "þ": "th", "Þ": "Th", "ð": "d", "Ð": "D"}
 _LOOKALIKES = _CYRILLIC | _GREEK | _PUNCTUATION | _UNDECOMPOSED
 

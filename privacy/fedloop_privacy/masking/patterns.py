@@ -39,7 +39,7 @@ class Pattern:
                 yield Span(start, end, self.type, self.score)
 
 
-DIGIT, AT, DOT, LETTER = "digit", "at", "dot", "letter"
+DIGIT, AT, DOT, SPELLED_AT, LETTER = "digit", "at", "dot", "spelled at", "letter"
 
 _MONTH = """
     (?:(?i:jan(?:uary|uar|vier)?|feb(?:ruary|ruar)?|fevrier|mar(?:ch|s|zo)?|maerz|marz|apr(?:il)?|avril|mai|june?|juni
@@ -93,7 +93,7 @@ _DOTS = r"(?:\ ?\.\ ?|\ ?[(\[{<]\s?(?i:dot|\.|punkt)\s?[)\]}>]\ ?|\ (?i:dot|punk
 NETWORK = (
     Pattern("EMAIL_ADDRESS", 0.95, AT, rf"{_LOCAL}{{1,256}}+@[\w-]{{1,63}}+(?:\.[\w-]{{1,63}}+){{1,10}}+"),
     Pattern("EMAIL_ADDRESS", 0.9, AT, r'"[^"\n]{1,64}"@[\w-]{1,63}+(?:\.[\w-]{1,63}+){1,10}+'),
-    Pattern("EMAIL_ADDRESS", 0.9, LETTER,
+    Pattern("EMAIL_ADDRESS", 0.9, SPELLED_AT,
         rf"""[\w.+-]{{1,64}}+\s{{0,2}}{_ATS}\s{{0,2}}[\w-]{{1,63}}+(?:{_DOTS}[\w-]{{2,63}}){{0,3}}{_DOTS}(?i:{_TLD})"""),
     Pattern("EMAIL_ADDRESS", 0.8, AT, rf"""
         [\w.+-]{{1,64}}+(?:(?:\.|\ dot\ )[\w-]{{1,30}}+)?+@[\w-]{{1,63}}+\ ?(?:dot|\(dot\)|\[dot\])\ ?(?i:
@@ -104,6 +104,8 @@ NETWORK = (
         [^\s<>\"']{{0,2000}}+)?"""),
     Pattern("IP_ADDRESS", 0.8, DIGIT, r"(?<![\d.])(?:\d{1,3}\ ?(?:\.|\[\.\]|\(\.\))\ ?){3}\d{1,3}(?![\d]|\.\d)"),
 )  # fmt: skip
+
+_SPELLED_AT = regex.compile(r"(?i)(?<=[\s(\[{<])at(?=[\s)\]}>])|@")
 
 # One separator may stand between two digits of a number, also a line break, or a space on each side of a dash.
 _SEP = r"(?:[-./_]|[\ \t\r\n]{1,2}|\ -\ |\)\ ?|\ ?\(|)"
@@ -139,7 +141,7 @@ NUMBERS = (
     Pattern("ACCESS_CODE", 0.5, DIGIT, r"""
         (?i)\b(?:pin|cvv2?|cvc|otp|pass(?:word|code)|security\ code|sms\ code)(?:\ (?:code|number))?(?:\ is|:|
         \ =|=)?\ ?(?<v>(?=\S{0,30}\d)[^\s<>]{3,31})"""),
-    Pattern("REFERENCE", 0.5, DIGIT, rf"""
+    Pattern("REFERENCE", 0.75, DIGIT, rf"""
         (?i)\b(?:ref(?:erence)?|booking|order|ticket|case|customer|policy|invoice|member(?:ship)?|account|acct
         |licen[cs]e|passport|tracking|transaction|confirmation|client|user|iban|swift|routing|sort\ code
         |national\ insurance|ni|id|vat|plate|vin)\.?(?:\ (?:number|num|no\.?|id|code|ref))?\ ?[:\#]?\ ?(?:is\ )?
@@ -186,8 +188,8 @@ _LINES = r"""
 ADDRESSES = (
     Pattern("STREET_ADDRESS", 0.8, DIGIT, rf"""
         (?<![\w])\d{{1,6}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\ (?:\d{{1,5}}(?:st|nd|rd|th)?\ )?
-        (?:{_NAMEWORD}\ ){{0,4}}?{_NAMEWORD}\ (?:{_STREET_WORD}|(?=[A-Z]{{2}})(?i:{_STREET_WORD}))(?:\ (?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\b\.?)?(?:
-        {_TAIL})?"""),
+        (?:{_NAMEWORD}\ ){{0,4}}?{_NAMEWORD}\ (?:{_STREET_WORD}|(?=[A-Z]{{2}})(?i:{_STREET_WORD}))
+        (?:\ (?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\b\.?)?(?:{_TAIL})?"""),
     Pattern("STREET_ADDRESS", 0.7, DIGIT, rf"""
         (?<!\w)\d{{1,6}}[A-Za-z]?\ (?i:(?!(?:and|more|the|{_UNITS_OF_MEASURE})\b)[a-z'.]{{2,20}}\ ){{1,3}}
         (?i:street|avenue|ave|road|rd|boulevard|blvd|lane|drive|crescent|terrace|parkway|turnpike|expressway|motorway|freeway
@@ -209,7 +211,7 @@ ADDRESSES = (
         (?<![\w.,$])\d{{3,6}},?\ (?!(?i:{_UNITS_OF_MEASURE})\b)[A-Za-z][A-Za-z'.-]{{1,20}}+(?:\ [A-Za-z][A-Za-z'.-]{{1,20}}+)?
         \ (?i:{_STREET_WORD})(?:{_TAIL})?"""),
     Pattern("STREET_ADDRESS", 0.7, DIGIT, rf"""
-        (?<!\w)(?i:flat|studio|apartment|apt\.?|unit|suite|{_STREET_WORD})\ \d{{1,4}}[A-Za-z]?,?\s{{1,2}}
+        (?<!\w)(?i:flat|studio|apartment|apt\.?|unit|suite)\ \d{{1,4}}[A-Za-z]?,?\s{{1,2}}
         [A-Za-z][A-Za-z'.-]{{1,20}}+(?:\ [A-Za-z][A-Za-z'.-]{{1,20}}+)?\ (?i:{_STREET_WORD})(?:{_TAIL})?"""),
     Pattern("STREET_ADDRESS", 0.6, DIGIT, r"(?i)(?<!\w)(?:flat|studio)\ (?:\d{1,3}[a-z]?|[a-z]\d{1,3})(?!\w)"),
     Pattern("STREET_ADDRESS", 0.75, DIGIT, rf"""
@@ -258,6 +260,8 @@ def find(text: str, until: float) -> list[Span]:
         present.add(AT)
     if "." in text:
         present.add(DOT)
+    if _SPELLED_AT.search(text):
+        present.add(SPELLED_AT)
     return [_checked(text, span) for pattern in ALL if pattern.needs in present for span in pattern.spans(text, until)]
 
 

@@ -31,6 +31,8 @@ _TEMPLATES = (
     "{PERSON}'s payment of 40 pounds never reached me. Ask {FIRST_NAME} yourself if you like.",
     "Hello {FIRST_NAME}, thanks for the chat. As agreed: {PHONE_NUMBER}, {STREET_ADDRESS}.",
 )
+_CITIES = ("Manchester", "Boston", "Lisbon", "Leeds", "Chicago", "Vienna", "Glasgow", "Denver", "Osaka", "Cardiff")
+_DATES = ("%d/%m/%Y", "%Y-%m-%d", "%B %d, %Y", "%d %b %Y", "%m.%d.%y")
 _AS_TYPED: tuple[tuple[float, Callable[[str], str]], ...] = ((0.8, str), (0.92, str.lower), (1.0, str.upper))
 
 
@@ -60,7 +62,7 @@ def _value(kind: str, fake: Faker, rng: random.Random) -> str:
         "PERSON": lambda: f"{fake.first_name()} {fake.last_name()}",
         "FIRST_NAME": fake.first_name,
         "LAST_NAME": fake.last_name,
-        "LOCATION": lambda: rng.choice(("Manchester", "Boston", "Lisbon", "Leeds", "Chicago", "Vienna", "Glasgow", "Denver", "Osaka", "Cardiff")),
+        "LOCATION": lambda: rng.choice(_CITIES),
         "PHONE_NUMBER": fake.phone_number,
         "EMAIL_ADDRESS": fake.email,
         "CREDIT_CARD": lambda: _grouped(fake.credit_card_number(), rng),
@@ -69,7 +71,7 @@ def _value(kind: str, fake: Faker, rng: random.Random) -> str:
         "IP_ADDRESS": fake.ipv4_public,
         "ACCOUNT_NUMBER": lambda: str(rng.randrange(10**7, 10**10)),
         "STREET_ADDRESS": lambda: fake.street_address().replace("\n", ", "),
-        "DATE_TIME": lambda: fake.date_of_birth().strftime(rng.choice(("%d/%m/%Y", "%Y-%m-%d", "%B %d, %Y", "%d %b %Y", "%m.%d.%y"))),
+        "DATE_TIME": lambda: fake.date_of_birth().strftime(rng.choice(_DATES)),
     }
     return makers[kind]()
 
