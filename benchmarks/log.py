@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import apsw
 import msgspec
-from fedloop_events import envelope, ids, signatures, topics, types
-from fedloop_events.envelope import Event, Record
-from fedloop_events.log import read_all
+from fedloop_events import envelope, ids, signatures, types
+from fedloop_events.envelope import Event
+from fedloop_events.log import Position, read_all
 from fedloop_events.masked import MaskedText
-from fedloop_events.projections import Reader
 from fedloop_events.signatures import SigningKey
-from fedloop_events.sqlite import PAGE_BYTES, SqliteLog
+from fedloop_events.sqlite import PAGE_BYTES, STREAM, SqliteLog
 
-from benchmarks.harness import Row, interleaved_s, rates, scratch, seconds
+from benchmarks.harness import Row, rates, scratch, seconds
 
 _ATTRIBUTES = ("topic", "key", "source", "type", "signature")
 
 
 def rows(quick: bool) -> list[Row]:
-    count, chunk = (20_000, 2_000) if quick else (1_000_000, 20_000)
+    count, chunk = (20_000, 2_000) if quick else (1_000_000, 10_000)
     result: list[Row] = []
     for label, words, signed in (("300 B", 3, False), ("1 KB, signed", 18, True)):
         make = _maker(words, signed=signed)
@@ -31,7 +33,7 @@ def rows(quick: bool) -> list[Row]:
             with scratch() as folder:
                 result += _append(f"{label}, batches of {batch:,}", folder, make, batch, count, chunk)
                 if batch == 1000:
-                    result.append(_fold(label, folder, count, runs=1 if quick else 3))
+                    result.append(_fold(label, folder, count, chunk))
     return result
 
 
@@ -42,12 +44,12 @@ def _append(what: str, folder: Path, make: Callable[[], Event], batch: int, coun
     for _ in range(count // chunk):
         events = [make() for _ in range(chunk)]
         values = [(bytes(_size(event)),) for event in events]
-        ours_s.append(seconds(lambda events=events: _batches(log.append, events, batch)))  # type: ignore[misc]
-        theirs_s.append(seconds(lambda values=values: _batches(lambda part: _insert(peer, part), values, batch)))  # type: ignore[misc]
+        ours_s.append(seconds(partial(_batches, log.append, events, batch)))
+        theirs_s.append(seconds(partial(_batches, partial(_insert, peer), values, batch)))
     log.close()
     peer.close()
     tenth = max(1, len(ours_s) // 10)
-    first, last = chunk * tenth / sum(ours_s[:tenth]), chunk * tenth / sum(ours_s[-tenth:])
+    first, last = (chunk / median(part) for part in (ours_s[:tenth], ours_s[-tenth:]))
     name = f"append {count:,} events of {what}"
     return [
         rates(name, "bare apsw, same bytes, no ids", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5),
@@ -55,51 +57,31 @@ def _append(what: str, folder: Path, make: Callable[[], Event], batch: int, coun
     ]
 
 
-def _fold(label: str, folder: Path, count: int, runs: int) -> Row:
+def _fold(label: str, folder: Path, count: int, chunk: int) -> Row:
+    """A chunk is read from the log, decoded and folded; then the peer decodes the same bytes, which lie in memory."""
     log = SqliteLog(folder / "log.sqlite")
     decoder = msgspec.json.Decoder(types.FeedbackRecorded)
+    records = read_all(log)
+    counts: Counter[str] = Counter()
 
     def ours() -> None:
-        fold = _CountByKey()
-        Reader(log, fold).catch_up()
-        assert sum(fold.counts.values()) == count
+        for record in islice(records, chunk):
+            payload = envelope.expect(record, types.FeedbackRecorded)
+            counts[payload.client_id] += 1
 
     def theirs(part: list[bytes]) -> None:
         for data in part:
             decoder.decode(data)
 
-    # The peer's bytes lie in memory, a slice of the log at a time, and nothing but the decoding is on its clock.
-    sample = [record.data for record in islice(read_all(log), min(count, 100_000))]
-    ours_s, theirs_s = interleaved_s([ours, lambda: theirs(sample)], runs=runs, warm=0)
+    ours_s, theirs_s = [], []
+    for start in range(0, count, chunk):
+        part = [record.data for record in islice(read_all(log, after=Position({STREAM: start})), chunk)]
+        ours_s.append(seconds(ours))
+        theirs_s.append(seconds(partial(theirs, part)))
+    assert counts.total() == count
     log.close()
-    return rates(
-        f"read, decode and fold {count:,} events of {label}",
-        "msgspec decoding them",
-        count / ours_s,
-        len(sample) / theirs_s,
-        "/s",
-        0.5,
-    )
-
-
-class _CountByKey:
-    topics = topics.ALL
-    version = 1
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-
-    def apply(self, record: Record, payload: types.Payload) -> None:
-        self.counts[record.key] = self.counts.get(record.key, 0) + 1
-
-    def to_state(self) -> bytes:
-        return msgspec.json.encode(self.counts)
-
-    @classmethod
-    def from_state(cls, state: bytes) -> _CountByKey:
-        fold = cls()
-        fold.counts = msgspec.json.decode(state)
-        return fold
+    what = f"read, decode and fold {count:,} events of {label}"
+    return rates(what, "msgspec decoding the same bytes", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5)
 
 
 def _maker(words: int, *, signed: bool) -> Callable[[], Event]:

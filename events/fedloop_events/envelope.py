@@ -25,7 +25,7 @@ _encoder = msgspec.json.Encoder()
 _decoders = {payload.type_name: msgspec.json.Decoder(payload) for payload in types.TYPES}
 
 
-class Event(Struct, frozen=True):
+class Event(Struct, frozen=True, gc=False):
     """One event as it is appended.
 
     `id` is 32 hexadecimal digits, `time_s` whole seconds since 1970 (informative: order is position in the log), `data` the
@@ -46,7 +46,7 @@ class Event(Struct, frozen=True):
         return f"urn:fedloop:schema:{self.type}"
 
 
-class Record(Event, frozen=True, kw_only=True):
+class Record(Event, frozen=True, kw_only=True, gc=False):
     """An event and where it stands: `offset` rises within `stream`, `appended_ms` is the log's own clock."""
 
     stream: str

@@ -15,7 +15,7 @@ class _MintedOnly(msgspec.StructMeta):
         raise TypeError("MaskedText is made by the masker alone (fedloop_privacy.masking), or decoded from the log")
 
 
-class MaskedText(Struct, frozen=True, forbid_unknown_fields=True, metaclass=_MintedOnly):
+class MaskedText(Struct, frozen=True, forbid_unknown_fields=True, gc=False, metaclass=_MintedOnly):
     """A text in which personal values are replaced by typed placeholders, such as `<PERSON_1>`.
 
     It cannot be constructed: the masker mints it, and decoding an event restores one that was minted elsewhere. `counts` is the

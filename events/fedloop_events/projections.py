@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -163,22 +163,23 @@ class Reader(Generic[F]):
         batch = self._log.read(self.fold.topics, self.position, limit=BATCH, wait_s=wait_s)
         if batch.records and self._who is not None:
             self._who.catch_up()
-        for record in batch.records:
-            self._apply(record)
+        self._apply(batch.records)
         self.position = batch.position
         self._since_snapshot += len(batch.records)
         return len(batch.records)
 
-    def _apply(self, record: Record) -> None:
-        try:
-            payload = envelope.decode(record)
-            if payload is None:
-                self.unknown += 1
-                return
-            if self._identities is not None:
-                self._identities.authenticate(record, payload)
-            self.fold.apply(record, payload)
-        except InvalidEventError as error:
-            self.refused += 1
-            if self._on_refused is not None:
-                self._on_refused(record, error)
+    def _apply(self, records: Sequence[Record]) -> None:
+        decode, apply, identities = envelope.decode, self.fold.apply, self._identities
+        for record in records:
+            try:
+                payload = decode(record)
+                if payload is None:
+                    self.unknown += 1
+                    continue
+                if identities is not None:
+                    identities.authenticate(record, payload)
+                apply(record, payload)
+            except InvalidEventError as error:
+                self.refused += 1
+                if self._on_refused is not None:
+                    self._on_refused(record, error)

@@ -63,7 +63,7 @@ class Content(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
     configs: dict[Line, dict[Line, Scalar | list[Scalar]]] = {}
 
 
-class Payload(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Payload(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """Base of all event types."""
 
     topic: ClassVar[str]
