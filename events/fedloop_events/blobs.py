@@ -60,7 +60,7 @@ class BlobStore:
         _check(ref, len(data), hashlib.sha256(data).hexdigest())
         return data
 
-    def blocks(self, ref: BlobRef, *, block_bytes: int = 1 << 20, max_bytes: int | None = None) -> Iterator[memoryview]:
+    def blocks(self, ref: BlobRef, *, block_bytes: int = 1 << 18, max_bytes: int | None = None) -> Iterator[memoryview]:
         """The bytes of `ref` in blocks, in flat memory; each block is valid until the next one.
 
         Raises `BlobError` as `get` does, but for wrong bytes only after the last block: do not use any before this ends.
