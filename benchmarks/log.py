@@ -17,7 +17,8 @@ from fedloop_events.envelope import Event
 from fedloop_events.log import Position, read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
-from fedloop_events.sqlite import PAGE_BYTES, STREAM, SqliteLog
+from fedloop_events.sqlite import STREAM, SqliteLog
+from fedloop_events.sqlite_file import PAGE_BYTES
 
 from benchmarks.harness import Row, rates, scratch, seconds
 

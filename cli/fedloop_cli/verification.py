@@ -18,7 +18,8 @@ from fedloop_events.blobs import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError, LogError, UsageError
 from fedloop_events.identities import Identities
-from fedloop_events.sqlite import APPLICATION_ID, FORMAT, STREAM
+from fedloop_events.sqlite import STREAM
+from fedloop_events.sqlite_file import APPLICATION_ID, FORMAT
 from msgspec import Struct
 
 MOST_FINDINGS: Final = 100

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol
 
 from fedloop_events.errors import BlobError, UnreachableError, UsageError
+from fedloop_events.files import fsync_folder
 from fedloop_events.types import BlobRef
 
 _NAME: Final = re.compile("[0-9a-f]{64}")
@@ -182,9 +183,9 @@ class _Folder:
         shard = self.root / name[:2]
         if not shard.is_dir():
             shard.mkdir(exist_ok=True)
-            _fsync_folder(self.root)
+            fsync_folder(self.root)
         temporary.rename(shard / name[2:])
-        _fsync_folder(shard)
+        fsync_folder(shard)
 
     def _sweep(self) -> None:
         """Remove what crashed writers left behind."""
@@ -257,11 +258,3 @@ def _copy(chunks: Iterable[bytes | memoryview], file: IO[bytes]) -> BlobRef:
             view = view[file.write(view) :]
     file.flush()
     return BlobRef(sha256=digest.hexdigest(), size_bytes=size)
-
-
-def _fsync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

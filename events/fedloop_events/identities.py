@@ -62,7 +62,8 @@ class Identities:
 
     def __init__(self) -> None:
         self._state = _State()
-        self._nodes: dict[int, str] = {}
+        self._nodes: set[int] = set()
+        self._keys: set[str] = set()
 
     @property
     def origin(self) -> str:
@@ -124,7 +125,9 @@ class Identities:
     def from_state(cls, state: bytes) -> Self:
         identities = cls()
         identities._state = msgspec.json.decode(state, type=_State)
-        identities._nodes = {client.node_id: client.client_id for client in identities._state.clients.values()}
+        clients = identities._state.clients.values()
+        identities._nodes = {client.node_id for client in clients}
+        identities._keys = {client.public_key for client in clients}
         return identities
 
     def _create(self, record: Record, payload: DeploymentCreated) -> None:
@@ -144,11 +147,12 @@ class Identities:
         node_id = int(payload.node_id)
         if not 0 < node_id < 1 << 64 or str(node_id) != payload.node_id or node_id in self._nodes:
             raise InvalidEventError(f"event {record.id} enrols a client under a node id that is malformed or taken")
-        if any(client.public_key == payload.public_key for client in self._state.clients.values()):
+        if payload.public_key in self._keys:
             raise InvalidEventError(f"event {record.id} enrols a client under the key of another")
         _check_envelope(record, payload)
         signatures.verify(record, payload.public_key)
-        self._nodes[node_id] = payload.client_id
+        self._nodes.add(node_id)
+        self._keys.add(payload.public_key)
         self._state.clients[payload.client_id] = Client(
             client_id=payload.client_id,
             public_key=payload.public_key,

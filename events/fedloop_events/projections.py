@@ -16,6 +16,7 @@ from msgspec import Struct
 from fedloop_events import envelope
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.files import fsync_folder
 from fedloop_events.identities import Identities
 from fedloop_events.log import START, EventLog, Position
 from fedloop_events.types import Payload
@@ -94,6 +95,7 @@ class Snapshots:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)  # noqa: PTH105
+            fsync_folder(self.path.parent)
         except OSError as error:
             _logger.warning("the snapshot %s cannot be written (%s)", self.path, error.strerror)
             if temporary:

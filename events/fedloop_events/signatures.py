@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime
+import functools
 import hashlib
 import os
 import re
@@ -221,6 +222,7 @@ def _signed_body(event: Event, public_key: str) -> bytes:
     raise SignatureError(f"event {event.id} is not signed by the key of its author")
 
 
+@functools.lru_cache(maxsize=4096)
 def _public_key(text: str) -> Ed25519PublicKey:
     try:
         raw = _unbase64(text)

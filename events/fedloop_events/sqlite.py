@@ -18,36 +18,13 @@ import apsw
 
 from fedloop_events import topics as all_topics
 from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record
-from fedloop_events.errors import FedloopError, InvalidEventError, LogError, UnreachableError
+from fedloop_events.errors import InvalidEventError, LogError
 from fedloop_events.log import START, Batch, Position
+from fedloop_events.sqlite_file import open_connection, pragma, transaction, translated_errors
 
 STREAM: Final = "log"
-APPLICATION_ID: Final = 0x46644C67
-FORMAT: Final = 1
-PAGE_BYTES: Final = 8192
 _LONGEST_PAUSE_S: Final = 0.02
-_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs"})
 
-# Feedback is most of a log: its events are found by scanning, and pay for no index but the one of their ids.
-_SCHEMA: Final = f"""
-CREATE TABLE events (
-    position INTEGER PRIMARY KEY,
-    topic TEXT NOT NULL,
-    id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
-    key TEXT NOT NULL,
-    source TEXT NOT NULL,
-    type TEXT NOT NULL,
-    time INTEGER NOT NULL,
-    data BLOB NOT NULL,
-    signature TEXT NOT NULL,
-    appended_ms INTEGER NOT NULL
-) STRICT;
-CREATE INDEX events_sparse ON events (topic) WHERE topic <> 'feedback';
-CREATE TRIGGER events_no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-CREATE TRIGGER events_no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {FORMAT};
-"""
 _COLUMNS: Final = "topic, key, id, source, type, time, data, signature, position, appended_ms"
 _INSERT: Final = """
 INSERT INTO events (topic, key, id, source, type, time, data, signature, appended_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -90,7 +67,7 @@ class SqliteLog:
         rows = [_row(event, appended_ms) for event in events]
         if not rows:
             return
-        with self._writing() as connection, _transaction(connection):
+        with self._writing() as connection, transaction(connection):
             connection.executemany(_INSERT, rows)
         appended = self._handle.appended
         with appended:
@@ -165,17 +142,17 @@ class SqliteLog:
     @contextmanager
     def _reading(self) -> Iterator[apsw.Connection]:
         handle = self._here()
-        with handle.read_lock, _errors(self.path):
+        with handle.read_lock, translated_errors(self.path):
             if handle.reader is None:
-                handle.reader = _open(self.path, self._busy_timeout_s)
+                handle.reader = open_connection(self.path, self._busy_timeout_s)
             yield handle.reader
 
     @contextmanager
     def _writing(self) -> Iterator[apsw.Connection]:
         handle = self._here()
-        with handle.write_lock, _errors(self.path):
+        with handle.write_lock, translated_errors(self.path):
             if handle.writer is None:
-                handle.writer = _open(self.path, self._busy_timeout_s)
+                handle.writer = open_connection(self.path, self._busy_timeout_s)
             try:
                 yield handle.writer
             except apsw.IOError:
@@ -241,117 +218,4 @@ def _end(connection: apsw.Connection) -> int:
 
 
 def _data_version(connection: apsw.Connection) -> int:
-    return _pragma(connection, "data_version")
-
-
-def _open(path: Path, busy_timeout_s: float) -> apsw.Connection:
-    deadline = time.monotonic() + busy_timeout_s
-    while True:
-        connection = apsw.Connection(str(path))
-        try:
-            connection.set_busy_timeout(round(busy_timeout_s * 1000))
-            _configure(path, connection)
-            return connection
-        except apsw.BusyError:
-            # SQLite does not wait while another process switches the file to WAL or recovers it.
-            connection.close(force=True)
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.005)
-        except BaseException:
-            connection.close(force=True)
-            raise
-
-
-def _configure(path: Path, connection: apsw.Connection) -> None:
-    """Set what this program relies on, make the schema in an empty file, and refuse what is not exactly a log."""
-    settings = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "synchronous=FULL", "temp_store=MEMORY")
-    for setting in settings:
-        connection.execute(f"PRAGMA {setting}")
-    if not _schema(connection) and _pragma(connection, "application_id") == 0:
-        _refuse_network(path)
-        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
-        with _transaction(connection):
-            if not _schema(connection):
-                connection.execute(_SCHEMA)
-        _fsync_folder(path.absolute().parent)
-    if _pragma(connection, "application_id") != APPLICATION_ID:
-        raise LogError(f"{path} is a database, but no Fedloop log", hint="name the folder that `fedloop server init` made")
-    version = _pragma(connection, "user_version")
-    if version > FORMAT:
-        raise LogError(
-            f"{path} has log format {version}; this program knows formats up to {FORMAT}", hint="install a newer fedloop"
-        )
-    pristine = apsw.Connection(":memory:")
-    pristine.execute(_SCHEMA)
-    if _schema(connection) != _schema(pristine):
-        raise LogError(f"the log {path} has been altered: it has other tables, indexes or triggers than a log has")
-    connection.execute("PRAGMA journal_mode=WAL")
-
-
-def _schema(connection: apsw.Connection) -> list[tuple[str, str]]:
-    return [(str(name), str(sql)) for name, sql in connection.execute("SELECT name, sql FROM sqlite_schema ORDER BY name")]
-
-
-def _pragma(connection: apsw.Connection, name: str) -> int:
-    return int(connection.execute(f"PRAGMA {name}").get)
-
-
-@contextmanager
-def _transaction(connection: apsw.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _refuse_network(path: Path) -> None:
-    """Raise `LogError` where file locks and shared memory do not hold between machines (Linux only: elsewhere nobody says)."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return
-    folder, best, kind = path.resolve().parent, "", ""
-    for line in mounts.splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = fields.split()[4].replace("\\040", " ")
-        if folder.is_relative_to(point) and len(point) >= len(best):
-            best, kind = point, rest.split()[0]
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise LogError(f"the log {path} would lie on a network share ({kind})", hint="keep it on a local disk")
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FedloopError:
-        raise
-    except (apsw.BusyError, apsw.LockedError) as error:
-        raise UnreachableError(
-            f"the log {path} stayed locked by another process",
-            cause=str(error),
-            hint="try again; the same call is safe to repeat",
-        ) from error
-    except apsw.FullError as error:
-        raise LogError(
-            f"the disk of the log {path} is full: nothing was appended", cause=str(error), hint="make room, then try again"
-        ) from error
-    except apsw.NotADBError as error:
-        raise LogError(f"{path} is no Fedloop log", cause=str(error)) from error
-    except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, apsw.ReadOnlyError) as error:
-        raise LogError(
-            f"the log {path} cannot be used", cause=str(error), hint="check that the folder exists, the disk and the permissions"
-        ) from error
+    return pragma(connection, "data_version")
