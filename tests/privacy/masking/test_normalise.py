@@ -74,3 +74,10 @@ def test_encoded_text_is_told_from_long_words_and_numbers() -> None:
 
 def test_words_of_two_scripts_are_found() -> None:
     assert mixed_script_words("J\u043ehn and \u0418\u0432\u0430\u043d paid 5 \u00b5m") == [(0, 4)]
+
+
+def test_a_mask_takes_the_invisible_characters_after_a_value() -> None:
+    view = fold(View.of("jo\u200b hn\u0301\u00ad x"))
+    assert view.text == "jo hn x"
+    assert view.origin(0, 2) == (0, 3)
+    assert view.origin(3, 5) == (4, 8)
