@@ -18,10 +18,9 @@ from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
 from fedloop_events.files import fsync_folder
 from fedloop_events.identities import Identities
-from fedloop_events.log import START, EventLog, Position
+from fedloop_events.log import READ_AHEAD, START, EventLog, Position
 from fedloop_events.types import Payload
 
-BATCH = 1000
 SNAPSHOT_EVERY = 10_000
 
 _logger = logging.getLogger(__name__)
@@ -162,7 +161,7 @@ class Reader(Generic[F]):
         self.position = position
 
     def _step(self, wait_s: float) -> int:
-        batch = self._log.read(self.fold.topics, self.position, limit=BATCH, wait_s=wait_s)
+        batch = self._log.read(self.fold.topics, self.position, limit=READ_AHEAD, wait_s=wait_s)
         if batch.records and self._who is not None:
             self._who.catch_up()
         self._apply(batch.records)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -26,10 +27,17 @@ STREAM: Final = "log"
 _LONGEST_PAUSE_S: Final = 0.02
 
 _COLUMNS: Final = "topic, key, id, source, type, time, data, signature, position, appended_ms"
-_INSERT: Final = """
-INSERT INTO events (topic, key, id, source, type, time, data, signature, appended_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (id) DO NOTHING
-"""
+_ROWS_AT_ONCE: Final = 50
+"""One statement for many rows saves a tenth of an append."""
+_VALUES: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT: Final = (
+    "INSERT INTO events (topic, key, id, source, type, time, data, signature, appended_ms) VALUES {} ON CONFLICT (id) DO NOTHING"
+)
+_INSERT_ONE: Final = _INSERT.format(_VALUES)
+_INSERT_MANY: Final = _INSERT.format(", ".join([_VALUES] * _ROWS_AT_ONCE))
+_TOPICS: Final = frozenset(all_topics.ALL)
+
+_Row = tuple[str, str, bytes, str, str, int, bytes, str, int]
 
 
 class _Handle:
@@ -68,7 +76,7 @@ class SqliteLog:
         if not rows:
             return
         with self._writing() as connection, transaction(connection):
-            connection.executemany(_INSERT, rows)
+            _insert(connection, rows)
         appended = self._handle.appended
         with appended:
             appended.notify_all()
@@ -162,14 +170,14 @@ class SqliteLog:
                 raise
 
 
-def _row(event: Event, appended_ms: int) -> tuple[str, str, bytes, str, str, int, bytes, str, int]:
+def _row(event: Event, appended_ms: int) -> _Row:
     try:
         identifier = bytes.fromhex(event.id)
     except ValueError:
         identifier = b""
     if len(identifier) != 16 or identifier.hex() != event.id:
         raise InvalidEventError("an event id is not 32 lower-case hexadecimal digits", hint="use fedloop_events.ids")
-    if event.topic not in all_topics.ALL:
+    if event.topic not in _TOPICS:
         raise InvalidEventError(f"event {event.id} is for a topic that does not exist")
     if not 0 < len(event.data) <= MAX_EVENT_BYTES:
         raise InvalidEventError(f"event {event.id} has {len(event.data):,} bytes of data; 1 to {MAX_EVENT_BYTES:,} can be held")
@@ -184,6 +192,13 @@ def _row(event: Event, appended_ms: int) -> tuple[str, str, bytes, str, str, int
         event.signature,
         appended_ms,
     )
+
+
+def _insert(connection: apsw.Connection, rows: list[_Row]) -> None:
+    whole = len(rows) - len(rows) % _ROWS_AT_ONCE
+    for start in range(0, whole, _ROWS_AT_ONCE):
+        connection.execute(_INSERT_MANY, tuple(chain.from_iterable(rows[start : start + _ROWS_AT_ONCE])))
+    connection.executemany(_INSERT_ONE, rows[whole:])
 
 
 def _select(connection: apsw.Connection, topics: Collection[str], after: int, limit: int) -> tuple[list[Record], int]:

@@ -81,6 +81,12 @@ def test_the_same_id_twice_in_one_batch_counts_once(log: EventLog) -> None:
     assert len(list(read_all(log))) == 1
 
 
+def test_a_large_batch_keeps_its_order_and_each_id_once(log: EventLog) -> None:
+    numbers = [*range(130), *range(60, 190), 5, 5]
+    log.append([samples.event(samples.feedback(number), number=number) for number in numbers])
+    assert [record.data for record in read_all(log)] == [samples.event(samples.feedback(number)).data for number in range(190)]
+
+
 def test_a_batch_with_one_bad_event_appends_nothing(log: EventLog) -> None:
     good = samples.event(samples.feedback())
     for change in ({"id": "0" * 31}, {"id": "A" * 32}, {"id": " " * 32}, {"data": b""}, {"data": b"x" * 62_000}, {"topic": "x"}):

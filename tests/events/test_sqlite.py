@@ -27,8 +27,9 @@ def test_offsets_are_dense_and_a_dropped_duplicate_leaves_no_hole(tmp_path: Path
     duplicate = samples.event(samples.feedback(), number=1)
     for number in range(3):
         log.append([duplicate, samples.event(samples.epoch(number)), duplicate])
-    assert [record.offset for record in read_all(log)] == list(range(1, 8))
-    assert log.check() == 7
+    log.append([samples.event(samples.feedback(number), number=number // 2) for number in range(200)])
+    assert [record.offset for record in read_all(log)] == list(range(1, 107))
+    assert log.check() == 106
     log.close()
 
 
