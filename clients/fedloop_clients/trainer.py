@@ -31,8 +31,8 @@ class TermsError(FedloopError):
     """A round asks for something this trainer does not do."""
 
 
-_DP = {"head_lr": 24.0, "bias_lr": 0.0, "lora_lr": 2.0}
-_PLAIN = {"head_lr": 0.01, "bias_lr": 0.01, "lora_lr": 0.001, "local_epochs": 1.0, "batch": 32.0}
+_DP = {"head_lr": 40.0, "bias_lr": 0.0, "lora_lr": 4.0}
+_PLAIN = {"head_lr": 0.05, "bias_lr": 0.05, "lora_lr": 0.002, "local_epochs": 1.0, "batch": 32.0}
 _WHOLE = {"local_epochs": 1000, "batch": 65_536}  # whole numbers, and the most they may be
 
 
