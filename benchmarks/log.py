@@ -49,12 +49,13 @@ def _append(what: str, folder: Path, make: Callable[[], Event], batch: int, coun
         theirs_s.append(seconds(partial(_batches, partial(_insert, peer), values, batch)))
     log.close()
     peer.close()
-    tenth = max(1, len(ours_s) // 10)
-    first, last = (chunk / median(part) for part in (ours_s[:tenth], ours_s[-tenth:]))
+    # The peer has no index that could slow down as the log grows, and shares every bad moment of the disk.
+    relative = [theirs / ours for ours, theirs in zip(ours_s, theirs_s, strict=True)]
+    tenth = max(1, len(relative) // 10)
     name = f"append {count:,} events of {what}"
     return [
         rates(name, "bare apsw, same bytes, no ids", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5),
-        rates(f"{name}: last tenth", "its first tenth", last, first, "/s", 0.8),
+        rates(f"{name}: last tenth", "first tenth", median(relative[-tenth:]), median(relative[:tenth]), "of bare apsw", 0.8),
     ]
 
 
