@@ -33,9 +33,7 @@ SPEC = types.ModelSpec(
     base_model="tiny", base_sha256="0" * 64, labels=["a", "b", "c"], rank=2, alpha=4.0, targets=["query"], layers=1
 )
 # At sampling rate 1 the accountant has a closed form and needs no torch.
-CONFIG = ServerConfig(
-    planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100, expected_batch=100, quorum=2, deadline_s=30.0
-)
+CONFIG = ServerConfig(planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100, quorum=2, deadline_s=30.0)
 OPEN_CONFIG = ServerConfig(epsilon=None, quorum=2, deadline_s=30.0)
 
 

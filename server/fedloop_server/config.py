@@ -34,15 +34,14 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     strategy: Strategy | None = None
     planned_rounds: Annotated[int, Meta(ge=1, le=10_000)] = 8
-    sums_share: _Share = 0.5
+    sums_share: _Share = 0.7
     nominal_examples: _Many = 1000
-    expected_batch: _Many = 128
-    sampling_rate: _Share | None = None
+    sampling_rate: _Share = 0.25
     steps: _Many | None = None
     clip_norm: _Number = 1.0
     head_lr: _Number | None = None
     lora_lr: _Number | None = None
-    head_scale: _Number = 7.0
+    head_scale: _Number = 20.0
     local_epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     local_batch: Annotated[int, Meta(ge=1, le=65_536)] = 32
     quorum: _Many = 2
@@ -76,24 +75,19 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def hyperparameters(self) -> dict[str, float]:
         """Of a training round, by the names that the trainer of the clients reads."""
-        head, lora = (0.01, 0.001) if self.epsilon is None else (8.0, 2.0)
+        head, lora = (0.05, 0.002) if self.epsilon is None else (40.0, 4.0)
         rates = {"head_lr": self.head_lr or head, "lora_lr": self.lora_lr or lora}
         return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})
 
     @property
-    def rate(self) -> float:
-        """Probability that an example takes part in a private step."""
-        return self.sampling_rate or min(1.0, self.expected_batch / self.nominal_examples)
-
-    @property
     def round_steps(self) -> int:
         """Private steps of one round."""
-        return self.steps or math.ceil(1 / self.rate)
+        return self.steps or math.ceil(1 / self.sampling_rate)
 
     @property
     def divisor(self) -> float:
         """What the noisy sum of a private step is divided by."""
-        return self.rate * self.nominal_examples
+        return self.sampling_rate * self.nominal_examples
 
 
 MEANING: Final = {
@@ -103,12 +97,11 @@ MEANING: Final = {
     "planned_rounds": "Rounds that the budget is planned for, the sums included; under differential privacy there are no more.",
     "sums_share": "Share of epsilon that the first round, of noisy sums per class, takes; below 1.",
     "nominal_examples": "Examples a device is assumed to have, from public knowledge: never counted on devices.",
-    "expected_batch": "Examples that take part in a private step, on average.",
-    "sampling_rate": 'Probability that an example takes part in a private step; "default": expected_batch / nominal_examples.',
+    "sampling_rate": "Probability that an example takes part in a private step.",
     "steps": 'Private steps of a round; "default": one expected pass, 1 / sampling_rate.',
     "clip_norm": "L2 bound on one example's gradient.",
-    "head_lr": 'Learning rate of the head; "default": 8 with an epsilon (SGD), else 0.01 (AdamW).',
-    "lora_lr": 'Learning rate of the adapters; "default": 2 with an epsilon (SGD), else 0.001 (AdamW).',
+    "head_lr": 'Learning rate of the head; "default": 40 with an epsilon (SGD), else 0.05 (AdamW).',
+    "lora_lr": 'Learning rate of the adapters; "default": 4 with an epsilon (SGD), else 0.002 (AdamW).',
     "head_scale": "Norm of a row of the head that starts from the sums of its class.",
     "local_epochs": "Passes over a device's examples in a round without differential privacy.",
     "local_batch": "Examples of a step in such a round.",
@@ -124,7 +117,7 @@ MEANING: Final = {
     "model_dir": "Folder of base models; empty: the installed packages.",
 }
 
-_NONE: Final = {"epsilon": "none"} | dict.fromkeys(("strategy", "sampling_rate", "steps", "head_lr", "lora_lr"), "default")
+_NONE: Final = {"epsilon": "none"} | dict.fromkeys(("strategy", "steps", "head_lr", "lora_lr"), "default")
 """What stands for None, which TOML does not have."""
 
 

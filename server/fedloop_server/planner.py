@@ -96,7 +96,7 @@ class Planner:
             config.epsilon,
             config.delta,
             config.planned_rounds,
-            config.rate,
+            config.sampling_rate,
             config.round_steps,
             config.clip_norm,
             config.divisor,
@@ -108,7 +108,7 @@ class Planner:
 
     def _key(self) -> str:
         config = self.config
-        terms = (config.epsilon, config.delta, config.planned_rounds, config.rate, config.round_steps)
+        terms = (config.epsilon, config.delta, config.planned_rounds, config.sampling_rate, config.round_steps)
         return hashlib.sha256(msgspec.json.encode((*terms, config.clip_norm, config.divisor, config.sums_share))).hexdigest()
 
     def _load(self) -> _Plan | None:

@@ -30,16 +30,16 @@ def test_every_key_has_a_meaning_in_the_file_that_is_written() -> None:
 
 
 def test_the_private_numbers_follow_from_public_ones() -> None:
-    config = ServerConfig(nominal_examples=1000, expected_batch=128)
-    assert (config.rate, config.round_steps, config.divisor) == (0.128, 8, 128.0)
-    small = ServerConfig(nominal_examples=100, expected_batch=128)
-    assert (small.rate, small.round_steps, small.divisor) == (1.0, 1, 100.0)
-    assert ServerConfig(sampling_rate=0.5, nominal_examples=1000).divisor == 500.0
+    config = ServerConfig(nominal_examples=1000, sampling_rate=0.128)
+    assert (config.round_steps, config.divisor) == (8, 128.0)
+    small = ServerConfig(nominal_examples=100, sampling_rate=1.0)
+    assert (small.round_steps, small.divisor) == (1, 100.0)
+    assert ServerConfig(steps=3).round_steps == 3
 
 
 def test_the_strategy_and_the_hyperparameters_depend_on_whether_rounds_are_private() -> None:
     assert ServerConfig().merge == "ffa"
-    assert ServerConfig().hyperparameters == {"head_lr": 8.0, "lora_lr": 2.0}
+    assert ServerConfig().hyperparameters == {"head_lr": 40.0, "lora_lr": 4.0}
     assert ServerConfig(epsilon=None).merge == "fedavg"
     assert set(ServerConfig(epsilon=None).hyperparameters) == {"head_lr", "lora_lr", "local_epochs", "batch"}
     assert ServerConfig(strategy="fedavg").merge == "fedavg"

@@ -145,7 +145,7 @@ def test_terms_name_what_each_kind_of_round_uploads() -> None:
     assert planner.terms("sums").upload(names) == ["sums"]
     assert planner.terms("train").upload(names) == names[1:]
     assert Planner(ServerConfig(epsilon=None)).terms("train").upload(names) == names
-    assert planner.terms("sums").hyperparameters == {"head_scale": 7.0}
+    assert planner.terms("sums").hyperparameters == {"head_scale": 20.0}
     assert planner.terms("sums").max_update_norm == 1000.0
     assert Planner(replace(CONFIG, nominal_examples=1000)).terms("sums").max_update_norm == 4000.0
 

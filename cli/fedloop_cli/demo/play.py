@@ -21,6 +21,10 @@ from fedloop_cli.demo.processes import Child, Nursery
 DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
 """For one round: a device that is killed in it has to load everything again."""
+FULL_BATCH: Final = 128
+FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3, "head_lr": 16.0}
+"""Of a few hundred examples a device all take part in a step, and most of the budget goes to the sums: chosen on the corpus,
+which is public."""
 STALL_TIMEOUT_S: Final = 900.0
 POLL_S: Final = 0.25
 
@@ -89,12 +93,16 @@ def _deploy(scene: Scene) -> None:
     options, given = scene.options, scene.users
     examples = max(2, round(sum(map(len, given.devices)) / options.clients))
     settings: dict[str, Any] = {
-        "epsilon": options.epsilon if options.epsilon is not None else "none",
+        "epsilon": "none" if options.epsilon is None else options.epsilon,
         "delta": DELTA,
         "strategy": options.strategy,
         "planned_rounds": max(2, options.rounds),
         "nominal_examples": examples,
-        "expected_batch": min(128, examples),
+        **(
+            FEW_EXAMPLES
+            if options.epsilon is not None and examples < 4 * FULL_BATCH
+            else {"expected_batch": min(FULL_BATCH, examples)}
+        ),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
         "deadline_s": DEADLINE_S,
