@@ -21,8 +21,8 @@ from fedloop_cli.demo.processes import Child, Nursery
 DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
 """For one round: a device that is killed in it has to load everything again."""
-FULL_BATCH: Final = 128
-FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3, "head_lr": 16.0}
+FEW: Final = 500
+FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3}
 """Of a few hundred examples a device all take part in a step, and most of the budget goes to the sums: chosen on the corpus,
 which is public."""
 STALL_TIMEOUT_S: Final = 900.0
@@ -98,11 +98,7 @@ def _deploy(scene: Scene) -> None:
         "strategy": options.strategy,
         "planned_rounds": max(2, options.rounds),
         "nominal_examples": examples,
-        **(
-            FEW_EXAMPLES
-            if options.epsilon is not None and examples < 4 * FULL_BATCH
-            else {"expected_batch": min(FULL_BATCH, examples)}
-        ),
+        **(FEW_EXAMPLES if options.epsilon is not None and examples < FEW else {}),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
         "deadline_s": DEADLINE_S,

@@ -14,7 +14,7 @@ from fedloop_cli import corpus, deploying, tables
 
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each label: the smaller, the more the devices differ (arXiv 1909.06335)."""
-FIRST_WAVE: Final = 0.7
+FIRST_WAVE: Final = 0.8
 
 
 class Message(Struct, frozen=True):
