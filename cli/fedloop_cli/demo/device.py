@@ -25,6 +25,7 @@ from fedloop_cli.demo.users import Message
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
+    from fedloop_privacy.masking import Masker
 
 REPORT_EVERY: Final = 10
 WAIT_TIMEOUT_S: Final = 300.0
@@ -56,11 +57,17 @@ class Progress(Struct, frozen=True):
     unmasked: int = 0
 
 
-def main(terms: Terms, channel: socket.socket) -> None:
+def main(terms: Terms, channel: socket.socket, masker: Masker) -> None:
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(
-        terms.deployment, terms.store, client_id=terms.client_id, epsilon=terms.epsilon, delta=terms.delta, key_from="file"
+        terms.deployment,
+        terms.store,
+        client_id=terms.client_id,
+        epsilon=terms.epsilon,
+        delta=terms.delta,
+        key_from="file",
+        masker=masker,
     ) as agent:
         stop = threading.Event()
         runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")

@@ -7,19 +7,31 @@ with the process's id.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 import msgspec
 from fedloop_events.errors import FedloopError
 from msgspec import Struct
 
+if TYPE_CHECKING:
+    from fedloop_privacy.masking import Masker
+
 MAX_ORDER_BYTES: Final = 65_536
+LOADED: Final = (
+    "fedloop_clients.answering",
+    "fedloop_clients.classifier",
+    "fedloop_server.server",
+    "opacus.accountants.analysis.prv",
+    "scipy.optimize",
+    "scipy.special",
+)
 
 
 class Order(Struct, frozen=True):
@@ -35,7 +47,7 @@ def main() -> None:
     control = socket.socket(fileno=0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo alone: it ends its processes in order
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the dead; the demo sees their channels close
-    _preload()
+    masker = _preload()
     while True:
         data, channels, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, 1)
         if not data or not channels:
@@ -44,19 +56,25 @@ def main() -> None:
         process = os.fork()
         if process == 0:
             control.close()
-            _become(order, channels[0])
+            _become(order, channels[0], masker)
         os.close(channels[0])
         control.sendall(b"%d\n" % process)
 
 
-def _preload() -> None:
-    import scipy.optimize  # noqa: F401
+def _preload() -> Masker:
+    """Everything that a device or a server imports, also where its libraries do so late; and a masker, which is never changed."""
+    from fedloop_clients.model import EmbeddingClassifier, describe
+    from fedloop_privacy.masking import Masker
 
-    import fedloop_cli.demo.device
-    import fedloop_cli.demo.server  # noqa: F401
+    for name in LOADED:
+        importlib.import_module(name)
+    EmbeddingClassifier(describe(["no", "yes"])).predict(["warm"])
+    masker = Masker()
+    masker.mask("warm")
+    return masker
 
 
-def _become(order: Order, channel: int) -> NoReturn:
+def _become(order: Order, channel: int, masker: Masker) -> NoReturn:
     """The new process's life: it ends with it."""
     status = 1
     try:
@@ -66,7 +84,8 @@ def _become(order: Order, channel: int) -> NoReturn:
         if order.role == "device":
             from fedloop_cli.demo import device
 
-            device.main(msgspec.json.decode(order.terms, type=device.Terms), socket.socket(fileno=channel))
+            terms = msgspec.json.decode(order.terms, type=device.Terms)
+            device.main(terms, socket.socket(fileno=channel), masker)
         else:
             from fedloop_cli.demo import server
 
