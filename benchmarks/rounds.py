@@ -9,16 +9,13 @@ import json
 import logging
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
 from fedloop_events.identities import Identities
@@ -27,17 +24,14 @@ from fedloop_events.signatures import SigningKey
 from fedloop_events.simulated import SimulatedClient
 from fedloop_events.sqlite import SqliteLog
 from fedloop_events.types import DeploymentCreated
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 from msgspec import Struct
 
 from benchmarks import superlink
 from benchmarks.harness import Row, costs, peak_rss_bytes, scratch
+from benchmarks.trivial import LIMIT_S, timed_rounds, trivial_app
 
-TENSORS = 8
-LIMIT_S = 300.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"}
 
 
@@ -91,37 +85,6 @@ def _measure(candidate: str, clients: int, megabytes: int, rounds: int) -> Repor
 
 
 # --- what runs -------------------------------------------------------------------------------------------------------
-
-
-def trivial_app() -> ClientApp:
-    """Adds the client's number to what it gets."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        number = np.float32(float(str(context.node_config["partition-id"])))
-        arrays = ArrayRecord(
-            {name: Array(array.numpy() + number) for name, array in message.content.array_records["arrays"].items()}
-        )
-        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
-
-    return app
-
-
-def timed_rounds(grid: Grid, clients: int, megabytes: int, rounds: int) -> float:
-    """Run FedAvg; the median of the seconds between the ends of consecutive rounds."""
-    ends: list[float] = []
-
-    def at_end(_: int, __: ArrayRecord) -> None:
-        ends.append(time.perf_counter())
-
-    elements = megabytes * 1_000_000 // 4 // TENSORS
-    arrays = ArrayRecord({f"layer-{i}": Array(np.zeros(elements, np.float32)) for i in range(TENSORS)})
-    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
-    result = strategy.start(grid, arrays, num_rounds=rounds, timeout=LIMIT_S, evaluate_fn=at_end)
-    mean = rounds * (clients - 1) / 2
-    assert np.allclose(result.arrays["layer-0"].numpy(), mean), "every client took part in every round"
-    return statistics.median(later - earlier for earlier, later in pairwise(ends[1:]))
 
 
 def run_ours(folder: Path, clients: int, megabytes: int, rounds: int) -> float:

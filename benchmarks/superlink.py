@@ -41,9 +41,9 @@ megabytes = {megabytes}
 rounds = {rounds}
 """
 _CODE: Final = """
-from benchmarks import rounds, superlink
+from benchmarks import superlink, trivial
 server = superlink.server
-client = rounds.trivial_app()
+client = trivial.trivial_app()
 """
 
 server = ServerApp()
@@ -51,7 +51,7 @@ server = ServerApp()
 
 @server.main()
 def _main(grid: Grid, context: Context) -> None:
-    from benchmarks.rounds import timed_rounds
+    from benchmarks.trivial import timed_rounds
 
     clients, megabytes, rounds = (int(str(context.run_config[name])) for name in ("clients", "megabytes", "rounds"))
     result = Path(os.environ[_RESULT])
