@@ -49,6 +49,10 @@ _HONORIFICS = word_set(
 _TITLES = word_set("mr mrs ms dr")
 _SUFFIXES = word_set("dds dvm esq ii iii iv jr md phd sr")
 _LOCATIVE = word_set("across around at from in near of outside through to toward towards via")
+_PLACE_ENDING = regex.compile(
+    r"(?:berg|borough|burgh?|bury|chester|field|ford|fort|furt|haven|land|mouth|port|shire|side|stad|ton|town|view|ville)$"
+)
+_PLACE_BEGINNINGS = word_set("east lake new north port south west")
 # Words that stand capitalised in the middle of a sentence without being anybody's name.
 _NEVER_ALONE = word_set(
     """amazon american apple april atm august bank brown card cash chip christmas company december dollar dutch
@@ -291,6 +295,13 @@ class NameFinder:
                 sure = sure or bool(_LIVES_IN.search(before))
             if sure:
                 return len(following)
+        if self._compound_place(token):
+            return 1
+        if token.word in _PLACE_BEGINNINGS and self._odd_word_follows(text, tokens, index):
+            following_word = tokens[index + 1]
+            both = token.capital and following_word.capital and self._lists.is_name(following_word.word)
+            if both or self._compound_place(following_word):
+                return 2
         unknown = (
             token.capital
             and token.text[0].isalpha()
@@ -301,6 +312,12 @@ class NameFinder:
             following = tokens[index + 1 : index + 2]
             return 2 if following and following[0].capital and text[token.end : following[0].start] in (" ", "-") else 1
         return 0
+
+    def _compound_place(self, token: _Token) -> bool:
+        """Whether it is a listed name with an ending that places have, as in Carolville, and no other word."""
+        ending = _PLACE_ENDING.search(token.word)
+        stem = token.word[: ending.start()] if ending else ""
+        return len(stem) > 3 and token.word not in self._lists.ordinary and self._lists.is_name(stem)
 
     def _unspaced(self, text: str) -> Iterator[Span]:
         for match in _SPACED_LETTERS.finditer(text):

@@ -34,6 +34,7 @@ ADVERSARIAL = (
         ("from 10.1.2.3 at night", "from <IP_ADDRESS_1> at night"),
         ("regards, jane", "regards, <PERSON_1>"),
         ("I live in Lisbon", "I live in <LOCATION_1>"),
+        ("a shop in East Jeremyberg 43482, one in carolville", "a shop in <LOCATION_1> <POSTCODE_1>, one in <LOCATION_2>"),
         ("my name is jon qwertz and i paid", "my name is <PERSON_1> and i paid"),
         ("Mr. van der Berg-O'Brien called", "<PERSON_1> called"),
         ("Thanks to John Q. Public's help", "Thanks to <PERSON_1>'s help"),
