@@ -13,7 +13,7 @@ from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
 from fedloop_events.identities import Identities
 from fedloop_events.log import EventLog, read_all
-from fedloop_events.projections import Fold, Reader, Snapshots
+from fedloop_events.projections import Reader, Snapshots, StoredFold
 from fedloop_events.views import ReleasesView, RoundsView
 from msgspec import Struct
 
@@ -76,7 +76,7 @@ def replay(directory: Path) -> Replayed:
     replayed.refused += who.refused
     replayed.unknown = sum(count for name, count in types.items() if not _known(name))
     _summarise(replayed, people, rounds.fold, releases.fold, ledger.fold)
-    folds: dict[str, type[Fold]] = {"rounds": RoundsView, "releases": ReleasesView, "ledger": Ledger}
+    folds: dict[str, type[StoredFold]] = {"rounds": RoundsView, "releases": ReleasesView, "ledger": Ledger}
     for path in sorted(directory.rglob(SNAPSHOTS)):
         name = path.name.split(".")[0]
         if name in folds:
@@ -127,7 +127,7 @@ def _summarise(replayed: Replayed, people: Identities, rounds: RoundsView, relea
     replayed.suspended = [client for client in people.clients if ledger.suspended(client) is not None]
 
 
-def _same(log: EventLog, path: Path, fold: type[Fold]) -> bool:
+def _same(log: EventLog, path: Path, fold: type[StoredFold]) -> bool:
     """Whether the log, folded up to the snapshot's position, gives the snapshot's state."""
     fresh, people = fold(), Identities()
     found = Snapshots(path).load(fresh.version)

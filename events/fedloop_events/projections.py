@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
 from msgspec import Struct
@@ -29,17 +29,22 @@ _logger = logging.getLogger(__name__)
 class Fold(Protocol):
     """A state and how an event changes it, in place. `apply` does no I/O, reads no clock, draws no random number.
 
-    An event may come twice with the same id; it counts once. `version` changes whenever a stored state no longer fits.
+    An event may come twice with the same id; it counts once.
     """
 
     @property
     def topics(self) -> tuple[str, ...]: ...
 
-    @property
-    def version(self) -> int: ...
-
     def apply(self, record: Record, payload: Payload) -> None:
         """Raises `InvalidEventError` for an event that this fold refuses: it is counted and skipped."""
+
+
+@runtime_checkable
+class StoredFold(Fold, Protocol):
+    """A fold whose state can be kept in a snapshot. `version` changes whenever a stored state no longer fits."""
+
+    @property
+    def version(self) -> int: ...
 
     def to_state(self) -> bytes: ...
 
@@ -106,7 +111,7 @@ class Reader(Generic[F]):
 
     Events of unknown types are skipped and counted in `unknown`. With `identities`, which are caught up first, an event that its
     author did not say is refused. Refused and malformed events are counted in `refused`, handed to `on_refused`, and skipped:
-    one bad event never stops a reader.
+    one bad event never stops a reader. `snapshots` are for a `StoredFold`; with any other fold they stay unused.
     """
 
     def __init__(
@@ -144,20 +149,20 @@ class Reader(Generic[F]):
 
     def save(self) -> None:
         """Write a snapshot now."""
-        if self._snapshots is not None:
+        if self._snapshots is not None and isinstance(self.fold, StoredFold):
             self._snapshots.save(self.fold.version, self.position, self.fold.to_state())
             self._since_snapshot = 0
 
     def _restore(self, snapshots: Snapshots) -> None:
-        found = snapshots.load(self.fold.version)
-        if found is None:
+        fold = self.fold
+        if not isinstance(fold, StoredFold) or (found := snapshots.load(fold.version)) is None:
             return
         position, state = found
         end = self._log.end()
         if not all(end.covers(stream, offset) for stream, offset in position.offsets.items()):
             _logger.warning("the snapshot %s is not of this log: it is rebuilt", snapshots.path)
             return
-        self.fold = type(self.fold).from_state(state)
+        self.fold = fold.from_state(state)
         self.position = position
 
     def _step(self, wait_s: float) -> int:

@@ -6,7 +6,6 @@ A server that is killed at any point is started again with the same folds, and s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
@@ -87,7 +86,6 @@ class State:
     """Everything the server knows: folds over the log, and its clock."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 1
 
     def __init__(self, run_id: str, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
@@ -115,13 +113,6 @@ class State:
                 self.round_after = self._epoch_after
         if self._on_event is not None:
             self._on_event(record, payload)
-
-    def to_state(self) -> bytes:
-        raise NotImplementedError("the server reads its log whole")
-
-    @classmethod
-    def from_state(cls, state: bytes) -> Self:
-        raise NotImplementedError("the server reads its log whole")
 
 
 def next_action(state: State, planner: Planner, *, model: str, epoch: int, now_ms: int) -> Action:

@@ -67,7 +67,6 @@ class _Updates:
     """Fold: what clients have signed."""
 
     topics = (topics.UPDATES,)
-    version = 1
 
     def __init__(self) -> None:
         self.said: dict[str, types.UpdateSubmitted] = {}
@@ -75,13 +74,6 @@ class _Updates:
     def apply(self, record: Record, payload: types.Payload) -> None:
         if isinstance(payload, types.UpdateSubmitted):
             self.said.setdefault(record.id, payload)
-
-    def to_state(self) -> bytes:
-        raise NotImplementedError("a rebuild reads the whole log")
-
-    @classmethod
-    def from_state(cls, state: bytes) -> _Updates:
-        raise NotImplementedError("a rebuild reads the whole log")
 
 
 def rebuild(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Self
+from typing import Final
 
 from fedloop_events import topics
 from fedloop_events.envelope import Record
@@ -47,7 +47,6 @@ class RunSteps:
     """
 
     topics = (topics.ROUNDS, topics.UPDATES)
-    version = 1
 
     def __init__(self, run_id: str, round_id: str | None = None) -> None:
         self.run_id, self.round_id = run_id, round_id
@@ -91,10 +90,3 @@ class RunSteps:
         same_client = [each for each in replies if each.payload.client_id == payload.client_id]
         if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
             replies.append(Reply(record.id, payload))
-
-    def to_state(self) -> bytes:
-        raise NotImplementedError("a run is replayed from its log, never from a snapshot")
-
-    @classmethod
-    def from_state(cls, state: bytes) -> Self:
-        raise NotImplementedError("a run is replayed from its log, never from a snapshot")
