@@ -26,7 +26,6 @@ def serve(
 
     `on_event` is told of what is appended from now on. Raises `FencedError` when another server has taken over.
     """
-    from fedloop_server import actions
     from fedloop_server.server import Server
     from fedloop_server.setup import open_deployment
 
@@ -50,15 +49,7 @@ def serve(
         on_event=news,
         plan=deployment.plan_file,
     )
-    if not until_idle:
-        return server.run(stop, rounds)
-    ended = 0
-    while not stop.is_set() and (rounds is None or ended < rounds):
-        action = server.step()
-        if isinstance(action, actions.Wait) and server.state.rounds.pending is None:
-            break
-        ended += isinstance(action, (actions.DecideRelease, actions.AbortRound))
-    return ended
+    return server.run(stop, rounds, until_idle=until_idle)
 
 
 def describe(payload: types.Payload) -> str:
