@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check bench fast lock schemas
+.PHONY: demo test check bench fast kafka kafka-stop lock schemas
 
 demo: .venv/ready
 	$(BIN)/fedloop demo
@@ -22,6 +22,12 @@ fast: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+kafka: .venv/ready
+	$(BIN)/python deploy/kafka/brokers.py start
+
+kafka-stop: .venv/ready
+	$(BIN)/python deploy/kafka/brokers.py stop
 
 # The lock pins every package with its hash, and no index address.
 lock: .venv/ready
