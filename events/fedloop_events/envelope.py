@@ -6,6 +6,7 @@ https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md. `specversio
 
 from __future__ import annotations
 
+import re
 from typing import Final, TypeVar
 
 import msgspec
@@ -13,11 +14,17 @@ from msgspec import Struct
 
 from fedloop_events import types, upcast
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.topics import DECLARED
 
 MAX_EVENT_BYTES: Final = 60 * 1024
 """Of the payload: CloudEvents intermediaries need forward only 64 KiB, and so do entries of a transparency log."""
 SPECVERSION: Final = "1.0"
 CONTENT_TYPE: Final = "application/json"
+MALFORMED: Final = "io.fedloop.malformed"
+"""Type of the record that stands for something in the log that is no event; its data says why, without any of its content."""
+_LAST_TIME_S: Final = 253_402_300_799
+"""The end of the year 9999: RFC 3339 knows no later one."""
+_ID: Final = re.compile("[0-9a-f]{32}")
 
 P = TypeVar("P", bound=types.Payload)
 
@@ -54,6 +61,18 @@ class Record(Event, frozen=True, kw_only=True, gc=False):
     appended_ms: int
 
 
+def check(event: Event) -> None:
+    """Raises `InvalidEventError` for an event that no log may hold, whatever its type says."""
+    if _ID.fullmatch(event.id) is None:
+        raise InvalidEventError("an event id is not 32 lower-case hexadecimal digits", hint="use fedloop_events.ids")
+    if event.topic not in DECLARED:
+        raise InvalidEventError(f"event {event.id} is for a topic that does not exist")
+    if not 0 < len(event.data) <= MAX_EVENT_BYTES:
+        raise InvalidEventError(f"event {event.id} has {len(event.data):,} bytes of data; 1 to {MAX_EVENT_BYTES:,} can be held")
+    if not 0 <= event.time_s <= _LAST_TIME_S:
+        raise InvalidEventError(f"event {event.id} has a time that is not between the years 1970 and 9999")
+
+
 def source_of(payload: types.Payload) -> str:
     """CloudEvents `source` of whoever says this: the server, or one client."""
     return f"/{payload.origin}/server" if payload.author == "server" else f"/{payload.origin}/clients/{payload.author}"
@@ -85,6 +104,8 @@ def decode(event: Event) -> types.Payload | None:
     `signatures.verify` to find.
     """
     decoder = _decoders.get(event.type)
+    if event.type == MALFORMED:
+        raise InvalidEventError(f"a message in topic {event.topic} is no event: {event.data.decode(errors='replace')}")
     try:
         if decoder is not None:
             return decoder.decode(event.data)

@@ -53,3 +53,15 @@ class TensorError(FedloopError):
 
 class FencedError(PolicyError):
     """Another server has opened a later epoch: this one must stop writing."""
+
+
+class NotAllowedError(PolicyError):
+    """The log does not let this user do `operation` on `topic`."""
+
+    def __init__(self, topic: str, operation: str, *, cause: str = "") -> None:
+        super().__init__(
+            f"this user may not {operation} the topic {topic}",
+            cause=cause,
+            hint="ask the operator for a role that may: fedloop doctor says what this one may do",
+        )
+        self.topic, self.operation = topic, operation

@@ -17,9 +17,10 @@ from typing import Final
 
 import apsw
 
+from fedloop_events import envelope
 from fedloop_events import topics as all_topics
-from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record
-from fedloop_events.errors import InvalidEventError, LogError
+from fedloop_events.envelope import Event, Record
+from fedloop_events.errors import LogError
 from fedloop_events.log import START, Batch, Position
 from fedloop_events.sqlite_file import open_connection, pragma, transaction, translated_errors
 
@@ -35,7 +36,6 @@ _INSERT: Final = (
 )
 _INSERT_ONE: Final = _INSERT.format(_VALUES)
 _INSERT_MANY: Final = _INSERT.format(", ".join([_VALUES] * _ROWS_AT_ONCE))
-_TOPICS: Final = frozenset(all_topics.ALL)
 
 _Row = tuple[str, str, bytes, str, str, int, bytes, str, int]
 
@@ -171,20 +171,11 @@ class SqliteLog:
 
 
 def _row(event: Event, appended_ms: int) -> _Row:
-    try:
-        identifier = bytes.fromhex(event.id)
-    except ValueError:
-        identifier = b""
-    if len(identifier) != 16 or identifier.hex() != event.id:
-        raise InvalidEventError("an event id is not 32 lower-case hexadecimal digits", hint="use fedloop_events.ids")
-    if event.topic not in _TOPICS:
-        raise InvalidEventError(f"event {event.id} is for a topic that does not exist")
-    if not 0 < len(event.data) <= MAX_EVENT_BYTES:
-        raise InvalidEventError(f"event {event.id} has {len(event.data):,} bytes of data; 1 to {MAX_EVENT_BYTES:,} can be held")
+    envelope.check(event)
     return (
         event.topic,
         event.key,
-        identifier,
+        bytes.fromhex(event.id),
         event.source,
         event.type,
         event.time_s,

@@ -1,8 +1,12 @@
-"""The topics of the log (names, keys, retention: docs/architecture.md)."""
+"""The topics of the log, and what each promises on Kafka (keys: the event types; meaning: docs/architecture.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
+
+from msgspec import Struct
 
 CLIENTS: Final = "clients"
 FEEDBACK: Final = "feedback"
@@ -13,3 +17,45 @@ AUDIT: Final = "audit"
 QUARANTINE: Final = "quarantine"
 
 ALL: Final = (CLIENTS, FEEDBACK, ROUNDS, UPDATES, RELEASES, AUDIT, QUARANTINE)
+"""In an order in which one can cause the next: events of the same millisecond are read in it."""
+
+KEPT: Final = -1
+_DAY_MS: Final = 24 * 3600 * 1000
+
+
+class Topic(Struct, frozen=True):
+    """How a topic is kept on Kafka. `retention_ms` runs on the broker's clock; -1 keeps events for ever.
+
+    A topic with one partition has one order over all its keys. `clients` needs it, for the first enrolment under a name, a key or
+    a node id holds; `audit` has one Merkle tree.
+    """
+
+    name: str
+    partitions: int = 1
+    retention_ms: int = KEPT
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Kafka's topic configuration, whatever the number of replicas."""
+        return {
+            "cleanup.policy": "delete",
+            "message.timestamp.type": "LogAppendTime",
+            "retention.bytes": "-1",
+            "retention.ms": str(self.retention_ms),
+        }
+
+
+DECLARED: Final[Mapping[str, Topic]] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Topic(CLIENTS),
+            Topic(FEEDBACK, partitions=6, retention_ms=90 * _DAY_MS),
+            Topic(ROUNDS),
+            Topic(UPDATES, partitions=6),
+            Topic(RELEASES),
+            Topic(AUDIT),
+            Topic(QUARANTINE, retention_ms=14 * _DAY_MS),
+        )
+    }
+)

@@ -1,0 +1,98 @@
+"""Events as Kafka messages and back: CloudEvents 1.0 in binary mode, for any other CloudEvents consumer to read.
+
+Attributes are headers `ce_<name>`, the payload's JSON is the value, the event's key the message's key (and `ce_partitionkey`, as
+the CloudEvents partitioning extension has it). The value is never empty: on Kafka that would be a tombstone.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Final
+
+from fedloop_events.envelope import CONTENT_TYPE, MALFORMED, MAX_EVENT_BYTES, SPECVERSION, Event, Record
+
+Headers = list[tuple[str, bytes]]
+_MAX_SIGNATURE_BYTES: Final = 8 * 1024
+_HEXADECIMAL: Final = frozenset("0123456789abcdef")
+_SPECVERSION: Final = SPECVERSION.encode()
+_CONTENT_TYPE: Final = CONTENT_TYPE.encode()
+
+
+def headers(event: Event) -> Headers:
+    found: Headers = [
+        ("ce_specversion", _SPECVERSION),
+        ("ce_id", event.id.encode()),
+        ("ce_source", event.source.encode()),
+        ("ce_type", event.type.encode()),
+        ("ce_time", _time(event.time_s)),
+        ("ce_dataschema", event.dataschema.encode()),
+        ("content-type", _CONTENT_TYPE),
+    ]
+    if event.signature:
+        found.append(("ce_dssematerial", event.signature.encode()))
+    return found
+
+
+def record(
+    topic: str,
+    key: bytes | None,
+    value: bytes | None,
+    found: Headers | None,
+    *,
+    stream: str,
+    offset: int,
+    appended_ms: int,
+) -> Record:
+    """The event of one message. A message that is none becomes a record of type `MALFORMED`, which every reader refuses."""
+    try:
+        attributes = dict(found or ())
+        signature = attributes.get("ce_dssematerial", b"")
+        if len(attributes) != len(found or ()):
+            raise ValueError("a header stands twice")
+        if attributes["ce_specversion"] != _SPECVERSION or attributes["content-type"] != _CONTENT_TYPE:
+            raise ValueError("specversion or content-type is another")
+        kind = attributes["ce_type"]
+        if attributes["ce_dataschema"] != b"urn:fedloop:schema:" + kind:
+            raise ValueError("dataschema is another than the type's")
+        if not value or key is None or len(value) > MAX_EVENT_BYTES or len(signature) > _MAX_SIGNATURE_BYTES:
+            raise ValueError("it has no data, no key, or too much")
+        identifier = attributes["ce_id"].decode("ascii")
+        if len(identifier) != 32 or not _HEXADECIMAL.issuperset(identifier):
+            raise ValueError("id is not 32 hexadecimal digits")
+        return Record(
+            topic,
+            key.decode(),
+            identifier,
+            attributes["ce_source"].decode(),
+            kind.decode(),
+            _seconds(attributes["ce_time"]),
+            value,
+            signature.decode("ascii"),
+            stream=stream,
+            offset=offset,
+            appended_ms=appended_ms,
+        )
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks header {error}" if isinstance(error, KeyError) else _reason(error)
+        return Record(topic, "", "", "", MALFORMED, 0, reason.encode(), stream=stream, offset=offset, appended_ms=appended_ms)
+
+
+def _reason(error: ValueError) -> str:
+    return "an attribute is not UTF-8" if isinstance(error, UnicodeError) else str(error)
+
+
+@lru_cache(maxsize=4096)
+def _time(time_s: int) -> bytes:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
+
+
+@lru_cache(maxsize=4096)
+def _seconds(time: bytes) -> int:
+    try:
+        seconds = int(datetime.fromisoformat(time.decode("ascii")).timestamp())
+    except (ValueError, OverflowError):
+        seconds = -1
+    if seconds < 0 or _time(seconds) != time:
+        raise ValueError("time is not in whole seconds of UTC")
+    return seconds
