@@ -95,6 +95,11 @@ class Server:
         self._clock = (0, 0.0)
         self._stop = threading.Event()
 
+    @property
+    def refused(self) -> int:
+        """Events that counted for nothing since it began: malformed, or not said by whom they name."""
+        return self._people.refused + self._events.refused
+
     def run(self, stop: threading.Event | None = None, rounds: int | None = None, *, until_idle: bool = False) -> int:
         """Go on until `stop` is set, `rounds` rounds have ended from now on, or (`until_idle`) none is requested; how many have.
 
