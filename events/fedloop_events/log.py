@@ -38,15 +38,19 @@ class Batch(Struct, frozen=True):
 class EventLog(Protocol):
     """An append-only log of events, shared by many processes.
 
-    Order holds within one key of one topic. An event id counts once: of several events with the same id, readers see the first
-    one only, whoever wrote it; a writer that must know whether its event is the one that counts reads it back.
+    Order holds within one key of one topic; between keys and topics a log gives the order of its own clock, as well as it can.
+    An event that is appended again, byte for byte, is read once by whoever reads on from where it began; a reader that begins in
+    the middle may meet one again. Of different events under one id the embedded log keeps the first; another log may show all of
+    them, in one order for every reader. So folds count an id, and a decision, once, and the first authentic one holds; a writer
+    that must know whether its event is the one that counts reads it back.
     """
 
     def append(self, events: Sequence[Event]) -> None:
-        """Make `events` durable, all or none, in this order. When it returns they survive the loss of power.
+        """Make `events` durable, in this order. When it returns they survive the loss of power, and every `read` finds them.
 
-        Idempotent by event id. Raises `UnreachableError` if the log stays busy or away (the same call can be made again), and
-        `InvalidEventError` for an event that no log may hold.
+        Idempotent: the same call can always be made again. An event that no log may hold raises `InvalidEventError`, and nothing
+        is appended. After a crash, or UnreachableError (the log stays busy or away), a first part of each key's events may be in
+        the log; the embedded log appends all or none.
         """
 
     def read(
@@ -54,7 +58,8 @@ class EventLog(Protocol):
     ) -> Batch:
         """Up to `limit` events of `topics` after a position, waiting up to `wait_s` for the first one, without burning a core.
 
-        The position of the answer is at least `after` and is to be used with the same topics.
+        It is empty only if the log held nothing more when it was called. The position of the answer is at least `after` and is to
+        be used with the same topics.
         """
 
     def end(self) -> Position:

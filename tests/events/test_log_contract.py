@@ -16,7 +16,9 @@ import msgspec
 import pytest
 import samples
 from fedloop_events import ids, topics
+from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.kafka import KafkaLog
 from fedloop_events.log import START, EventLog, Position, read_all
 from fedloop_events.sqlite import SqliteLog
 
@@ -33,11 +35,16 @@ class Opener:
         return OPENERS[self.kind](self.where)
 
 
-OPENERS: dict[str, Callable[[str], EventLog]] = {"sqlite": lambda where: SqliteLog(Path(where) / "log.sqlite")}
+OPENERS: dict[str, Callable[[str], EventLog]] = {
+    "sqlite": lambda where: SqliteLog(Path(where) / "log.sqlite"),
+    "kafka": lambda where: KafkaLog(where, create=True),
+}
 
 
 @pytest.fixture(params=list(OPENERS))
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
+    if request.param == "kafka":
+        return Opener("kafka", request.getfixturevalue("kafka_url"))
     return Opener(request.param, str(tmp_path))
 
 
@@ -57,10 +64,9 @@ def test_what_was_appended_is_read_in_order_and_whole(log: EventLog) -> None:
     log.append(events[:2])
     log.append(events[2:])
     records = list(read_all(log))
-    assert [msgspec.structs.replace(samples.record(event, 0)) for event in events] == [
-        msgspec.structs.replace(record, offset=0, appended_ms=0, stream="log") for record in records
-    ]
-    assert all(one.offset < other.offset for one, other in itertools.pairwise(records))
+    assert events == [Event(**{name: getattr(record, name) for name in Event.__struct_fields__}) for record in records]
+    assert all(one.offset < other.offset and one.stream == other.stream for one, other in itertools.pairwise(records))
+    assert all(0 < one.appended_ms <= other.appended_ms for one, other in itertools.pairwise(records))
 
 
 def test_an_empty_append_is_nothing(log: EventLog) -> None:
@@ -68,27 +74,36 @@ def test_an_empty_append_is_nothing(log: EventLog) -> None:
     assert log.read().records == []
 
 
-def test_an_id_counts_once_and_the_first_event_holds(log: EventLog) -> None:
-    first, second = samples.event(samples.feedback(1), number=7), samples.event(samples.feedback(2), number=7)
+def test_an_event_that_is_appended_again_counts_once(log: EventLog) -> None:
+    first, second = samples.signed(samples.feedback(1), number=7), samples.signed(samples.feedback(3))
     log.append([first])
-    log.append([second, samples.event(samples.feedback(3)), first])
-    assert [record.data for record in read_all(log)] == [first.data, samples.event(samples.feedback(3)).data]
+    log.append([first, second, first])
+    assert [record.data for record in read_all(log)] == [first.data, second.data]
+
+
+def test_of_two_events_under_one_id_the_first_comes_first(log: EventLog) -> None:
+    first, second = samples.signed(samples.feedback(1), number=7), samples.signed(samples.feedback(2), number=7)
+    log.append([first])
+    log.append([second, samples.signed(samples.feedback(3))])
+    read = [record.data for record in read_all(log)]
+    assert read[0] == first.data
+    assert read[-1] == samples.signed(samples.feedback(3)).data
 
 
 def test_the_same_id_twice_in_one_batch_counts_once(log: EventLog) -> None:
-    event = samples.event(samples.feedback())
+    event = samples.signed(samples.feedback())
     log.append([event, event])
     assert len(list(read_all(log))) == 1
 
 
 def test_a_large_batch_keeps_its_order_and_each_id_once(log: EventLog) -> None:
     numbers = [*range(130), *range(60, 190), 5, 5]
-    log.append([samples.event(samples.feedback(number), number=number) for number in numbers])
-    assert [record.data for record in read_all(log)] == [samples.event(samples.feedback(number)).data for number in range(190)]
+    log.append([samples.signed(samples.feedback(number), number=number) for number in numbers])
+    assert [record.data for record in read_all(log)] == [samples.signed(samples.feedback(number)).data for number in range(190)]
 
 
 def test_a_batch_with_one_bad_event_appends_nothing(log: EventLog) -> None:
-    good = samples.event(samples.feedback())
+    good = samples.signed(samples.feedback())
     for change in ({"id": "0" * 31}, {"id": "A" * 32}, {"id": " " * 32}, {"data": b""}, {"data": b"x" * 62_000}, {"topic": "x"}):
         with pytest.raises(InvalidEventError):
             log.append([good, msgspec.structs.replace(good, **change)])
@@ -96,7 +111,7 @@ def test_a_batch_with_one_bad_event_appends_nothing(log: EventLog) -> None:
 
 
 def test_reading_goes_on_from_a_position(log: EventLog) -> None:
-    log.append([samples.event(samples.feedback(number)) for number in range(5)])
+    log.append([samples.signed(samples.feedback(number)) for number in range(5)])
     first = log.read(limit=2)
     second = log.read(after=first.position, limit=2)
     third = log.read(after=second.position, limit=2)
@@ -106,59 +121,59 @@ def test_reading_goes_on_from_a_position(log: EventLog) -> None:
 
 
 def test_a_position_survives_json(log: EventLog) -> None:
-    log.append([samples.event(samples.feedback(number)) for number in range(3)])
+    log.append([samples.signed(samples.feedback(number)) for number in range(3)])
     position = msgspec.json.decode(msgspec.json.encode(log.read(limit=1).position), type=Position)
     assert len(log.read(after=position).records) == 2
 
 
 def test_only_the_topics_asked_for_are_read_in_the_order_of_each_key(log: EventLog) -> None:
     payloads = [samples.feedback(1), samples.epoch(1), samples.seen(), samples.feedback(2), samples.epoch(2), samples.feedback(3)]
-    log.append([samples.event(payload) for payload in payloads])
+    log.append([samples.signed(payload) for payload in payloads])
     for wanted in ((topics.ROUNDS,), (topics.ROUNDS, topics.CLIENTS), (topics.FEEDBACK, topics.ROUNDS), topics.ALL, ()):
         expected = [payload for payload in payloads if payload.topic in wanted]
         records = list(read_all(log, wanted))
         for topic in wanted:
             assert [r.data for r in records if r.topic == topic] == [
-                samples.event(p, 0).data for p in expected if p.topic == topic
+                samples.signed(p, 0).data for p in expected if p.topic == topic
             ]
         assert len(records) == len(expected)
 
 
 def test_limits_hold_with_topics_too(log: EventLog) -> None:
     log.append(
-        [samples.event(p) for number in range(9) for p in (samples.feedback(number), samples.epoch(number), samples.seen())]
+        [samples.signed(p) for number in range(9) for p in (samples.feedback(number), samples.epoch(number), samples.seen())]
     )
-    after, offsets = START, []
+    after, offsets = START, list[tuple[str, int]]()
     while records := (batch := log.read((topics.ROUNDS, topics.CLIENTS), after, limit=4)).records:
         assert len(records) <= 4
-        offsets += [record.offset for record in records]
+        offsets += [(record.stream, record.offset) for record in records]
         after = batch.position
     assert len(offsets) == len(set(offsets)) == 18
 
 
 def test_the_position_passes_what_other_topics_hold(log: EventLog) -> None:
-    log.append([samples.event(samples.feedback(number)) for number in range(3)])
+    log.append([samples.signed(samples.feedback(number)) for number in range(3)])
     position = log.read((topics.ROUNDS,)).position
-    log.append([samples.event(samples.epoch())])
-    assert len(log.read((topics.ROUNDS,), position).records) == 1
-    assert log.end().covers("log", 1)
+    log.append([samples.signed(samples.epoch())])
+    (record,) = log.read((topics.ROUNDS,), position).records
+    assert log.end().covers(record.stream, record.offset)
 
 
 def test_end_covers_everything_so_far(log: EventLog) -> None:
-    log.append([samples.event(samples.feedback(number)) for number in range(3)])
+    log.append([samples.signed(samples.feedback(number)) for number in range(3)])
     end = log.end()
     assert all(end.covers(record.stream, record.offset) for record in read_all(log))
-    log.append([samples.event(samples.feedback(3))])
+    log.append([samples.signed(samples.feedback(3))])
     assert not all(end.covers(record.stream, record.offset) for record in read_all(log))
 
 
 def test_events_survive_closing_and_opening(opener: Opener) -> None:
     log = opener()
-    log.append([samples.event(samples.feedback())])
+    log.append([samples.signed(samples.feedback())])
     log.close()
     again = opener()
     assert len(list(read_all(again))) == 1
-    again.append([samples.event(samples.feedback(1))])
+    again.append([samples.signed(samples.feedback(1))])
     assert len(list(read_all(again))) == 2
     again.close()
 
@@ -174,16 +189,34 @@ def test_a_waiting_reader_wakes_when_another_thread_appends(log: EventLog) -> No
     got: list[int] = []
     reader = threading.Thread(target=lambda: got.append(len(log.read((topics.ROUNDS,), wait_s=20).records)))
     reader.start()
-    log.append([samples.event(samples.feedback())])
-    log.append([samples.event(samples.epoch())])
+    log.append([samples.signed(samples.feedback())])
+    log.append([samples.signed(samples.epoch())])
     reader.join(10)
     assert got == [1]
+
+
+def test_a_batch_that_was_read_can_be_read_again(log: EventLog) -> None:
+    log.append([samples.signed(payload) for number in range(3) for payload in (samples.feedback(number), samples.epoch(number))])
+    first = log.read(limit=4)
+    again = log.read(limit=2)
+    assert again.records == first.records[:2]
+    assert log.read(after=again.position, limit=2).records == first.records[2:]
+    assert list(read_all(log)) == list(read_all(log))
+
+
+def test_events_of_several_topics_come_in_the_order_of_the_logs_clock(log: EventLog) -> None:
+    for number in range(20):
+        for payload in (samples.epoch(number), samples.feedback(number), samples.seen(seq=number)):
+            log.append([samples.signed(payload)])
+    records = list(read_all(log))
+    assert [record.appended_ms for record in records] == sorted(record.appended_ms for record in records)
+    assert len(records) == 60
 
 
 def test_threads_share_one_log(log: EventLog) -> None:
     def work(base: int) -> None:
         for number in range(20):
-            log.append([samples.event(samples.feedback(base + number))])
+            log.append([samples.signed(samples.feedback(base + number))])
             log.read(limit=5)
 
     threads = [threading.Thread(target=work, args=(100 * number,)) for number in range(4)]
@@ -202,15 +235,15 @@ _spawn = multiprocessing.get_context("spawn")
 def _append_shared_and_own(opener: Opener, name: str, count: int) -> None:
     log = opener()
     for number in range(count):
-        own = samples.event(samples.feedback(number, client_id=name))
-        log.append([samples.event(samples.epoch(number), number=number), own])
+        own = samples.signed(samples.feedback(number, client_id=name))
+        log.append([samples.signed(samples.epoch(number), number=number), own])
     log.close()
 
 
 def _append_for_ever(opener: Opener, sent: Connection) -> None:
     log = opener()
     for number in range(1_000_000):
-        events = [samples.event(samples.feedback(number, client_id=f"device-{part}")) for part in range(3)]
+        events = [samples.signed(samples.feedback(number, client_id=f"device-{part}")) for part in range(3)]
         log.append(events)
         sent.send([event.id for event in events])
 
@@ -236,12 +269,12 @@ def test_processes_append_at_once_and_nothing_is_lost_or_doubled(opener: Opener)
     for number in range(3):
         mine = [record for record in records if record.key == f"device-{number}"]
         assert [record.data for record in mine] == [
-            samples.event(samples.feedback(seq, client_id=f"device-{number}")).data for seq in range(40)
+            samples.signed(samples.feedback(seq, client_id=f"device-{number}")).data for seq in range(40)
         ]
     log.close()
 
 
-def test_a_killed_appender_leaves_whole_batches_and_everything_it_was_told(opener: Opener) -> None:
+def test_a_killed_appender_leaves_everything_it_was_told_and_no_gap_in_a_key(opener: Opener) -> None:
     log = opener()
     receiver, sender = _spawn.Pipe(duplex=False)
     process = _spawn.Process(target=_append_for_ever, args=(opener, sender))
@@ -259,8 +292,10 @@ def test_a_killed_appender_leaves_whole_batches_and_everything_it_was_told(opene
     records = list(read_all(log))
     present = {record.id for record in records}
     assert present >= {identifier for batch in acknowledged for identifier in batch}
-    assert len(records) % 3 == 0
-    log.append([samples.event(samples.feedback())])
+    for part in range(3):
+        mine = [record.data for record in records if record.key == f"device-{part}"]
+        assert mine == [samples.signed(samples.feedback(number, client_id=f"device-{part}")).data for number in range(len(mine))]
+    log.append([samples.signed(samples.feedback())])
     assert len(list(read_all(log))) == len(records) + 1
     log.close()
 
@@ -272,7 +307,7 @@ def test_a_waiting_reader_wakes_when_another_process_appends(opener: Opener) -> 
     process.start()
     ours.recv()
     start = time.monotonic()
-    log.append([samples.event(samples.epoch())])
+    log.append([samples.signed(samples.epoch())])
     assert ours.poll(20)
     assert ours.recv() == 1
     assert time.monotonic() - start < 5

@@ -194,6 +194,4 @@ def test_a_location_without_a_deployment_is_an_error_that_says_what_to_do(tmp_pa
     log = open_log(tmp_path / "here")
     assert log.read(after=START).records == []
     log.close()
-    assert list(open_blobs(tmp_path / "here").all()) == []
-    with pytest.raises(UsageError, match="no folder"):
-        open_log("kafka://broker")
+    assert list(open_blobs(tmp_path / "here" / "blobs").all()) == []
