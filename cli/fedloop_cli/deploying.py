@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.locations import Place
 from msgspec import Struct
 
 from fedloop_cli import evaluation, tables
@@ -47,9 +48,18 @@ def check_known(table: tables.Table, labels: list[str], path: Path) -> None:
 
 
 def deploy(
-    directory: Path, labels: list[str], held_out: Sequence[Row], settings: dict[str, Any], base_model: str, seed: int
+    directory: Path,
+    place: Place,
+    labels: list[str],
+    held_out: Sequence[Row],
+    settings: dict[str, Any],
+    base_model: str,
+    seed: int,
 ) -> Deployed:
-    """Make the deployment in `directory`; `settings` are keys of `server.toml`. Raises `UsageError`, `ModelError`."""
+    """Make the deployment in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
+
+    Raises `UsageError`, `ModelError`, `UnreachableError`.
+    """
     from fedloop_server import config as configuration
 
     config = configuration.decode(settings)
@@ -60,7 +70,7 @@ def deploy(
     model_dir = Path(config.model_dir) if config.model_dir else None
     spec = model.describe(labels, base_model, model_dir=model_dir)
     initial = model.EmbeddingClassifier(spec, model_dir=model_dir).initial_arrays(seed)
-    made = create_deployment(directory, spec, initial, config)
+    made = create_deployment(directory, spec, initial, config, place)
     failed = evaluation.keep(made.folder, held_out)
 
     from fedloop_cli.state import Followed

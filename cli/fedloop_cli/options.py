@@ -1,19 +1,67 @@
-"""What all commands have in common: `--json`, `--config`, and how a command is registered."""
+"""What all commands have in common: which deployment they are about, `--json`, `--config`, and how a command is registered."""
 
 from __future__ import annotations
 
 import tomllib
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import click
 import typer
+from fedloop_events import locations
 from fedloop_events.errors import UsageError
+from fedloop_events.locations import Place
+from msgspec import Struct
 from typer.core import TyperCommand
 
+_LOG: Final = "fedloop.log"
+_BLOBS: Final = "fedloop.blobs"
+
+
+class Where(Struct, frozen=True):
+    """The deployment that a command is about, and its folder, if one was named."""
+
+    directory: Path | None
+    place: Place
+
+
+class Home(Struct, frozen=True):
+    """The deployment that a command is about, and its folder, in which the server's key is."""
+
+    directory: Path
+    place: Place
+
+
+def given() -> tuple[str | None, str | None]:
+    """`--log` and `--blobs` of the command that runs; every command takes them."""
+    found = click.get_current_context().meta
+    return found.get(_LOG), found.get(_BLOBS)
+
+
+def _where(value: Path | tuple[Path, ...] | None) -> Where:
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    if len(values) > 1:
+        raise UsageError(f"got unexpected extra argument {str(values[1])!r}")
+    (log, blobs), directory = given(), values[0] if values else None
+    if directory is None and log is None:
+        raise UsageError("missing argument 'DIR'", hint="name the deployment's folder, or its log with --log")
+    if directory is not None and log is not None and not directory.is_dir():
+        raise UsageError(f"there is no folder {directory}", hint="with --log, DIR can be left out")
+    if directory is None and log is not None and not locations.is_url(log):
+        directory = Path(log)
+    return Where(directory, locations.locate(directory, log, blobs))
+
+
+def _home(directory: Path) -> Home:
+    return Home(directory, locations.locate(directory, *given()))
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-Deployment = Annotated[Path, typer.Argument(metavar="DIR")]
+Deployment = Annotated[Where, typer.Argument(metavar="[DIR]", parser=Path, callback=_where)]
+"""DIR can be left out where `--log` is given, also before another argument."""
+ServerFolder = Annotated[Home, typer.Argument(metavar="DIR", parser=Path, callback=_home)]
 Store = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
 
 _ARGUMENTS: Final = {
@@ -24,15 +72,39 @@ _ARGUMENTS: Final = {
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""
 
+_PLACES: Final = {
+    _LOG: ("--log", "FEDLOOP_LOG", "The log: a folder, kafka://HOST:PORT/PREFIX or a gateway's https://HOST."),
+    _BLOBS: ("--blobs", "FEDLOOP_BLOBS", "The blobs: a folder, s3://BUCKET/PREFIX or another fsspec URL."),
+}
+
 
 class Command(TyperCommand):
-    """A command that takes `--config FILE`: TOML whose tables are commands and whose keys are their options.
+    """A command that takes `--log` and `--blobs`, and `--config FILE`: TOML whose tables are commands and whose keys are their
+    options.
 
-    An option on the command line outweighs the file. A table or key that no command has is an error.
+    An option on the command line outweighs its environment variable, which outweighs the file. A table or key that no command
+    has is an error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        arguments = [each for each in self.params if isinstance(each, click.Argument)]
+        if arguments and arguments[0].metavar == "[DIR]":
+            arguments[0].required = False
+            if all(each.required for each in arguments[1:]):
+                arguments[0].nargs = -1  # none or one: click gives those after it their values first
+        for name, (flag, variable, text) in _PLACES.items():
+            self.params.append(
+                click.Option(
+                    [flag],
+                    envvar=variable,
+                    metavar="LOCATION",
+                    help=f"{text} [{variable}]",
+                    is_eager=True,
+                    expose_value=False,
+                    callback=partial(_keep, name),
+                )
+            )
         self.params.append(
             click.Option(
                 ["--config"],
@@ -73,6 +145,10 @@ def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002
     )
 
 
+def _keep(name: str, context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    context.meta[name] = value
+
+
 def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
@@ -99,7 +175,7 @@ def _defaults(found: dict[str, Any], command: click.Command, names: list[str], p
     options = {
         flag.removeprefix("--").removeprefix("no-"): parameter
         for parameter in command.params
-        if isinstance(parameter, click.Option) and parameter.expose_value
+        if isinstance(parameter, click.Option) and parameter.name not in {"config", "help"}
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
     values: dict[str, Any] = {}

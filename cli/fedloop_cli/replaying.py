@@ -12,6 +12,7 @@ from fedloop_events import envelope, locations
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
 from fedloop_events.identities import Identities
+from fedloop_events.locations import Place
 from fedloop_events.log import EventLog, read_all
 from fedloop_events.projections import Reader, Snapshots, StoredFold
 from fedloop_events.views import ReleasesView, RoundsView
@@ -47,12 +48,15 @@ class Replayed(Struct):
     differing: list[str] = []
 
 
-def replay(directory: Path) -> Replayed:
-    """Fold the log in `directory` from scratch. Raises `UsageError` if there is none."""
+def replay(place: Place, directory: Path | None) -> Replayed:
+    """Fold the log at `place` from scratch, and compare it with the snapshots below `directory`.
+
+    Raises `UsageError` if there is no log.
+    """
     from fedloop_privacy.ledger import Ledger
 
-    log = locations.open_log(directory)
-    replayed = Replayed(str(directory))
+    log = locations.open_log(place.log)
+    replayed = Replayed(place.log)
     began = time.monotonic()
     types: Counter[str] = Counter()
     for record in read_all(log):
@@ -77,9 +81,9 @@ def replay(directory: Path) -> Replayed:
     replayed.unknown = sum(count for name, count in types.items() if not _known(name))
     _summarise(replayed, people, rounds.fold, releases.fold, ledger.fold)
     folds: dict[str, type[StoredFold]] = {"rounds": RoundsView, "releases": ReleasesView, "ledger": Ledger}
-    for path in sorted(directory.rglob(SNAPSHOTS)):
+    for path in sorted(directory.rglob(SNAPSHOTS)) if directory is not None else []:
         name = path.name.split(".")[0]
-        if name in folds:
+        if name in folds and directory is not None:
             same = _same(log, path, folds[name])
             (replayed.matching if same else replayed.differing).append(str(path.relative_to(directory)))
     replayed.seconds = round(time.monotonic() - began, 3)

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import UsageError
+from fedloop_events.locations import Place
 
 from fedloop_cli.evaluation import Evaluator
 from fedloop_cli.state import MODEL, Followed
 
+if TYPE_CHECKING:
+    from fedloop_server.metrics import MeteredLog
+    from fedloop_server.server import Server
+
 
 def serve(
     directory: Path,
+    place: Place,
     stop: threading.Event,
     *,
     rounds: int | None = None,
     until_idle: bool = False,
     on_event: Callable[[Record, types.Payload], None] | None = None,
+    metrics: str | None = None,
 ) -> int:
     """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
 
-    `on_event` is told of what is appended from now on. Raises `FencedError` when another server has taken over.
+    `on_event` is told of what is appended from now on. `metrics` is the address at which Prometheus finds it.
+    Raises `FencedError` when another server has taken over.
     """
+    from fedloop_server.metrics import MeteredLog
     from fedloop_server.server import Server
     from fedloop_server.setup import open_deployment
 
-    deployment = open_deployment(directory)
+    deployment = open_deployment(directory, place)
     spec = Followed(deployment.log).releases.models.get(MODEL)
     if spec is None:
         raise UsageError(f"{directory} has no model", hint="run `fedloop server init` again, to its end")
@@ -40,8 +51,9 @@ def serve(
         if on_event is not None and not before.covers(record.stream, record.offset):
             on_event(record, payload)
 
+    log = MeteredLog(deployment.log)
     server = Server(
-        deployment.log,
+        log,
         deployment.blobs,
         deployment.author,
         deployment.config,
@@ -49,7 +61,16 @@ def serve(
         on_event=news,
         plan=deployment.plan_file,
     )
-    return server.run(stop, rounds, until_idle=until_idle)
+    with _exposed(server, log, metrics):
+        return server.run(stop, rounds, until_idle=until_idle)
+
+
+def _exposed(server: Server, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:
+    if address is None:
+        return nullcontext()
+    from fedloop_server import exposition, metrics
+
+    return exposition.exposed(metrics.registry(server, log), log, exposition.Address.parse(address))
 
 
 def describe(payload: types.Payload) -> str:

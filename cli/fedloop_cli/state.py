@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedloop_events import locations
 from fedloop_events.errors import UsageError
 from fedloop_events.identities import Identities
+from fedloop_events.locations import Place
 from fedloop_events.log import EventLog
 from fedloop_events.projections import Reader
 from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
@@ -61,9 +61,9 @@ class Followed:
         return self.releases.releases.get(self.releases.by_round.get(state.round_id, ""))
 
 
-def open_state(directory: Path) -> Followed:
-    """Raises `UsageError` if there is no deployment in `directory`."""
-    return Followed(locations.open_log(directory))
+def open_state(place: Place) -> Followed:
+    """Raises `UsageError` if there is no deployment at `place`, `UnreachableError` if it does not answer."""
+    return Followed(locations.open_log(place.log))
 
 
 def open_ledger(log: EventLog, identities: Identities) -> Ledger:

@@ -18,6 +18,7 @@ from fedloop_events.blobs import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError, LogError, UsageError
 from fedloop_events.identities import Identities
+from fedloop_events.locations import Place
 from fedloop_events.sqlite import STREAM
 from fedloop_events.sqlite_file import APPLICATION_ID, FORMAT
 from msgspec import Struct
@@ -60,15 +61,15 @@ class Report(Struct):
     not_seen: str = UNSEEN
 
 
-def verify(directory: Path) -> Report:
-    """Read the whole log in `directory` and every blob that it names.
+def verify(place: Place) -> Report:
+    """Read the whole log at `place` and every blob that it names.
 
     Raises `UsageError` if there is no log, `LogError` if the file is none or cannot be read at all.
     """
-    path = directory / locations.LOG_FILE
+    path = Path(place.log) / locations.LOG_FILE
     if not path.is_file():
-        raise UsageError(f"there is no log in {directory}", hint="name the folder that `fedloop server init` made")
-    check = _Check(Report(str(path)), directory / locations.BLOB_FOLDER)
+        raise UsageError(f"there is no log in {place.log}", hint="name the folder that `fedloop server init` made")
+    check = _Check(Report(str(path)), Path(place.blobs or ""))
     connection = _open(path)
     try:
         with connection:  # one transaction: what is appended meanwhile is for the next check

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.locations import open_blobs, open_log
+from fedloop_events.locations import locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import ModelSpec
 from fedloop_events.views import ReleaseState
@@ -61,7 +61,8 @@ class Agent:
     ) -> None:
         self.identity, self.settings = identity, settings
         self._store = store
-        self._log, self._blobs = open_log(location), open_blobs(location)
+        place = locate(None, location)
+        self._log, self._blobs = open_log(place.log), open_blobs(place.blobs)
         self._capture = Capture(store)
         self._models = Models(settings.model_dir)
         self._masker, self._app = masker, app

@@ -1,9 +1,23 @@
-"""Where a deployment is: from a folder to its log and its blobs."""
+"""Where a deployment is: one location for its log, one for its blobs.
+
+A log is a folder (its file is `log.sqlite`), `kafka://HOST:PORT[,HOST:PORT…][/PREFIX][?config=FILE]`, or a gateway,
+`https://HOST[:PORT][?ca=FILE]` (`http://` only to this machine). Blobs are a folder, any fsspec URL, or the gateway. A folder can
+name other places in its `deployment.toml`. No location holds a secret: one that does is refused, and never printed.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import json
+import re
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import msgspec
+from msgspec import Struct
 
 from fedloop_events.blobs import BlobStore
 from fedloop_events.errors import UsageError
@@ -12,14 +26,92 @@ from fedloop_events.sqlite import SqliteLog
 
 LOG_FILE: Final = "log.sqlite"
 BLOB_FOLDER: Final = "blobs"
+PLACE_FILE: Final = "deployment.toml"
+
+_HOST: Final = r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])"
+_PORT: Final = r":[0-9]{1,5}"
+_KAFKA: Final = re.compile(rf"kafka://{_HOST}{_PORT}(?:,{_HOST}{_PORT})*(?:/[A-Za-z0-9._-]{{1,200}})?/?")
+_GATEWAY: Final = re.compile(rf"https?://{_HOST}(?:{_PORT})?/?")
+_FORMS: Final = {
+    "kafka": (_KAFKA, "config", "kafka://HOST:PORT[,HOST:PORT…][/PREFIX][?config=FILE]"),
+    "https": (_GATEWAY, "ca", "https://HOST[:PORT][?ca=FILE]"),
+    "http": (_GATEWAY, "", "http://HOST[:PORT]"),
+}
+"""By scheme: what stands before the query, the one key that the query may have (of a file), and the form in words."""
+
+_EXTRAS: Final = {
+    "kafka": ("confluent_kafka", "kafka"),
+    "https": ("httpx", "gateway"),
+    "http": ("httpx", "gateway"),
+    "s3": ("s3fs", "s3"),
+}
+"""By scheme: the module that it takes, and the extra of the distribution that brings it."""
+
+
+class Place(Struct, frozen=True):
+    """A deployment's log and blobs. `blobs` None: nothing says where they are, so only the log can be read."""
+
+    log: str
+    blobs: str | None
+
+
+class _Stored(Struct, frozen=True, forbid_unknown_fields=True):
+    """A folder's `deployment.toml`. Paths in it that are relative are relative to the folder."""
+
+    log: str | None = None
+    blobs: str | None = None
+
+
+def locate(directory: Path | None, log: str | Path | None = None, blobs: str | Path | None = None) -> Place:
+    """Where the deployment is that the folder `directory`, or the location of its log, names.
+
+    A location that is given outweighs the folder's `deployment.toml`, which outweighs the folder itself; a folder given as `log`
+    is looked into in the same way. Files that a location names become absolute. Raises `UsageError` if neither is given, for a
+    location that is malformed or holds a secret, and if the folder holds a log of its own and `log` is another.
+    """
+    given = None if log is None else str(log)
+    home = directory if given is None else None if is_url(given) else Path(given)
+    if home is None and given is None:
+        raise UsageError("nothing says which deployment", hint="name its folder, or its log with --log")
+    if directory is not None and not _same(directory, home) and (directory / LOG_FILE).exists():
+        raise UsageError(f"{directory} holds a log of its own, and another one is named", hint="name one of them")
+    beside = home if home is not None else directory
+    stored = _read(beside) if beside is not None else _Stored()
+    found = given if home is None else stored.log or str(home)
+    assert found is not None
+    found = check_log(found)
+    found_blobs = str(blobs) if blobs is not None else stored.blobs or _default_blobs(found)
+    return Place(found, None if found_blobs is None else check_blobs(found_blobs))
+
+
+def remembered(directory: Path, place: Place) -> str:
+    """The text of the `deployment.toml` with which `directory` alone names `place`; "" if it needs none."""
+    lines = []
+    if place.log != str(directory):
+        lines.append(f"log = {_quoted(_portable(directory, place.log))}\n")
+    if place.blobs is not None and place.blobs != _default_blobs(place.log):
+        lines.append(f"blobs = {_quoted(_portable(directory, place.blobs))}\n")
+    return "".join(lines)
 
 
 def open_log(location: str | Path, *, create: bool = False) -> EventLog:
-    """The log of the deployment in the folder `location`; only with `create` is one made.
+    """The log at `location`; only with `create` is one made (a file, or the topics that are missing).
 
-    Raises `UsageError` if there is none, `LogError` if the file is something else.
+    Raises `UsageError` if there is none or the location is malformed, `LogError` if what is there is something else,
+    `UnreachableError` if it does not answer in time.
     """
-    path = _folder(location) / LOG_FILE
+    location = check_log(str(location))
+    scheme = _scheme(location)
+    _require(scheme)
+    if scheme == "kafka":
+        from fedloop_events.kafka import KafkaLog
+
+        return KafkaLog(location, create=create)
+    if scheme:
+        from fedloop_events.gateway import GatewayLog
+
+        return GatewayLog(location)
+    path = Path(location) / LOG_FILE
     if create:
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.is_file():
@@ -27,12 +119,137 @@ def open_log(location: str | Path, *, create: bool = False) -> EventLog:
     return SqliteLog(path)
 
 
-def open_blobs(location: str | Path) -> BlobStore:
-    """The blob store of the deployment in the folder `location`."""
-    return BlobStore(_folder(location) / BLOB_FOLDER)
+def open_blobs(location: str | Path | None) -> BlobStore:
+    """The blob store at `location`, as `Place.blobs` names it.
+
+    Raises `UsageError` if nothing names it or the location is malformed.
+    """
+    if location is None:
+        raise UsageError("nothing says where the blobs are", hint="name their folder or URL with --blobs")
+    location = check_blobs(str(location))
+    _require(_scheme(location))
+    return BlobStore(location)
 
 
-def _folder(location: str | Path) -> Path:
-    if "://" in str(location):
-        raise UsageError(f"{location} is no folder", hint="this version keeps its log in a folder")
-    return Path(location)
+def is_url(location: str) -> bool:
+    return "://" in location
+
+
+def check_log(location: str) -> str:
+    """The location of a log, as it is kept: files that it names are absolute. Raises `UsageError` if it is malformed."""
+    if not is_url(location):
+        return location
+    _check_text(location, "log")
+    scheme = _scheme(location)
+    if scheme not in _FORMS:
+        raise UsageError("the log's location is neither a folder nor a URL that a log can have", hint=_forms())
+    return _checked(location, scheme)
+
+
+def check_blobs(location: str) -> str:
+    """The same for the location of blobs."""
+    if "::" in location or location.startswith("reference:"):
+        raise UsageError("a blob store's URL must name one place, without chaining (`::`) or `reference:`")
+    if not is_url(location):
+        return location
+    _check_text(location, "blob store")
+    scheme = _scheme(location)
+    if scheme in {"http", "https"}:
+        return _checked(location, scheme)
+    if scheme == "kafka" or not re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
+        raise UsageError(
+            "the blobs' location is neither a folder nor a URL that fsspec knows", hint="for example s3://BUCKET/PREFIX"
+        )
+    if "?" in location or "#" in location:
+        raise UsageError("a blob store's URL has no query and no fragment", hint="settings belong into the environment")
+    return location
+
+
+def _read(directory: Path) -> _Stored:
+    path = directory / PLACE_FILE
+    try:
+        stored = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _Stored)
+    except (FileNotFoundError, NotADirectoryError):
+        return _Stored()
+    except (OSError, ValueError, msgspec.ValidationError):
+        raise UsageError(f"{path} cannot be read", hint='it holds log = "…" and blobs = "…", or one of them') from None
+    return _Stored(*(each if each is None or is_url(each) else str(directory / each) for each in (stored.log, stored.blobs)))
+
+
+def _same(folder: Path, other: Path | None) -> bool:
+    return other is not None and folder.absolute() == other.absolute()
+
+
+def _default_blobs(log: str) -> str | None:
+    scheme = _scheme(log)
+    return str(Path(log) / BLOB_FOLDER) if not scheme else None if scheme == "kafka" else log
+
+
+def _portable(directory: Path, location: str) -> str:
+    """A folder within `directory` as seen from there, so that the two can move together; any other one absolute."""
+    if is_url(location):
+        return location
+    path, root = Path(location).absolute(), directory.absolute()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _check_text(location: str, what: str) -> None:
+    """Before anything else of a URL is looked at, or shown."""
+    rest = location.partition("://")[2]
+    if "@" in re.split(r"[/?#]", rest, maxsplit=1)[0]:
+        raise UsageError(
+            f"the {what}'s location names a user or a password",
+            hint="secrets belong into a file (kafka://…?config=FILE) or the environment, and this one should be changed now",
+        )
+    if not location.isascii() or not location.isprintable() or " " in location:
+        raise UsageError(f"the {what}'s location holds blanks, or characters that a URL cannot hold")
+
+
+def _checked(location: str, scheme: str) -> str:
+    pattern, key, form = _FORMS[scheme]
+    before, mark, query = location.partition("?")
+    if pattern.fullmatch(before) is None or "#" in location:
+        raise UsageError(f"the {scheme} location is malformed", hint=f"its form is {form}")
+    if any(not 0 < int(port) < 1 << 16 for port in re.findall(r":([0-9]+)(?=[,/]|$)", before)):
+        raise UsageError(f"the {scheme} location has a port that does not exist", hint="ports are 1 to 65535")
+    if scheme == "http" and not _loopback(urlsplit(before).hostname or ""):
+        raise UsageError(
+            "http:// is for this machine alone, for everybody on the way could read and change it", hint="use https://"
+        )
+    before = before.rstrip("/")
+    if not mark:
+        return before
+    try:
+        ((name, file),) = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict")
+    except ValueError:
+        name, file = "", ""
+    if not key or name != key or not file or "\0" in file:
+        raise UsageError(f"the {scheme} location has a setting that it cannot have", hint=f"its form is {form}")
+    return f"{before}?{key}={quote(str(Path(file).expanduser().absolute()), safe='/')}"
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _require(scheme: str) -> None:
+    module, extra = _EXTRAS.get(scheme, ("", ""))
+    if module and find_spec(module) is None:
+        raise UsageError(
+            f"{scheme}:// needs the package {module}, which is not installed", hint=f"pip install 'fedloop[{extra}]'"
+        )
+
+
+def _scheme(location: str) -> str:
+    return location.partition("://")[0] if is_url(location) else ""
+
+
+def _forms() -> str:
+    return f"it is a folder, or {', '.join(form for *_, form in _FORMS.values())}"

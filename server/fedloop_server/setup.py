@@ -1,8 +1,9 @@
 """Making a deployment, and opening the server's side of it.
 
-A deployment is a folder: `log.sqlite`, `blobs/`, and `server/` with the server's key, its configuration and whatever else is
-the operator's alone. Making one can be killed at any point and done again: what it decided by chance (name and key) is kept in
-files that appear whole and are never replaced, and everything else is a function of them.
+A deployment is a folder: `server/` with the server's key, its configuration and whatever else is the operator's alone, and
+either `log.sqlite` and `blobs/` or a `deployment.toml` that says where log and blobs are. Making one can be killed at any point
+and done again: what it decided by chance (name and key) is kept in files that appear whole and are never replaced, and everything
+else is a function of them.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
-from fedloop_events import envelope, locations, tensors, types
+from fedloop_events import envelope, locations, tensors, topics, types
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
-from fedloop_events.errors import UsageError
+from fedloop_events.errors import InvalidEventError, UsageError
+from fedloop_events.identities import Identities
 from fedloop_events.ids import derived_id
-from fedloop_events.log import EventLog
+from fedloop_events.locations import Place
+from fedloop_events.log import EventLog, read_all
 from fedloop_events.signatures import SigningKey
 from msgspec import Struct
 
@@ -34,6 +38,7 @@ CONFIG_FILE: Final = "server.toml"
 INTENT_FILE: Final = "deployment.json"
 PLAN_FILE: Final = "plan.json"
 MODEL: Final = "default"
+_LOG_FILES: Final = tuple(locations.LOG_FILE + end for end in ("", "-wal", "-shm", "-journal"))
 
 
 class Deployment(Struct, frozen=True):
@@ -62,50 +67,100 @@ class _Intent(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def create_deployment(
-    directory: Path | str, spec: types.ModelSpec, initial_arrays: Mapping[str, tensors.Array], config: ServerConfig
+    directory: Path | str,
+    spec: types.ModelSpec,
+    initial_arrays: Mapping[str, tensors.Array],
+    config: ServerConfig,
+    place: Place | None = None,
 ) -> Deployment:
     """Make a deployment whose release 0 is `initial_arrays`; one that is there already, of the same model, is opened as it is.
 
-    Raises `UsageError` if the folder holds anything else, or if the arrays are not finite F32 tensors with a head for the
+    Its log and blobs are at `place`, which the folder remembers; by default in the folder itself. Raises `UsageError` if the
+    folder holds anything else, the log another deployment, or if the arrays are not finite F32 tensors with a head for the
     spec's labels.
     """
     root = Path(directory)
     folder = root / SERVER_FOLDER
+    place = place or locations.locate(root)
+    if place.blobs is None:
+        raise UsageError("nothing says where the blobs shall be", hint="name their folder or URL with --blobs")
     _check(spec, initial_arrays)
     chunks = list(tensors.encode(initial_arrays))
     initial = _reference(chunks)
     if not (folder / INTENT_FILE).exists():
         _check_empty(root)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fresh = _Intent(f"fedloop-{secrets.token_hex(8)}", spec, initial)
-    _once(folder / INTENT_FILE, lambda path: _write(path, msgspec.json.encode(fresh)))
-    intent = msgspec.json.decode((folder / INTENT_FILE).read_bytes(), type=_Intent)
-    if (intent.spec, intent.initial) != (spec, initial):
-        raise UsageError(
-            f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
-        )
-    _once(folder / KEY_FILE, lambda path: SigningKey.generate().save(path))
-    _once(folder / CONFIG_FILE, lambda path: _write(path, configuration.dump(config).encode()))
-    locations.open_blobs(root).put(chunks)
-    log = locations.open_log(root, create=True)
-    _announce(Author(log, SigningKey.load(folder / KEY_FILE)), intent)
-    log.close()
-    return open_deployment(root)
+    with closing(locations.open_log(place.log, create=True)) as log:
+        _check_free(log, folder / KEY_FILE)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _remember(root, place)
+        fresh = _Intent(f"fedloop-{secrets.token_hex(8)}", spec, initial)
+        _once(folder / INTENT_FILE, lambda path: _write(path, msgspec.json.encode(fresh)))
+        intent = msgspec.json.decode((folder / INTENT_FILE).read_bytes(), type=_Intent)
+        if (intent.spec, intent.initial) != (spec, initial):
+            raise UsageError(
+                f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
+            )
+        _once(folder / KEY_FILE, lambda path: SigningKey.generate().save(path))
+        _once(folder / CONFIG_FILE, lambda path: _write(path, configuration.dump(config).encode()))
+        locations.open_blobs(place.blobs).put(chunks)
+        _announce(Author(log, SigningKey.load(folder / KEY_FILE)), intent)
+    return open_deployment(root, place)
 
 
-def open_deployment(directory: Path | str) -> Deployment:
-    """The server's side of the deployment in a folder. Raises `UsageError` if there is none, or its making was cut short."""
+def open_deployment(directory: Path | str, place: Place | None = None) -> Deployment:
+    """The server's side of the deployment in a folder, whose log and blobs are at `place` if they are not where the folder says.
+
+    Raises `UsageError` if there is none, its making was cut short, or the log is another deployment's.
+    """
     root = Path(directory)
     folder = root / SERVER_FOLDER
-    log = locations.open_log(root)
+    place = place or locations.locate(root)
+    log = locations.open_log(place.log)
     if not (folder / KEY_FILE).exists():
-        raise UsageError(f"{directory} holds a log, but not the server's key", hint="run this where the server was set up")
+        raise UsageError(f"{directory} holds no server's key", hint="run this where the server was set up")
     key, config = SigningKey.load(folder / KEY_FILE), configuration.load(folder / CONFIG_FILE)
-    return Deployment(folder, log, locations.open_blobs(root), Author(log, key), config)
+    if _server_key(log) != key.public_key:
+        raise UsageError(
+            f"the log is not the one of the deployment in {directory}",
+            hint="name that log; or, if its making was cut short, run `fedloop server init` again, to its end",
+        )
+    return Deployment(folder, log, locations.open_blobs(place.blobs), Author(log, key), config)
+
+
+def _check_free(log: EventLog, key_file: Path) -> None:
+    """Whoever has the key of the log's deployment may go on with making it; a log holds one deployment."""
+    found = _server_key(log)
+    if found and not (key_file.exists() and SigningKey.load(key_file).public_key == found):
+        raise UsageError(
+            "the log holds a deployment already, which was made in another folder",
+            hint="run this in that folder, or name a log for this one: on Kafka another prefix, kafka://HOST:PORT/PREFIX",
+        )
+
+
+def _server_key(log: EventLog) -> str:
+    """The key of the log's deployment; "" if it has none."""
+    identities = Identities()
+    for record in read_all(log, (topics.CLIENTS,)):
+        with suppress(InvalidEventError):
+            payload = envelope.decode(record)
+            if payload is not None:
+                identities.apply(record, payload)
+        if identities.origin:
+            break
+    return identities.server_key
+
+
+def _remember(root: Path, place: Place) -> None:
+    """Write the `deployment.toml` that `place` takes. Raises `UsageError` if the folder names another place already."""
+    text, path = locations.remembered(root, place), root / locations.PLACE_FILE
+    if text:
+        _once(path, lambda file: _write(file, text.encode()))
+    if locations.remembered(root, locations.locate(root)) != text:
+        raise UsageError(f"{root} is a deployment whose log or blobs are elsewhere", hint=f"see {path}, or choose another folder")
 
 
 def _announce(author: Author, intent: _Intent) -> None:
-    """One batch, all or none, under ids that are functions of the intent: said once, however often this runs."""
+    """What the log does not hold yet, under ids that are functions of the intent: said once, however often this runs."""
     origin, release = intent.origin, release_id(0, intent.initial)
     said: list[tuple[types.Payload, str]] = [
         (types.DeploymentCreated(origin=origin, public_key=author.key.public_key), derived_id(origin, "deployment")),
@@ -119,7 +174,8 @@ def _announce(author: Author, intent: _Intent) -> None:
             derived_id(origin, MODEL, release, "decided"),
         ),
     ]
-    author.log.append([author.event(payload, id=event_id) for payload, event_id in said])
+    there = {record.id for record in read_all(author.log, (topics.CLIENTS, topics.RELEASES))}
+    author.log.append([author.event(payload, id=event_id) for payload, event_id in said if event_id not in there])
 
 
 def release_id(number: int, blob: types.BlobRef) -> str:
@@ -148,7 +204,7 @@ def _check_empty(root: Path) -> None:
         within = [path.name for path in (root / SERVER_FOLDER).iterdir()] if SERVER_FOLDER in found else []
     except OSError as error:
         raise UsageError(f"{root} is no folder that can be read", cause=error.strerror or "") from None
-    if found - {SERVER_FOLDER} or not all(name.startswith(f".{INTENT_FILE}.") for name in within):
+    if found - {SERVER_FOLDER, *_LOG_FILES} or not all(name.startswith(f".{INTENT_FILE}.") for name in within):
         raise UsageError(f"{root} is not empty and holds no deployment", hint="choose a folder that is empty or does not exist")
 
 

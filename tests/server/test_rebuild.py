@@ -36,7 +36,7 @@ def test_from_a_read_only_copy_without_the_servers_folder_the_bytes_are_the_same
     shutil.copytree(world.folder / "blobs", copy / "blobs")
     for path in world.folder.glob("log.sqlite*"):
         shutil.copy(path, copy)
-    log, blobs = locations.open_log(copy), locations.open_blobs(copy)
+    log, blobs = locations.open_log(copy), locations.open_blobs(copy / locations.BLOB_FOLDER)
     shallow, deep = rebuild(log, blobs), rebuild(log, blobs, deep=True)
     assert shallow.identical
     assert deep.identical

@@ -1,4 +1,4 @@
-"""`fedloop agent`: one device. Its store remembers the deployment that it was enrolled in."""
+"""`fedloop agent`: one device. Its store remembers the deployment that it was enrolled in; `--log` and `--blobs` outweigh it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 app = options.group(help="Be a device: enrol, classify, take feedback, take part in rounds.")
 
 Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
-Location = Annotated[Path | None, typer.Option("--deployment", metavar="DIR", help="Where the deployment is now, if it moved.")]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]
 
 
 @app.command(cls=options.Command)
 def enrol(
-    directory: options.Deployment,
+    where: options.Deployment,
     store: options.Store,
     client_id: Annotated[str | None, typer.Option(metavar="NAME", help="The device's name.", show_default="a new one")] = None,
     epsilon: Annotated[float, typer.Option(help="Its privacy budget for its whole life.")] = 8.0,
@@ -39,7 +38,7 @@ def enrol(
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(
-        directory, store, client_id=client_id, epsilon=None if no_dp else epsilon, delta=delta, key_from=key_from
+        where.place.log, store, client_id=client_id, epsilon=None if no_dp else epsilon, delta=delta, key_from=key_from
     ) as agent:
         me = agent.identity
     document = {"client_id": me.client_id, "origin": me.origin, "epsilon": me.epsilon, "delta": me.delta, "store": str(store)}
@@ -47,11 +46,9 @@ def enrol(
 
 
 @app.command(cls=options.Command)
-def predict(
-    store: options.Store, text: Text = None, model_dir: ModelDir = None, deployment: Location = None, json: options.Json = False
-) -> None:
+def predict(store: options.Store, text: Text = None, model_dir: ModelDir = None, json: options.Json = False) -> None:
     """Classify a text with the release in force; the response's id is what feedback names."""
-    with _open(store, deployment, model_dir) as agent:
+    with _open(store, model_dir) as agent:
         response = agent.predict(_given(text))
     document = {name: getattr(response, name) for name in response.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
@@ -74,7 +71,6 @@ def feedback(
         typer.Option(metavar="CSV", help="Many at once: classify each text, then give its label."),
     ] = None,
     model_dir: ModelDir = None,
-    deployment: Location = None,
     json: options.Json = False,
 ) -> None:
     """Record what a user says of a response: one made before (--response), one shown elsewhere (--text with --predicted), or one
@@ -84,7 +80,7 @@ def feedback(
 
     if sum(each is not None for each in (response, text, data)) != 1:
         raise UsageError("feedback is about one of --response, --text or --data")
-    with _open(store, deployment, model_dir) as agent:
+    with _open(store, model_dir) as agent:
         if data is not None:
             _take_in(agent, data, json)
             return
@@ -105,13 +101,12 @@ def run(
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
-    deployment: Location = None,
     json: options.Json = False,
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was."""
     from fedloop_cli.signals import stoppable
 
-    with _open(store, deployment, model_dir) as agent, stoppable() as stop:
+    with _open(store, model_dir) as agent, stoppable() as stop:
         before, told = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -131,18 +126,19 @@ def run(
 
 
 @app.command(cls=options.Command)
-def status(store: options.Store, deployment: Location = None, json: options.Json = False) -> None:
+def status(store: options.Store, json: options.Json = False) -> None:
     """Say where the device stands: feedback, examples, answers, budget."""
-    with _open(store, deployment, None) as agent:
+    with _open(store, None) as agent:
         document = _document(agent.status())
     console.show(document, lambda: console.fields(document), as_json=json)
 
 
-def _open(store: Path, deployment: Path | None, model_dir: Path | None) -> Agent:
+def _open(store: Path, model_dir: Path | None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.loop import Settings
 
-    return Agent.open(store, deployment, settings=Settings(model_dir=model_dir))
+    log, _ = options.given()
+    return Agent.open(store, log, settings=Settings(model_dir=model_dir))
 
 
 def _given(text: str | None) -> str:

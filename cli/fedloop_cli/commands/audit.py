@@ -32,7 +32,7 @@ class Budget(Struct, frozen=True):
 
 @app.command(cls=options.Command)
 def budget(
-    directory: options.Deployment,
+    where: options.Deployment,
     client: Annotated[str | None, typer.Option("--client", metavar="CLIENT", help="Only this client.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -41,7 +41,7 @@ def budget(
 
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     clients = followed.identities.clients
     if client is not None and client not in clients:
         raise UsageError(f"there is no client {client!r}", hint=f"there are {', '.join(sorted(clients)) or 'none'}")

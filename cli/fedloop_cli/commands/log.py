@@ -21,7 +21,7 @@ Topic = Annotated[list[str] | None, typer.Option("--topic", help="Only this topi
 
 @app.command(cls=options.Command)
 def tail(
-    directory: options.Deployment,
+    where: options.Deployment,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last events.")] = 20,
     topic: Topic = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended, until Ctrl-C.")] = False,
@@ -38,11 +38,11 @@ def tail(
     for name in wanted:
         if name not in topics.ALL:
             raise UsageError(f"there is no topic {name!r}", hint=f"the topics are {', '.join(topics.ALL)}")
-    log = locations.open_log(directory)
+    log = locations.open_log(where.place.log)
     if not follow:
         last = deque(read_all(log, wanted), maxlen=lines)
         console.show(
-            {"log": str(directory), "events": [_event(each) for each in last]}, lambda: "\n".join(map(_line, last)), as_json=json
+            {"log": where.place.log, "events": [_event(each) for each in last]}, lambda: "\n".join(map(_line, last)), as_json=json
         )
         return
     position, batch = START, log.read(wanted, START, limit=10_000)
@@ -60,28 +60,28 @@ def tail(
 
 
 @app.command(cls=options.Command)
-def verify(directory: options.Deployment, json: options.Json = False) -> None:
+def verify(where: options.Deployment, json: options.Json = False) -> None:
     """Check that the log is whole, each event said by whom it names, and each blob as its name promises.
 
     Opens it for reading only. Exit status 1 if anything is wrong.
     """
     from fedloop_cli import verification
 
-    report = verification.verify(directory)
+    report = verification.verify(where.place)
     console.show(verification.as_document(report), lambda: _report(report), as_json=json)
     if not report.verified:
         raise typer.Exit(1)
 
 
 @app.command(cls=options.Command)
-def replay(directory: options.Deployment, json: options.Json = False) -> None:
+def replay(where: options.Deployment, json: options.Json = False) -> None:
     """Fold the whole log from scratch, and compare with the snapshots that are there.
 
     Exit status 1 if a snapshot differs from the log.
     """
     from fedloop_cli import replaying
 
-    replayed = replaying.replay(directory)
+    replayed = replaying.replay(where.place, where.directory)
     console.show(replaying.as_document(replayed), lambda: replaying.as_text(replayed), as_json=json)
     if replayed.differing:
         raise typer.Exit(1)

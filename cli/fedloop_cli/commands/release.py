@@ -14,11 +14,11 @@ Release = Annotated[str, typer.Argument(metavar="RELEASE")]
 
 
 @app.command("list", cls=options.Command)
-def list_(directory: options.Deployment, json: options.Json = False) -> None:
+def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     found = [state.release_document(followed, each) for each in followed.releases.releases.values()]
     heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
     rows = [
@@ -35,13 +35,13 @@ def list_(directory: options.Deployment, json: options.Json = False) -> None:
 
 
 @app.command(cls=options.Command)
-def show(directory: options.Deployment, release: Release, json: options.Json = False) -> None:
+def show(where: options.Deployment, release: Release, json: options.Json = False) -> None:
     """Show one release and its lineage: back to release 0, with each update that went in."""
     from fedloop_server import registry
 
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     found = state.release_document(followed, registry.find(followed.releases, release))
     lineage = registry.lineage(followed.rounds, followed.releases, release)
     heads = ["release", "round", "strategy", "base", "client", "update", "weight"]
@@ -56,7 +56,7 @@ def show(directory: options.Deployment, release: Release, json: options.Json = F
 
 @app.command(cls=options.Command)
 def rebuild(
-    directory: options.Deployment,
+    where: options.Deployment,
     release: Annotated[str | None, typer.Argument(metavar="[RELEASE]")] = None,
     shallow: Annotated[bool, typer.Option("--shallow", help="Only the last round, on its base as it is stored.")] = False,
     json: options.Json = False,
@@ -67,7 +67,8 @@ def rebuild(
     from fedloop_events import locations
     from fedloop_server.rebuild import rebuild as rebuild_release
 
-    rebuilt = rebuild_release(locations.open_log(directory), locations.open_blobs(directory), release, deep=not shallow)
+    place = where.place
+    rebuilt = rebuild_release(locations.open_log(place.log), locations.open_blobs(place.blobs), release, deep=not shallow)
     document = {
         "release": rebuilt.release,
         "identical": rebuilt.identical,
@@ -88,7 +89,7 @@ def rebuild(
 
 @app.command(cls=options.Command)
 def rollback(
-    directory: options.Deployment,
+    home: options.ServerFolder,
     release: Release,
     reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
     json: options.Json = False,
@@ -97,6 +98,6 @@ def rollback(
     from fedloop_server import registry
     from fedloop_server.setup import open_deployment
 
-    event = registry.roll_back(open_deployment(directory).author, release=release, reason=reason)
+    event = registry.roll_back(open_deployment(home.directory, home.place).author, release=release, reason=reason)
     text = f"{event.release} is in force again; {event.withdrawn} is withdrawn"
     console.show({"release": event.release, "withdrawn": event.withdrawn, "reason": event.reason}, text, as_json=json)

@@ -10,7 +10,7 @@ import typer
 from fedloop_cli import console, options
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from fedloop_events.locations import Place
 
     from fedloop_cli.state import Followed, RoundSummary
 
@@ -22,7 +22,7 @@ Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="Give up
 
 @app.command(cls=options.Command)
 def start(
-    directory: options.Deployment,
+    home: options.ServerFolder,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="How many rounds.")] = 1,
     reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
     wait: Annotated[bool, typer.Option("--wait", help="Wait until they ended; exit status 1 if one made no release.")] = False,
@@ -34,22 +34,22 @@ def start(
 
     from fedloop_cli.requests import request_rounds
 
-    deployment = open_deployment(directory)
+    deployment = open_deployment(home.directory, home.place)
     request_id = request_rounds(deployment.author, rounds, reason)
     if wait:
         console.note(f"requested {rounds} as {request_id}; waiting")
-        _wait(directory, request_id, json, timeout_s)
+        _wait(home.place, request_id, json, timeout_s)
         return
     document = {"request_id": request_id, "rounds": rounds}
     console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
 
 
 @app.command("list", cls=options.Command)
-def list_(directory: options.Deployment, json: options.Json = False) -> None:
+def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     found = _summaries(followed)
     pending = sum(request.rounds - len(request.numbers) for request in followed.rounds.requests.values() if request.pending)
     document = {"rounds": found, "requested": pending, "epoch": followed.rounds.epoch}
@@ -58,13 +58,13 @@ def list_(directory: options.Deployment, json: options.Json = False) -> None:
 
 
 @app.command(cls=options.Command)
-def show(directory: options.Deployment, round_id: RoundId, json: options.Json = False) -> None:
+def show(where: options.Deployment, round_id: RoundId, json: options.Json = False) -> None:
     """Show one round: its terms, who took part, who did not and why."""
     import msgspec
 
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     found = followed.round(round_id)
     summary = state.summarise(followed, found)
     opened = found.opened
@@ -95,7 +95,7 @@ def show(directory: options.Deployment, round_id: RoundId, json: options.Json = 
 
 @app.command(cls=options.Command)
 def watch(
-    directory: options.Deployment,
+    where: options.Deployment,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="End after so many rounds have ended; 0: never.")] = 0,
     timeout_s: Timeout = None,
     json: options.Json = False,
@@ -107,7 +107,7 @@ def watch(
 
     if json and not rounds:
         raise UsageError("--json prints one document at the end, and there is none", hint="say after how many: --rounds N")
-    followed = state.open_state(directory)
+    followed = state.open_state(where.place)
     said: dict[str, str] = {}
     before = {each.round_id for each in _summaries(followed) if _over(each)}
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
@@ -128,12 +128,12 @@ def watch(
         _pause(followed)
 
 
-def _wait(directory: Path, request_id: str, json: bool, timeout_s: float | None) -> None:
+def _wait(place: Place, request_id: str, json: bool, timeout_s: float | None) -> None:
     from fedloop_events.errors import UnreachableError
 
     from fedloop_cli import state
 
-    followed = state.open_state(directory)
+    followed = state.open_state(place)
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
     while True:
         request = followed.rounds.requests.get(request_id)

@@ -18,7 +18,7 @@ app = options.group(help="Make a deployment, run its server, revoke a client.")
 
 @app.command(cls=options.Command)
 def init(
-    directory: options.Deployment,
+    home: options.ServerFolder,
     test: Annotated[Path, typer.Option(metavar="CSV", help="Held-out messages: columns text and label.")],
     data: Annotated[
         Path | None,
@@ -41,6 +41,7 @@ def init(
 ) -> None:
     """Make a deployment in a new folder DIR. Started again after a crash, it ends what it began.
 
+    Its log and blobs are in DIR, or where --log and --blobs say; DIR/deployment.toml remembers that for every other command.
     All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
     """
     from fedloop_cli import deploying, tables
@@ -57,7 +58,7 @@ def init(
     named = deploying.labels_of(labels, data, test)
     held_out = tables.read(test)
     deploying.check_known(held_out, named, test)
-    made = deploying.deploy(directory, named, held_out.rows, settings, model, seed)
+    made = deploying.deploy(home.directory, home.place, named, held_out.rows, settings, model, seed)
     skipped = held_out.skipped | made.skipped
     for what, count in skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")
@@ -73,9 +74,13 @@ def init(
 
 @app.command(cls=options.Command)
 def run(
-    directory: options.Deployment,
+    home: options.ServerFolder,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after so many rounds.")] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no round is requested.")] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there; a PORT alone is on loopback."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Run the server until Ctrl-C. It says on standard error what it decides.
@@ -86,7 +91,9 @@ def run(
     from fedloop_cli.signals import stoppable
 
     with stoppable() as stop:
-        ended = serving.serve(directory, stop.event, rounds=rounds, until_idle=until_idle, on_event=_say)
+        ended = serving.serve(
+            home.directory, home.place, stop.event, rounds=rounds, until_idle=until_idle, on_event=_say, metrics=metrics
+        )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:
         raise typer.Exit(130)
@@ -94,7 +101,7 @@ def run(
 
 @app.command(cls=options.Command)
 def revoke(
-    directory: options.Deployment,
+    home: options.ServerFolder,
     client: Annotated[str, typer.Argument(metavar="CLIENT")],
     reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
     json: options.Json = False,
@@ -104,7 +111,7 @@ def revoke(
 
     from fedloop_cli import requests
 
-    requests.revoke(open_deployment(directory).author, client, reason)
+    requests.revoke(open_deployment(home.directory, home.place).author, client, reason)
     console.show({"client_id": client, "reason": reason}, f"{client} is revoked", as_json=json)
 
 

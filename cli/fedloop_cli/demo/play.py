@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from fedloop_events import locations
 from fedloop_events.errors import UnreachableError, UsageError
 from msgspec import Struct
 
@@ -44,6 +45,7 @@ class Scene:
 
     def __init__(self, directory: Path, options: Options, given: users.Users) -> None:
         self.directory, self.options, self.users = directory, options, given
+        self.place = locations.locate(directory)
         self.began = time.monotonic()
         self.doing = "making the deployment"
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
@@ -105,8 +107,8 @@ def _deploy(scene: Scene) -> None:
         "quorum_wait_s": DEADLINE_S,
     }
     rows = [tables.Row(message.text, message.label) for message in given.held_out]
-    deploying.deploy(scene.directory, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
-    scene.followed = state.open_state(scene.directory)
+    deploying.deploy(scene.directory, scene.place, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
+    scene.followed = state.open_state(scene.place)
 
 
 @contextmanager
@@ -179,7 +181,7 @@ def _published(scene: Scene, wave: int) -> bool:
 def _request(scene: Scene, number: int) -> str:
     from fedloop_server.setup import open_deployment
 
-    deployment = open_deployment(scene.directory)
+    deployment = open_deployment(scene.directory, scene.place)
     try:
         return requests.request_rounds(deployment.author, 1, f"demo, round {number}")
     finally:

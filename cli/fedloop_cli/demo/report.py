@@ -10,6 +10,7 @@ import msgspec
 from fedloop_events import locations, topics, types
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
+from fedloop_events.locations import Place
 from fedloop_events.log import EventLog, read_all
 from msgspec import Struct
 
@@ -56,12 +57,12 @@ class Report(Struct):
 
 def report(scene: Scene) -> Report:
     """Check everything. What the processes printed, and this demo itself, is in the deployment's folder and searched with it."""
-    directory, why = scene.directory, []
-    log = locations.open_log(directory)
+    place, why = scene.place, []
+    log = locations.open_log(place.log)
     followed = state.Followed(log)
-    verified = verification.verify(directory)
+    verified = verification.verify(place)
     why += [f"log, offset {each.offset}: {each.what}" for each in verified.findings[:5]]
-    identical, reason = _rebuilt(directory, log, followed)
+    identical, reason = _rebuilt(place, log, followed)
     why += [reason] if reason else []
     ledger = state.open_ledger(log, followed.identities)
     budgets = [budget_of(ledger, client) for _, client in sorted(followed.identities.clients.items())]
@@ -69,7 +70,7 @@ def report(scene: Scene) -> Report:
     current = followed.releases.current(state.MODEL)
     first = next(iter(followed.releases.releases.values()), None)
     made = Report(
-        str(directory / locations.LOG_FILE),
+        str(scene.directory / locations.LOG_FILE),
         [state.summarise(followed, each) for each in followed.rounds.rounds.values()],
         first.evaluation.accuracy if first is not None and first.evaluation is not None else None,
         current.evaluation.accuracy if current is not None and current.evaluation is not None else None,
@@ -205,13 +206,13 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
 
-def _rebuilt(directory: Path, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
+def _rebuilt(place: Place, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
     from fedloop_server.rebuild import rebuild
 
     if not any(each.round_id for each in followed.releases.releases.values()):
         return False, "no round made a release that could be rebuilt"
     try:
-        return rebuild(log, locations.open_blobs(directory), deep=True).identical, ""
+        return rebuild(log, locations.open_blobs(place.blobs), deep=True).identical, ""
     except FedloopError as error:
         return False, f"rebuild: {error.message}"
 

@@ -6,6 +6,7 @@ import socket
 import threading
 from pathlib import Path
 
+from fedloop_events import locations
 from fedloop_events.envelope import Record
 from fedloop_events.types import Payload
 
@@ -20,7 +21,7 @@ def main(directory: Path, channel: socket.socket) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    serving.serve(directory, stop, on_event=_say)
+    serving.serve(directory, locations.locate(directory), stop, on_event=_say)
 
 
 def _say(record: Record, payload: Payload) -> None:
