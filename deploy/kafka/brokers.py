@@ -56,10 +56,14 @@ class _State(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def why_not() -> str:
-    """Why no broker can run here, or ""."""
+    """Why no broker can run here, or "" (Kafka's jars are fetched to know)."""
     missing = [name for name, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]
     if "Java" in missing or (missing and not _libs_match()):
-        return f"{' and '.join(missing)} not found"
+        return f"no {' and no '.join(missing)}"
+    try:
+        _libs()
+    except UnreachableError as error:
+        return error.message
     return ""
 
 
@@ -73,6 +77,8 @@ class Cluster:
     def __init__(self, folder: Path, *, nodes: int = 1, secure: bool = False, port: int | None = None) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(self.folder.iterdir()) and not (self.folder / "cluster.json").exists():
+            raise UsageError(f"{folder} is not empty and holds no cluster", hint="name a new folder")
         self.folder.chmod(0o700)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._admin: AdminClient | None = None
@@ -294,6 +300,9 @@ def _settings(state: _State, node: int, controllers: str) -> dict[str, str]:
         "listener.security.protocol.map": f"CLIENT:{outside},BROKER:{inside},CONTROLLER:{inside}",
         "inter.broker.listener.name": "BROKER",
         "controller.listener.names": "CONTROLLER",
+        # A broker that is silent for so long is taken for dead (default: 9 s, a heartbeat every 2 s).
+        "broker.session.timeout.ms": "6000",
+        "broker.heartbeat.interval.ms": "1000",
         "auto.create.topics.enable": "false",
         "unclean.leader.election.enable": "false",
         "default.replication.factor": str(replicas),

@@ -1,0 +1,95 @@
+"""Real Kafka for the tests that ask for it (fixtures `kafka`, `kafka_url`, `secure_kafka`, or the marker `kafka`).
+
+The broker is the one that FEDLOOP_TEST_KAFKA=HOST:PORT names, else one of our own where Java and Maven are, else a container
+where Docker runs. Where none of them is, these tests are left out: the last line says so, and with CI=true the run fails.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Generator, Iterator
+from typing import Final
+
+import brokers
+import containers
+import pytest
+from brokers import Cluster
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+VARIABLE: Final = "FEDLOOP_TEST_KAFKA"
+ANSWER_S: Final = 30.0
+_LEFT_OUT: Final = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kafka: needs a real Kafka broker (added by itself to tests that use its fixtures)")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Mark before `-m` is looked at, and leave out after it: only what was asked for counts as left out."""
+    for item in items:
+        if {"kafka", "secure_kafka"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("kafka")
+    yield
+    wanting = [item for item in items if item.get_closest_marker("kafka")]
+    reason = brokers.why_not() if wanting else ""
+    if not reason:
+        return
+    # Those that ask for nothing but a broker can do with anybody's; the others start and break their own.
+    if os.environ.get(VARIABLE) or not containers.why_not():
+        wanting = [item for item in wanting if "kafka" not in getattr(item, "fixturenames", ())]
+    else:
+        reason += f", no Docker, and {VARIABLE} names none"
+    if wanting:
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+        config.stash[_LEFT_OUT] = f"{len(wanting)} Kafka tests were left out: {reason}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    yield
+    left_out = session.config.stash.get(_LEFT_OUT, "")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if left_out and reporter is not None:
+        if os.environ.get("CI") == "true":
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            left_out = f"FAILED: {left_out}"
+        reporter.write_line(left_out, yellow=True)
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The bootstrap address of a broker that all tests of this run share: use topics of your own."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        try:
+            AdminClient({"bootstrap.servers": named, "log_level": 0}).list_topics(timeout=ANSWER_S)
+        except KafkaException:
+            pytest.fail(f"no broker answers at {VARIABLE}={named}")
+        yield named
+        return
+    own = not brokers.why_not()
+    with Cluster(tmp_path_factory.mktemp("kafka")) if own else containers.Container() as broker:
+        yield broker.bootstrap
+
+
+@pytest.fixture
+def kafka_url(kafka: str) -> Iterator[str]:
+    """The location of a log that is this test's alone; its topics are deleted afterwards."""
+    prefix = f"test-{secrets.token_hex(8)}"
+    yield f"kafka://{kafka}/{prefix}"
+    admin = AdminClient({"bootstrap.servers": kafka})
+    topics = [name for name in admin.list_topics(timeout=ANSWER_S).topics if name.startswith(f"{prefix}.")]
+    for deleted in admin.delete_topics(topics).values() if topics else ():
+        deleted.result(ANSWER_S)
+
+
+@pytest.fixture(scope="session")
+def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One broker with TLS, SCRAM and ACLs, which all tests of this run share: use topics and users of your own."""
+    with Cluster(tmp_path_factory.mktemp("secure"), secure=True) as cluster:
+        yield cluster

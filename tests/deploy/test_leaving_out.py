@@ -1,0 +1,78 @@
+"""Where no broker can be had: tests that need one are left out, the last line says so, and in CI that is a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import brokers
+import pytest
+
+SUITE: Final = """
+import pytest
+
+def test_with_an_address(kafka): pass
+def test_with_a_log(kafka_url): pass
+def test_with_rights(secure_kafka): pass
+@pytest.mark.kafka
+def test_with_brokers_of_its_own(): pass
+@pytest.mark.kafka
+def test_not_asked_for(): pass
+def test_without(): pass
+"""
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """pytest over `SUITE` with our conftest, on a machine with neither Java nor Maven nor Docker."""
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-k", "not asked", "--strict-markers", *arguments, str(tmp_path)]
+        variables = {"PATH": "", "PYTHONPATH": str(Path(brokers.__file__).parent), "HOME": os.environ.get("HOME", "")}
+        return subprocess.run(
+            command, capture_output=True, text=True, env=variables | env, cwd=tmp_path, timeout=120, check=False
+        )
+
+    return run
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("quiet", [(), ("-q",)])
+def test_the_last_line_says_how_many_and_why(run: Run, quiet: tuple[str, ...]) -> None:
+    done = run(*quiet)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 passed" in done.stdout
+    assert last_line(done).startswith("4 Kafka tests were left out: no Java and no Maven, no Docker, and FEDLOOP_TEST_KAFKA")
+
+
+def test_in_ci_the_run_fails_though_every_test_passed(run: Run) -> None:
+    done = run(CI="true")
+    assert done.returncode == 1
+    assert "1 passed" in done.stdout
+    assert last_line(done).startswith("FAILED: 4 Kafka tests were left out")
+
+
+def test_with_a_named_broker_only_those_that_start_their_own_are_left_out(run: Run) -> None:
+    done = run("--collect-only", "-q", FEDLOOP_TEST_KAFKA="127.0.0.1:1")
+    assert "test_with_an_address" in done.stdout
+    assert "test_with_a_log" in done.stdout
+    assert last_line(done) == "2 Kafka tests were left out: no Java and no Maven"
+
+
+def test_a_run_that_asks_for_no_kafka_says_nothing(run: Run) -> None:
+    done = run("-m", "not kafka", CI="true")
+    assert done.returncode == 0
+    assert "left out" not in done.stdout
+    assert "1 passed" in done.stdout
