@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.locations import locate, open_blobs, open_log
+from fedloop_events.locations import Place, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import ModelSpec
 from fedloop_events.views import ReleaseState
@@ -18,7 +18,7 @@ from fedloop_privacy.masking import MaskingError
 
 from fedloop_clients import enrolment
 from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, Response, Said, Thumb, check_text
-from fedloop_clients.enrolment import Identity
+from fedloop_clients.enrolment import Identity, kept
 from fedloop_clients.following import Following
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
@@ -53,7 +53,7 @@ class Agent:
         self,
         store: Store,
         identity: Identity,
-        location: str | Path,
+        place: Place,
         *,
         app: ClientAppCallable | None = None,
         masker: Masks | None = None,
@@ -61,8 +61,8 @@ class Agent:
     ) -> None:
         self.identity, self.settings = identity, settings
         self._store = store
-        place = locate(None, location)
         self._log, self._blobs = open_log(place.log), open_blobs(place.blobs)
+        identity.introduce(self._log, self._blobs)
         self._capture = Capture(store)
         self._models = Models(settings.model_dir)
         self._masker, self._app = masker, app
@@ -73,9 +73,10 @@ class Agent:
     @classmethod
     def enrol(
         cls,
-        location: str | Path,
+        log: str | Path,
         store_dir: str | Path,
         *,
+        blobs: str | Path | None = None,
         client_id: str | None = None,
         epsilon: float | None = 8.0,
         delta: float = 1e-5,
@@ -84,38 +85,50 @@ class Agent:
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
-        """Make this device a client of the deployment at `location`, with a store in the folder `store_dir`.
+        """Make this device a client of the deployment with this `log`, with a store in the folder `store_dir`.
 
+        `log` and `blobs` are locations (`fedloop_events.locations`): a folder, a broker, a gateway; most logs say where the blobs
+        are. The device keeps them, and signs what it asks of a gateway with its own key, which it shows nobody.
         `epsilon` and `delta` are its privacy budget for life; `epsilon` None allows rounds without differential privacy.
         `key_from` says where the store's key is kept. Called again with the same terms it ends what was interrupted.
         Raises `UsageError` (name taken, terms wrong), `StoreError`, `KeyUnavailableError`, `UnreachableError`.
         """
-        log = open_log(location)
+        place = locate(None, log, blobs)
+        opened = open_log(place.log)
         try:
             store, identity = enrolment.enrol(
-                log, location, Path(store_dir), client_id=client_id, epsilon=epsilon, delta=delta, key_from=key_from
+                opened,
+                Path(store_dir),
+                location=kept(log),
+                blobs=None if blobs is None else kept(blobs),
+                client_id=client_id,
+                epsilon=epsilon,
+                delta=delta,
+                key_from=key_from,
             )
         finally:
-            log.close()
-        return cls(store, identity, location, app=app, masker=masker, settings=settings)
+            opened.close()
+        return cls(store, identity, place, app=app, masker=masker, settings=settings)
 
     @classmethod
     def open(
         cls,
         store_dir: str | Path,
-        location: str | Path | None = None,
+        log: str | Path | None = None,
         *,
+        blobs: str | Path | None = None,
         app: ClientAppCallable | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
-        """The device whose store is in `store_dir`; `location` if the deployment has moved since it enrolled.
+        """The device whose store is in `store_dir`; `log` and `blobs` if the deployment has moved since it enrolled.
 
         Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`, `UnreachableError`.
         """
         store, identity = enrolment.open_store(Path(store_dir))
         try:
-            return cls(store, identity, location or identity.location, app=app, masker=masker, settings=settings)
+            place = identity.place if log is None and blobs is None else locate(None, log or identity.location, blobs)
+            return cls(store, identity, place, app=app, masker=masker, settings=settings)
         except BaseException:
             store.close()
             raise

@@ -10,8 +10,10 @@ from typing import Final
 import msgspec
 from fedloop_events import types
 from fedloop_events.author import Author
-from fedloop_events.errors import UsageError
-from fedloop_events.identities import Identities
+from fedloop_events.blobs import BlobStore, Identifiable
+from fedloop_events.errors import NotAllowedError, UsageError
+from fedloop_events.identities import Client, Identities
+from fedloop_events.locations import Place, check_log, is_url, locate
 from fedloop_events.log import EventLog
 from fedloop_events.projections import Reader
 from fedloop_events.signatures import SigningKey
@@ -28,7 +30,8 @@ _IDENTITY: Final = "identity"
 class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     """Who the device is, which server it believes, and the privacy budget of its whole life.
 
-    `epsilon` None means that its owner allows rounds without differential privacy. `signing_key` is secret (32 bytes).
+    `location` is the log's, `blobs` where the blobs are, if the log does not say it. `epsilon` None means that its owner allows
+    rounds without differential privacy. `signing_key` is secret (32 bytes).
     """
 
     client_id: str
@@ -39,17 +42,40 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     signing_key: bytes
     epsilon: float | None
     delta: float
+    blobs: str | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the deployment is."""
+        return locate(None, self.location, self.blobs)
+
+    @property
+    def key(self) -> SigningKey:
+        return SigningKey.from_private_bytes(self.signing_key)
 
     def author(self, log: EventLog) -> Author:
         """Who signs what this device says."""
-        return Author(log, SigningKey.from_private_bytes(self.signing_key))
+        return Author(log, self.key)
+
+    def introduce(self, *places: EventLog | BlobStore) -> None:
+        """Ask as this device, wherever who asks must say so: gateways."""
+        for each in places:
+            if isinstance(each, Identifiable):
+                each.identify(self.client_id, self.key)
+
+
+def kept(location: str | Path) -> str:
+    """A location as a device keeps it: it must mean the same from any folder."""
+    text = str(location)
+    return check_log(text) if is_url(text) else str(Path(text).absolute())
 
 
 def enrol(
     log: EventLog,
-    location: str | Path,
     folder: Path,
     *,
+    location: str,
+    blobs: str | None,
     client_id: str | None,
     epsilon: float | None,
     delta: float,
@@ -70,13 +96,14 @@ def enrol(
         raise UsageError(f"a device named {client_id} is enrolled already", hint="choose another client_id, or open its store")
     store = Store.create(_private(folder) / FILE_NAME, keys.create(folder, key_from))
     try:
-        kept = store.kept(_IDENTITY)
-        if kept is None:
+        stored = store.kept(_IDENTITY)
+        if stored is None:
             identity = Identity(
                 client_id=client_id or f"device-{secrets.token_hex(6)}",
                 node_id=secrets.randbits(63) | 1,
                 origin=known.origin,
-                location=str(Path(location).absolute()) if "://" not in str(location) else str(location),
+                location=location,
+                blobs=blobs,
                 server_key=known.server_key,
                 signing_key=SigningKey.generate().private_bytes(),
                 epsilon=epsilon,
@@ -84,16 +111,14 @@ def enrol(
             )
             _write(store, identity, log)
         else:
-            identity = msgspec.msgpack.decode(kept, type=Identity)
+            identity = msgspec.msgpack.decode(stored, type=Identity)
             _check_same(identity, known, client_id, epsilon, delta)
+        identity.introduce(log)
         author = identity.author(log)
-        Outbox(store, author).flush(log)
-        reader.catch_up()
-        enrolled = known.clients.get(identity.client_id)
+        enrolled = _enrolled(store, author, reader, identity.client_id)
         if enrolled is None or enrolled.public_key != author.key.public_key:
             raise UsageError(
-                f"another device was enrolled as {identity.client_id} at the same time",
-                hint="enrol under another client_id, with another store",
+                f"another device is enrolled as {identity.client_id}", hint="enrol under another client_id, with another store"
             )
     except BaseException:
         store.close()
@@ -107,11 +132,21 @@ def open_store(folder: Path) -> tuple[Store, Identity]:
     if not path.is_file():
         raise StoreError(f"there is no store in {folder}", hint="enrol this device first: fedloop agent enrol")
     store = Store.open(path, keys.load(folder))
-    kept = store.kept(_IDENTITY)
-    if kept is None:
+    stored = store.kept(_IDENTITY)
+    if stored is None:
         store.close()
         raise StoreError(f"the device in {folder} was never enrolled to the end", hint="enrol it again, with the same store")
-    return store, msgspec.msgpack.decode(kept, type=Identity)
+    return store, msgspec.msgpack.decode(stored, type=Identity)
+
+
+def _enrolled(store: Store, author: Author, reader: Reader[Identities], client_id: str) -> Client | None:
+    """Whom the log has under this name, after it has been told."""
+    try:
+        Outbox(store, author).flush(author.log)
+        reader.catch_up()
+    except NotAllowedError:
+        return None  # a gateway hears nobody who has the name without the key
+    return reader.fold.clients.get(client_id)
 
 
 def _write(store: Store, identity: Identity, log: EventLog) -> None:

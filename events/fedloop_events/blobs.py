@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Final, Protocol, runtime_checkable
 
 from fedloop_events.errors import BlobError, UnreachableError, UsageError
 from fedloop_events.files import fsync_folder
+from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
 
 _NAME: Final = re.compile("[0-9a-f]{64}")
@@ -39,8 +40,16 @@ class _Place(Protocol):
     def names(self) -> Iterator[str]: ...
 
 
+@runtime_checkable
+class Identifiable(Protocol):
+    """What must say on whose behalf it asks: a gateway's log and its blobs."""
+
+    def identify(self, client_id: str, key: SigningKey) -> None:
+        """From here on, ask as `client_id`, and sign with `key`."""
+
+
 class BlobStore:
-    """Blobs under `url`: a folder, which is made if it is absent, or an fsspec URL from the configuration.
+    """Blobs under `url`: a folder, which is made if it is absent, a gateway, or an fsspec URL from the configuration.
 
     Raises `UsageError` for chained (`::`) and `reference:` URLs, which would let a stored file choose what is read.
     """
@@ -81,9 +90,18 @@ class BlobStore:
     def exists(self, ref: BlobRef) -> bool:
         return self._place.size(_name(ref)) == ref.size_bytes
 
+    def size_bytes(self, sha256: str) -> int | None:
+        """How many bytes lie under a name, unread and unchecked; None if there is no such blob."""
+        return self._place.size(_name(BlobRef(sha256, 0)))
+
     def all(self) -> Iterator[str]:
-        """The SHA-256 of every blob, in no order."""
+        """The SHA-256 of every blob, in no order. Raises `UsageError` for a gateway, which lists none."""
         return self._place.names()
+
+    def identify(self, client_id: str, key: SigningKey) -> None:
+        """Sign what is asked of a gateway as `client_id`; any other store has rights of its own and needs no name."""
+        if isinstance(self._place, Identifiable):
+            self._place.identify(client_id, key)
 
     @contextmanager
     def _opened(self, ref: BlobRef) -> Iterator[IO[bytes]]:
@@ -119,6 +137,10 @@ def _place(url: str) -> _Place:
         raise UsageError("a blob store's URL must name one place, without chaining (`::`) or `reference:`")
     if url.startswith("file://"):
         return _Folder(Path(url.removeprefix("file://")))
+    if url.startswith(("https://", "http://")):
+        from fedloop_events.gateway.blobs import GatewayPlace
+
+        return GatewayPlace(url)
     if "://" in url:
         return _FileSystem(url)
     return _Folder(Path(url))

@@ -169,6 +169,14 @@ def check_public_key(public_key: str) -> None:
     _public_key(public_key)
 
 
+def verify_bytes(message: bytes, signature: bytes, public_key: str) -> None:
+    """Raise `SignatureError` unless `signature` is the owner of `public_key`'s, over exactly `message`."""
+    try:
+        _public_key(public_key).verify(signature, message)
+    except InvalidSignature:
+        raise SignatureError("the signature is not by the key that it should be by") from None
+
+
 def core_digest(event: Event) -> bytes:
     """SHA-256 over the SHA-256 of each core attribute, in the extension's order, and of the data. There is no `subject`."""
     time = datetime.datetime.fromtimestamp(event.time_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

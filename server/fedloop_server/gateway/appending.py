@@ -1,0 +1,97 @@
+"""Who may append what: a device what it has signed, somebody new its own enrolment, the server whatever its author has signed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedloop_events import envelope, signatures, types
+from fedloop_events.envelope import Event
+from fedloop_events.errors import InvalidEventError, SignatureError
+from fedloop_events.gateway import cloudevents
+
+from fedloop_server.gateway.bodies import is_deeper
+from fedloop_server.gateway.callers import Caller
+from fedloop_server.gateway.feed import Feed
+from fedloop_server.gateway.limits import Limits
+from fedloop_server.gateway.problems import Problem
+
+
+class Appending:
+    """Decides about batches before they reach the log."""
+
+    def __init__(self, feed: Feed, limits: Limits) -> None:
+        self._feed, self._limits = feed, limits
+
+    def decode(self, body: bytes) -> list[Event]:
+        """The events of a batch. Raises `Problem`."""
+        try:
+            events = cloudevents.decode_batch(body)
+        except InvalidEventError as error:
+            raise Problem("malformed", f"the body is no batch of events: {error.message}") from None
+        if not 0 < len(events) <= self._limits.batch_events:
+            raise Problem("too-large", f"a batch holds 1 to {self._limits.batch_events:,} events")
+        for number, event in enumerate(events):
+            if len(event.data) > envelope.MAX_EVENT_BYTES:
+                raise Problem(
+                    "too-large", f"event {number} of the batch has more than {envelope.MAX_EVENT_BYTES:,} bytes of data"
+                )
+            if is_deeper(event.data, self._limits.depth):
+                raise Problem("too-large", f"event {number} of the batch is nested deeper than {self._limits.depth}")
+        return events
+
+    def check(self, events: Sequence[Event], caller: Caller) -> None:
+        """Raises `Problem` unless `caller` may append each of `events`."""
+        for number, event in enumerate(events):
+            payload = _decode(event, number)
+            if not caller.is_server and payload.author != caller.name:
+                raise Problem("forbidden", f"event {number} of the batch is not by the client that sends it")
+            try:
+                self._authenticate(event, payload)
+            except SignatureError:
+                raise Problem("event", f"event {number} of the batch is not validly signed by its author") from None
+            except InvalidEventError:
+                raise Problem(
+                    "event",
+                    f"event {number} of the batch is of another deployment, topic, key or source than it must be, "
+                    "or its author is not enrolled",
+                ) from None
+
+    def enrolment(self, events: Sequence[Event], keyid: str) -> str:
+        """The public key of who enrols itself as `keyid`, with which it must have signed the request too. Raises `Problem`."""
+        payload = _decode(events[0], 0)
+        if len(events) != 1 or not isinstance(payload, types.ClientEnrolled) or payload.client_id != keyid:
+            raise Problem("unknown-client", "who is not enrolled can append its own enrolment, and nothing else")
+        self._check_enrolment(events[0], payload)
+        return payload.public_key
+
+    def _authenticate(self, event: Event, payload: types.Payload) -> None:
+        if isinstance(payload, types.ClientEnrolled) and payload.client_id not in self._feed.identities.clients:
+            self._check_enrolment(event, payload)
+        else:
+            self._feed.identities.authenticate(event, payload)
+
+    def _check_enrolment(self, event: Event, payload: types.ClientEnrolled) -> None:
+        """Before the log holds it for good; of two at the same time, the fold over the log decides."""
+        if payload.origin != self._feed.identities.origin:
+            raise Problem("event", "the enrolment is of another deployment")
+        if payload.client_id == "server" or {payload.public_key, payload.node_id} & self._feed.taken:
+            raise Problem("name-taken", "the name, the key or the node id of the enrolment is taken")
+        if not 0 < int(payload.node_id) < 1 << 64 or str(int(payload.node_id)) != payload.node_id:
+            raise Problem("event", "the node id of the enrolment is not one")
+        if (event.topic, event.key, event.source) != (payload.topic, payload.key, envelope.source_of(payload)):
+            raise Problem("event", "the enrolment stands under another topic, key or source than it must")
+        try:
+            signatures.verify(event, payload.public_key)
+        except SignatureError:
+            raise Problem("event", "the enrolment is not validly signed by the key in it") from None
+
+
+def _decode(event: Event, number: int) -> types.Payload:
+    try:
+        envelope.check(event)
+        payload = envelope.decode(event)
+    except InvalidEventError:
+        raise Problem("event", f"event {number} of the batch is not exactly what its type says") from None
+    if payload is None:
+        raise Problem("event", f"event {number} of the batch is of a type that this gateway does not know")
+    return payload

@@ -1,0 +1,134 @@
+"""What one device may ask of a gateway, and the books that are kept of it. Every book is bounded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import Final
+
+from msgspec import Struct
+
+_BOOKS: Final = 100_000
+"""Clients of whom a rate is known; the one that was silent for longest gives way, and by then its bucket is full again."""
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Of one device, unless it says otherwise. The deployment's own key is bound by the sizes alone.
+
+    `body_bytes` and `batch_events` are of one append, `page_events` of one answer, `header_bytes` of all header lines,
+    `target_bytes` of path and query; `depth` is of nested arrays and objects. `requests_per_s` refills a bucket that holds
+    `burst`. `upload_bytes` may be sent to the blob store within `window_s`. A signature may be `skew_s` ahead of the gateway's
+    clock and lasts at most `valid_s`; meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
+
+    Of the whole gateway: `strangers_per_s` and `strangers_burst` (by address, of who is not enrolled), `bodies_bytes` (requests
+    being read), `queued_events` (appends that wait for the log), `ring_events` and `ring_bytes` (the newest events, in memory).
+    """
+
+    body_bytes: int = 16 << 20
+    batch_events: int = 2_000
+    enrolment_bytes: int = 16_384
+    blob_bytes: int = 1 << 30
+    page_events: int = 500
+    header_bytes: int = 8_192
+    target_bytes: int = 4_096
+    depth: int = 32
+    body_timeout_s: float = 60.0
+    slowest_bytes_per_s: int = 16_384
+    requests_per_s: float = 50.0
+    burst: float = 200.0
+    polls: int = 4
+    longest_wait_s: float = 30.0
+    longest_stream_s: float = 600.0
+    upload_bytes: int = 4 << 30
+    window_s: float = 3_600.0
+    skew_s: float = 30.0
+    valid_s: float = 120.0
+    nonces: int = 20_000
+    all_nonces: int = 1_000_000
+    strangers_per_s: float = 50.0
+    strangers_burst: float = 500.0
+    bodies_bytes: int = 256 << 20
+    queued_events: int = 20_000
+    group_events: int = 5_000
+    ring_events: int = 50_000
+    ring_bytes: int = 64 << 20
+    scan_events: int = 5_000
+
+
+class Buckets:
+    """Token buckets by name: `per_s` tokens a second, at most `burst`."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._per_s, self._burst = per_s, burst
+        self._books: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, name: str, now: float) -> float:
+        """0.0 if a token was taken, otherwise in how many seconds there is one."""
+        held, since = self._books.pop(name, (self._burst, now))
+        held = min(self._burst, held + (now - since) * self._per_s)
+        enough = held >= 1
+        self._books[name] = (held - 1 if enough else held, now)
+        if len(self._books) > _BOOKS:
+            self._books.popitem(last=False)
+        return 0.0 if enough else (1 - held) / self._per_s
+
+
+class Quota:
+    """How much each name has used within the present window of `window_s`, out of `most`."""
+
+    def __init__(self, most: int, window_s: float) -> None:
+        self._most, self._window_s = most, window_s
+        self._used: defaultdict[str, int] = defaultdict(int)
+        self._window = -1
+
+    def take(self, name: str, amount: int, now: float) -> float:
+        """0.0 if `amount` is granted, otherwise in how many seconds the next window begins."""
+        window = int(now // self._window_s)
+        if window != self._window:
+            self._window = window
+            self._used.clear()
+        if self._used[name] + amount > self._most:
+            return (window + 1) * self._window_s - now
+        self._used[name] += amount
+        return 0.0
+
+
+class Nonces:
+    """The nonces that were used, each until it expires: none is forgotten while its signature is valid.
+
+    At most `each` of one name and `total` of all: who has used up its share is refused until some have expired.
+    """
+
+    def __init__(self, each: int, total: int) -> None:
+        self._each, self._total = each, total
+        self._seen: set[tuple[str, str]] = set()
+        self._count: defaultdict[str, int] = defaultdict(int)
+        self._by_second: dict[int, list[tuple[str, str]]] = {}
+        self._swept = 0
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def seen(self, name: str, nonce: str) -> bool:
+        return (name, nonce) in self._seen
+
+    def full(self, name: str, now: float, *, bounded: bool = True) -> bool:
+        """Whether no more can be remembered of this name, or, unless it is `bounded`, of anybody."""
+        self._sweep(int(now))
+        return (bounded and self._count.get(name, 0) >= self._each) or len(self._seen) >= self._total
+
+    def add(self, name: str, nonce: str, expires: int) -> None:
+        one = (name, nonce)
+        self._seen.add(one)
+        self._count[name] += 1
+        self._by_second.setdefault(expires, []).append(one)
+
+    def _sweep(self, now: int) -> None:
+        if now == self._swept:
+            return
+        self._swept = now
+        for second in [each for each in self._by_second if each < now]:
+            for one in self._by_second.pop(second):
+                self._seen.discard(one)
+                self._count[one[0]] -= 1
+                if not self._count[one[0]]:
+                    del self._count[one[0]]
