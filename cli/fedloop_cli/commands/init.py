@@ -1,0 +1,64 @@
+"""`fedloop init`: make what a deployment stands on, before `fedloop server init` makes the deployment itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from fedloop_cli import console, options
+
+app = options.group(help="Make what a deployment stands on: a Kafka cluster's topics, users and rights.")
+
+USERS: Final = Path("kafka-users")
+
+
+@app.command(cls=options.Command)
+def kafka(
+    create_user: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE:NAME", help="Make a user: agent, gateway, server, auditor, operator. Can be given several times."
+        ),
+    ] = None,
+    into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the users' properties files are put.")] = USERS,
+    json: options.Json = False,
+) -> None:
+    """Make the topics of the log that --log names, and users with the rights of their roles.
+
+    --log kafka://HOST:PORT/PREFIX?config=FILE, where FILE is an administrator's. Made again it changes nothing but what differs:
+    a user who is given another role loses the rights of the old one.
+    """
+    from fedloop_events.errors import UsageError
+    from fedloop_events.kafka import KafkaLog, rights
+    from fedloop_events.kafka.settings import Settings
+
+    location = options.given()[0]
+    if location is None:
+        raise UsageError("nothing says which cluster", hint="name it with --log kafka://HOST:PORT/PREFIX?config=FILE")
+    users = [rights.User.parse(each) for each in create_user or ()]
+    settings = Settings.parse(location)
+    granted = rights.grant(settings, users, into) if users else []
+    KafkaLog(location, create=True).close()
+    rows = [
+        (each.user.name, each.user.role, "new" if each.new else "there", each.added, each.removed, each.properties)
+        for each in granted
+    ]
+    document = {
+        "topics": settings.prefix,
+        "brokers": settings.bootstrap,
+        "users": [
+            {
+                "name": each.user.name,
+                "role": each.user.role,
+                "new": each.new,
+                "rights_added": each.added,
+                "rights_removed": each.removed,
+                "properties": str(each.properties),
+            }
+            for each in granted
+        ],
+    }
+    table = console.table(("user", "role", "", "rights added", "removed", "properties"), rows) if rows else ""
+    console.show(document, f"the topics {settings.prefix}.* are on {settings.bootstrap}\n{table}".rstrip(), as_json=json)
