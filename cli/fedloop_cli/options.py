@@ -27,11 +27,10 @@ class Where(Struct, frozen=True):
     place: Place
 
 
-class Home(Struct, frozen=True):
-    """The deployment that a command is about, and its folder, in which the server's key is."""
+class Home(Where, frozen=True):
+    """The same, where the folder must be named: the server's key is in it."""
 
     directory: Path
-    place: Place
 
 
 def given() -> tuple[str | None, str | None]:
@@ -55,7 +54,7 @@ def _where(value: Path | tuple[Path, ...] | None) -> Where:
 
 
 def _home(directory: Path) -> Home:
-    return Home(directory, locations.locate(directory, *given()))
+    return Home(directory=directory, place=locations.locate(directory, *given()))
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from fedloop_events import envelope, locations
+from fedloop_events import envelope
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
 from fedloop_events.identities import Identities
-from fedloop_events.locations import Place
 from fedloop_events.log import EventLog, read_all
 from fedloop_events.projections import Reader, Snapshots, StoredFold
 from fedloop_events.views import ReleasesView, RoundsView
 from msgspec import Struct
 
-from fedloop_cli import console
+from fedloop_cli import console, requests, state
+from fedloop_cli.options import Where
 
 SNAPSHOTS: Final = "*.snapshot"
 """Where folds keep their states, anywhere below the deployment's folder: `<name of the fold>.snapshot`."""
@@ -48,15 +49,15 @@ class Replayed(Struct):
     differing: list[str] = []
 
 
-def replay(place: Place, directory: Path | None) -> Replayed:
-    """Fold the log at `place` from scratch, and compare it with the snapshots below `directory`.
+def replay(where: Where) -> Replayed:
+    """Fold the log from scratch, and compare it with the snapshots below the deployment's folder, if that was named.
 
-    Raises `UsageError` if there is no log.
+    Raises as `state.open_log`.
     """
     from fedloop_privacy.ledger import Ledger
 
-    log = locations.open_log(place.log)
-    replayed = Replayed(place.log)
+    log, directory = state.open_log(where), where.directory
+    replayed = Replayed(where.place.log)
     began = time.monotonic()
     types: Counter[str] = Counter()
     for record in read_all(log):
@@ -67,7 +68,9 @@ def replay(place: Place, directory: Path | None) -> Replayed:
 
     def refused(record: Record, error: InvalidEventError) -> None:
         if len(replayed.first_refused) < 20:
-            replayed.first_refused.append({"offset": record.offset, "type": record.type, "why": error.message})
+            replayed.first_refused.append(
+                {"stream": record.stream, "offset": record.offset, "type": record.type, "why": error.message}
+            )
 
     who = Reader(log, people, on_refused=refused)
     who.catch_up()
@@ -80,11 +83,10 @@ def replay(place: Place, directory: Path | None) -> Replayed:
     replayed.refused += who.refused
     replayed.unknown = sum(count for name, count in types.items() if not _known(name))
     _summarise(replayed, people, rounds.fold, releases.fold, ledger.fold)
-    folds: dict[str, type[StoredFold]] = {"rounds": RoundsView, "releases": ReleasesView, "ledger": Ledger}
     for path in sorted(directory.rglob(SNAPSHOTS)) if directory is not None else []:
-        name = path.name.split(".")[0]
-        if name in folds and directory is not None:
-            same = _same(log, path, folds[name])
+        fold = _fold(path.name.split(".")[0], people)
+        if fold is not None and directory is not None:
+            same = _same(log, path, fold)
             (replayed.matching if same else replayed.differing).append(str(path.relative_to(directory)))
     replayed.seconds = round(time.monotonic() - began, 3)
     return replayed
@@ -113,7 +115,8 @@ def as_text(replayed: Replayed) -> str:
         "snapshots": f"{len(replayed.matching)} match the log, {len(replayed.differing)} differ",
     }
     lines = [console.fields(rows), "", console.table(["type", "events"], [list(each) for each in replayed.types.items()])]
-    lines += [f"REFUSED  offset {each['offset']}: {console.printable(each['why'])}" for each in replayed.first_refused]
+    refused = [(console.place(each["stream"], each["offset"]), console.printable(each["why"])) for each in replayed.first_refused]
+    lines += [f"REFUSED  offset {place}: {why}" for place, why in refused]
     lines += [f"DIFFERS  {console.printable(path)}" for path in replayed.differing]
     return "\n".join(lines)
 
@@ -131,24 +134,51 @@ def _summarise(replayed: Replayed, people: Identities, rounds: RoundsView, relea
     replayed.suspended = [client for client in people.clients if ledger.suspended(client) is not None]
 
 
-def _same(log: EventLog, path: Path, fold: type[StoredFold]) -> bool:
+def _fold(name: str, people: Identities) -> StoredFold | None:
+    """A new fold of the kind whose snapshots have this name."""
+    from fedloop_privacy.ledger import Ledger
+    from fedloop_server.actions import State
+
+    folds: dict[str, Callable[[], StoredFold]] = {
+        "rounds": RoundsView,
+        "releases": ReleasesView,
+        "ledger": Ledger,
+        "identities": Identities,
+        "server": lambda: State(requests.RUN_ID, people),
+    }
+    return folds[name]() if name in folds else None
+
+
+def _same(log: EventLog, path: Path, fresh: StoredFold) -> bool:
     """Whether the log, folded up to the snapshot's position, gives the snapshot's state."""
-    fresh, people = fold(), Identities()
     found = Snapshots(path).load(fresh.version)
     if found is None:
         return False
     position, state = found
+    people = Identities()
     Reader(log, people).catch_up()
     for record in read_all(log, fresh.topics):
         if position.covers(record.stream, record.offset):
             try:
                 payload = envelope.decode(record)
                 if payload is not None:
-                    people.authenticate(record, payload)
+                    if not isinstance(fresh, Identities):
+                        people.authenticate(record, payload)
                     fresh.apply(record, payload)
             except InvalidEventError:
                 continue
-    return fresh.to_state() == state
+    return _comparable(fresh) == _comparable(fresh.from_state(state))
+
+
+def _comparable(fold: StoredFold) -> object:
+    """A fold's state as plain values. What has come from several partitions has no order there, nor have positions in it."""
+    from fedloop_server.actions import State
+
+    if isinstance(fold, State):
+        return [_comparable(each) for each in (fold.rounds, fold.releases, fold.ledger)]
+    state = fold.to_state()
+    found: object = (msgspec.json if isinstance(fold, Identities) else msgspec.msgpack).decode(state)
+    return found
 
 
 def _known(type_name: str) -> bool:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fedloop_events import locations
+from fedloop_events.blobs import BlobStore, Identifiable
 from fedloop_events.errors import UsageError
 from fedloop_events.identities import Identities
-from fedloop_events.locations import Place
 from fedloop_events.log import EventLog
 from fedloop_events.projections import Reader
 from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
 from msgspec import Struct
 
 from fedloop_cli import console
+from fedloop_cli.options import Where
 
 if TYPE_CHECKING:
     from fedloop_privacy.ledger import Ledger
 
+T = TypeVar("T")
+
 MODEL: Final = "default"
+SERVER_KEY: Final = Path("server", "key.pem")
 OVER: Final = frozenset({"aborted", "published", "rejected"})
 """States of a round in which nothing more happens."""
 
@@ -61,9 +66,34 @@ class Followed:
         return self.releases.releases.get(self.releases.by_round.get(state.round_id, ""))
 
 
-def open_state(place: Place) -> Followed:
-    """Raises `UsageError` if there is no deployment at `place`, `UnreachableError` if it does not answer."""
-    return Followed(locations.open_log(place.log))
+def open_log(where: Where) -> EventLog:
+    """The log, asked for in the server's name where it wants to know for whom: a gateway shows strangers nothing.
+
+    Raises `UsageError` if there is none, or the server's key is not at hand then; UnreachableError if it does not answer.
+    """
+    return _identified(locations.open_log(where.place.log), where)
+
+
+def open_blobs(where: Where) -> BlobStore:
+    """The blobs, in the same way."""
+    blobs = locations.open_blobs(where.place.blobs)
+    return _identified(blobs, where) if locations.scheme_of(blobs.url) in {"http", "https"} else blobs
+
+
+def open_state(where: Where) -> Followed:
+    """Raises as `open_log`."""
+    return Followed(open_log(where))
+
+
+def _identified(opened: T, where: Where) -> T:
+    if isinstance(opened, Identifiable):
+        from fedloop_events.signatures import SigningKey
+
+        key_file = None if where.directory is None else where.directory / SERVER_KEY
+        if key_file is None or not key_file.is_file():
+            raise UsageError("a gateway shows the log to the server alone", hint="name DIR, the folder with the server's key")
+        opened.identify("server", SigningKey.load(key_file))
+    return opened
 
 
 def open_ledger(log: EventLog, identities: Identities) -> Ledger:

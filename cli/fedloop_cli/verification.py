@@ -1,44 +1,52 @@
 """`fedloop log verify`: whether a log is whole and everything in it was said by whom it names.
 
-The file may come from anybody, so it is opened for reading alone, checked by SQLite before it is believed, and never obeyed
-(https://sqlite.org/security.html). What cannot be found without signed checkpoints is in `UNSEEN`.
+The log may come from anybody: it is opened for reading alone, and nothing in it is obeyed. What the embedded log's file shows
+besides is in `sqlite_check`. What the check cannot see is in the report, by adapter (`UNSEEN`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-import apsw
 import msgspec
 from fedloop_events import envelope, locations, topics, types
 from fedloop_events.blobs import BlobStore
 from fedloop_events.envelope import Record
-from fedloop_events.errors import BlobError, FedloopError, InvalidEventError, LogError, UsageError
+from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
 from fedloop_events.identities import Identities
-from fedloop_events.locations import Place
-from fedloop_events.sqlite import STREAM
-from fedloop_events.sqlite_file import APPLICATION_ID, FORMAT
+from fedloop_events.log import read_all
 from msgspec import Struct
 
+from fedloop_cli import state
+from fedloop_cli.options import Where
+from fedloop_cli.sequences import At, Sequences
+
 MOST_FINDINGS: Final = 100
-UNSEEN: Final = (
+_ALWAYS: Final = (
     "events cut off at the end of the log, and a history written anew by whoever holds the server's key and every client's: "
     "both need signed checkpoints kept elsewhere, which this version does not make"
 )
-
-_COLUMNS: Final = "position, topic, id, key, source, type, time, data, signature, appended_ms"
-_TYPES: Final = (int, str, bytes, str, str, str, int, bytes, str, int)
+UNSEEN: Final = {
+    "": _ALWAYS,
+    "kafka": f"what retention has removed; decisions of the server that an administrator of the brokers removed; {_ALWAYS}",
+    "https": f"what the gateway holds back; {_ALWAYS}",
+    "http": f"what the gateway holds back; {_ALWAYS}",
+}
+"""By the scheme of the log's location."""
+NO_BLOBS: Final = "the blobs, for nothing says where they are (--blobs); "
 
 
 class Finding(Struct, frozen=True):
-    """One thing that is wrong, and at which offset; `offset` None if it concerns no single event."""
+    """One thing that is wrong, and where; None if it concerns no single event."""
 
     what: str
     offset: int | None = None
     event_id: str | None = None
+    stream: str | None = None
 
 
 class Report(Struct):
@@ -56,165 +64,146 @@ class Report(Struct):
     """Events of types that only a newer program knows; their signatures cannot be checked here."""
     stale: int = 0
     """Decisions of a server after another one had taken over: they count for nothing, and are no fault of the log."""
+    repeated: int = 0
+    """Events that stand there again, byte for byte: they count once."""
+    rivals: int = 0
+    """Authentic events under the id of an earlier one, with other bytes: the first counts. Two servers that decide the same at
+    once leave them behind."""
     wrong: int = 0
     findings: list[Finding] = []
-    not_seen: str = UNSEEN
+    not_seen: str = _ALWAYS
 
 
-def verify(place: Place) -> Report:
-    """Read the whole log at `place` and every blob that it names.
+def verify(where: Where) -> Report:
+    """Read the whole log and every blob that it names.
 
-    Raises `UsageError` if there is no log, `LogError` if the file is none or cannot be read at all.
+    Raises `UsageError` if there is no log, `LogError` if what is there is none, or cannot be read at all, and UnreachableError.
     """
-    path = Path(place.log) / locations.LOG_FILE
-    if not path.is_file():
-        raise UsageError(f"there is no log in {place.log}", hint="name the folder that `fedloop server init` made")
-    check = _Check(Report(str(path)), Path(place.blobs or ""))
-    connection = _open(path)
-    try:
-        with connection:  # one transaction: what is appended meanwhile is for the next check
-            damage = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(20)")]
-            if damage != ["ok"]:
-                for line in damage:
-                    check.wrong(f"the database is damaged: {line}")
-            _check_schema(connection, check)
-            for row in connection.execute(f"SELECT {_COLUMNS} FROM events ORDER BY position"):
-                check.row(row)
-    except apsw.Error as error:
-        check.wrong(f"the database cannot be read on: {error}")
-    finally:
-        connection.close(force=True)
-    return check.end()
+    from fedloop_cli import sqlite_check
+
+    place = where.place
+    scheme = locations.scheme_of(place.log)
+    check = Check(Report(place.log, not_seen=UNSEEN[scheme]), unique_ids=not scheme)
+    if not scheme:
+        sqlite_check.read(Path(place.log) / locations.LOG_FILE, check)
+    else:
+        log = state.open_log(where)
+        # Who may speak comes first: across topics a log has no order that could be relied on.
+        for record in chain(
+            read_all(log, (topics.CLIENTS,)), read_all(log, [each for each in topics.ALL if each != topics.CLIENTS])
+        ):
+            check.event(record)
+    return check.end(place.blobs, lambda: state.open_blobs(where))
 
 
-def _open(path: Path) -> apsw.Connection:
-    try:
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        connection.set_busy_timeout(10_000)
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "query_only=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        found = connection.execute("PRAGMA application_id").get, connection.execute("PRAGMA user_version").get
-    except apsw.Error as error:
-        raise LogError(f"the log {path} cannot be opened", cause=str(error)) from None
-    if found[0] != APPLICATION_ID or not 1 <= found[1] <= FORMAT:
-        raise LogError(f"{path} is no Fedloop log of a format up to {FORMAT}")
-    return connection
+class Check:
+    """Takes in events, those of each stream in their order and topic `clients` before what rests on it; finds what is wrong.
 
+    With `unique_ids` an id that stands there twice is wrong.
+    """
 
-def _check_schema(connection: apsw.Connection, check: _Check) -> None:
-    """Nothing may be there that computes or acts, but the two triggers that keep the log append-only. An index does neither."""
-    known = {("table", "events"), ("trigger", "events_no_update"), ("trigger", "events_no_delete")}
-    query = "SELECT type, name FROM sqlite_schema WHERE type != 'index'"
-    found = {(str(kind), str(name)) for kind, name in connection.execute(query)}
-    for kind, name in sorted(found ^ known):
-        check.wrong(f"the database {'lacks the' if (kind, name) in known else 'has a foreign'} {kind} {name!r}")
-    if ("table", "events") not in found:
-        raise LogError("the database has no table of events")
-
-
-class _Check:
-    """Takes in the rows in order; finds what is wrong."""
-
-    def __init__(self, report: Report, blobs: Path) -> None:
-        self._report, self._blobs = report, blobs
+    def __init__(self, report: Report, *, unique_ids: bool) -> None:
+        self.report, self._unique_ids = report, unique_ids
         self._identities = Identities()
         self._topics: Counter[str] = Counter()
-        self._ids: set[bytes] = set()
-        self._seqs: dict[str, int] = {}
+        self._marks: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        self._sequences = Sequences(self.wrong)
         self._epochs: dict[str, int] = {}
-        self._refs: dict[types.BlobRef, Record] = {}
-        self._offset = 0
+        self._refs: dict[types.BlobRef, At] = {}
 
-    def wrong(self, what: str, record: Record | None = None, offset: int | None = None) -> None:
-        report = self._report
+    def wrong(self, what: str, at: At | None = None) -> None:
+        report = self.report
         report.wrong += 1
         if len(report.findings) < MOST_FINDINGS:
-            at = offset if record is None else record.offset
-            report.findings.append(Finding(what, at, None if record is None else record.id))
+            found = Finding(what) if at is None else Finding(what, at.offset, at.event_id, at.stream)
+            report.findings.append(found)
 
-    def row(self, row: tuple[Any, ...]) -> None:
-        self._report.events += 1
-        offset = row[0]
-        if offset != self._offset + 1:
-            first = self._offset + 1
-            missing = f"offset {first} is" if offset == first + 1 else f"offsets {first} to {offset - 1} are"
-            self.wrong(f"{missing} missing", offset=first)
-        self._offset = offset
-        if tuple(map(type, row)) != _TYPES or len(row[2]) != 16:
-            self.wrong("the row does not hold an event", offset=offset)
-            return
-        record = Record(row[1], row[3], row[2].hex(), *row[4:9], stream=STREAM, offset=offset, appended_ms=row[9])
-        if row[2] in self._ids:
-            self.wrong("the event id stands in the log a second time", record)
-        self._ids.add(row[2])
+    def event(self, record: Record) -> None:
+        self.report.events += 1
         self._topics[record.topic if record.topic in topics.ALL else "unknown"] += 1
-        self._event(record)
-
-    def _event(self, record: Record) -> None:
+        at = At(record.stream, record.offset, record.id)
+        if record.offset <= self._ends.get(record.stream, 0):
+            self.wrong("the offsets of the stream do not rise", at)
+        elif record.stream not in self._ends and record.offset > 1:
+            self._sequences.begins_late(record.appended_ms)
+        self._ends[record.stream] = record.offset
         try:
             payload = envelope.decode(record)
             if payload is None:
-                self._report.unknown += 1
-                return
+                self.report.unknown += 1
+            elif self._counts(record, payload, at):
+                self._take(record, payload, at)
+        except InvalidEventError as error:
+            self.wrong(error.message, at)
+
+    def _counts(self, record: Record, payload: types.Payload, at: At) -> bool:
+        """Whether it is the first authentic event under its id. Raises `InvalidEventError` if it is not authentic."""
+        mark, known = hash((record.key, record.data, record.signature)), self._marks.get(record.id)
+        if known is None:
             if record.topic == topics.CLIENTS:
                 self._identities.apply(record, payload)
             else:
                 self._identities.authenticate(record, payload)
-        except InvalidEventError as error:
-            self.wrong(error.message, record)
-            return
+            self._marks[record.id] = mark
+            return True
+        if self._unique_ids:
+            self.wrong("the event id stands in the log a second time", at)
+        elif known == mark:
+            self.report.repeated += 1
+        else:
+            self._identities.authenticate(record, payload)
+            self.report.rivals += 1
+        return False
+
+    def _take(self, record: Record, payload: types.Payload, at: At) -> None:
         if isinstance(payload, types.ClientSaid):
-            self._sequence(record, payload)
+            self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at)
         elif isinstance(payload, types.ServerSaid):
-            self._epoch(record, payload)
+            self._epoch(payload, at)
         for ref in _blobs(payload):
-            self._refs.setdefault(ref, record)
+            self._refs.setdefault(ref, at)
 
-    def _sequence(self, record: Record, payload: types.ClientSaid) -> None:
-        expected = self._seqs.get(payload.client_id, -1) + 1
-        if payload.seq > expected:
-            self.wrong(f"{payload.seq - expected} events of {payload.client_id} before this one are missing", record)
-        elif payload.seq < expected:
-            self.wrong(f"{payload.client_id} used its sequence number {payload.seq} again, or events changed places", record)
-        self._seqs[payload.client_id] = max(payload.seq, expected - 1)
-
-    def _epoch(self, record: Record, payload: types.ServerSaid) -> None:
+    def _epoch(self, payload: types.ServerSaid, at: At) -> None:
         latest = self._epochs.get(payload.run_id, 0)
         if isinstance(payload, types.EpochStarted):
             self._epochs[payload.run_id] = max(latest, payload.epoch)
             # Two servers may try for the same epoch: the second event has the same id, and is none.
             if payload.epoch <= latest:
-                self._report.stale += 1
+                self.report.stale += 1
         elif payload.epoch > latest:
-            self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", record)
+            self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
         elif payload.epoch < latest:
-            self._report.stale += 1
+            self.report.stale += 1
 
-    def end(self) -> Report:
-        report = self._report
+    def end(self, blobs: str | None, open_blobs: Callable[[], BlobStore]) -> Report:
+        report = self.report
+        self._sequences.end()
         report.by_topic = {topic: self._topics[topic] for topic in (*topics.ALL, "unknown") if topic in self._topics}
         report.clients = len(self._identities.clients)
         if not self._identities.origin:
             self.wrong("the log has no deployment: nothing in it can be checked")
-        if self._refs and not self._blobs.is_dir():
-            self.wrong(f"the folder of blobs is absent: {self._blobs}")
+        if blobs is None:
+            report.not_seen = NO_BLOBS + report.not_seen
+        elif self._refs and not locations.is_url(blobs) and not Path(blobs).is_dir():
+            self.wrong(f"the folder of blobs is absent: {blobs}")
         elif self._refs:
-            self._read_blobs(BlobStore(self._blobs))
+            self._read_blobs(open_blobs())
         report.verified = report.wrong == 0
         return report
 
     def _read_blobs(self, store: BlobStore) -> None:
-        for ref, record in self._refs.items():
+        for ref, at in self._refs.items():
             try:
                 for _ in store.blocks(ref):
                     pass
             except BlobError as error:
-                self.wrong(error.message, record)
+                self.wrong(error.message, at)
             except FedloopError as error:
-                self.wrong(f"{error.message}: {error.cause}", record)
+                self.wrong(f"{error.message}: {error.cause}", at)
             else:
-                self._report.blobs += 1
-                self._report.blob_bytes += ref.size_bytes
+                self.report.blobs += 1
+                self.report.blob_bytes += ref.size_bytes
 
 
 def _blobs(value: object) -> Iterator[types.BlobRef]:

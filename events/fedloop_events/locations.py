@@ -96,13 +96,15 @@ def open_log(location: str | Path, *, create: bool = False) -> EventLog:
     `UnreachableError` if it does not answer in time.
     """
     location = check_log(str(location))
-    scheme = _scheme(location)
+    scheme = scheme_of(location)
     _require(scheme)
     if scheme == "kafka":
         from fedloop_events.kafka import KafkaLog
 
         return KafkaLog(location, create=create)
     if scheme:
+        if create:
+            raise UsageError("a gateway serves a log that is there already", hint="name the log itself")
         from fedloop_events.gateway import GatewayLog
 
         return GatewayLog(location)
@@ -122,7 +124,7 @@ def open_blobs(location: str | Path | None) -> BlobStore:
     if location is None:
         raise UsageError("nothing says where the blobs are", hint="name their folder or URL with --blobs")
     location = check_blobs(str(location))
-    _require(_scheme(location))
+    _require(scheme_of(location))
     return BlobStore(location)
 
 
@@ -130,12 +132,17 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def scheme_of(location: str) -> str:
+    """ "" for a folder."""
+    return location.partition("://")[0] if is_url(location) else ""
+
+
 def check_log(location: str) -> str:
     """The location of a log, as it is kept: files that it names are absolute. Raises `UsageError` if it is malformed."""
     if not is_url(location):
         return location
     _check_text(location, "log")
-    scheme = _scheme(location)
+    scheme = scheme_of(location)
     if scheme not in _FORMS:
         raise UsageError("the log's location is neither a folder nor a URL that a log can have", hint=_forms())
     return _with_absolute_file(location, scheme)
@@ -148,7 +155,7 @@ def check_blobs(location: str) -> str:
     if not is_url(location):
         return location
     _check_text(location, "blob store")
-    scheme = _scheme(location)
+    scheme = scheme_of(location)
     if scheme in {"http", "https"}:
         return _with_absolute_file(location, scheme)
     if scheme == "kafka" or not re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
@@ -176,7 +183,7 @@ def _same(folder: Path, other: Path | None) -> bool:
 
 
 def _default_blobs(log: str) -> str | None:
-    scheme = _scheme(log)
+    scheme = scheme_of(log)
     return str(Path(log) / BLOB_FOLDER) if not scheme else None if scheme == "kafka" else log
 
 
@@ -224,10 +231,6 @@ def _require(scheme: str) -> None:
         raise UsageError(
             f"{scheme}:// needs the package {module}, which is not installed", hint=f"pip install 'fedloop[{extra}]'"
         )
-
-
-def _scheme(location: str) -> str:
-    return location.partition("://")[0] if is_url(location) else ""
 
 
 def _forms() -> str:

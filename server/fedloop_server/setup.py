@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from fedloop_events import envelope, locations, tensors, topics, types
 from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs import BlobStore, Identifiable
 from fedloop_events.errors import InvalidEventError, UsageError
 from fedloop_events.identities import Identities
 from fedloop_events.ids import derived_id
@@ -119,12 +119,16 @@ def open_deployment(directory: Path | str, place: Place | None = None) -> Deploy
     if not (folder / KEY_FILE).exists():
         raise UsageError(f"{directory} holds no server's key", hint="run this where the server was set up")
     key, config = SigningKey.load(folder / KEY_FILE), configuration.load(folder / CONFIG_FILE)
+    blobs = locations.open_blobs(place.blobs)
+    for each in (log, blobs):
+        if isinstance(each, Identifiable):
+            each.identify("server", key)
     if _server_key(log) != key.public_key:
         raise UsageError(
             f"the log is not the one of the deployment in {directory}",
             hint="name that log; or, if its making was cut short, run `fedloop server init` again, to its end",
         )
-    return Deployment(folder, log, locations.open_blobs(place.blobs), Author(log, key), config)
+    return Deployment(folder, log, blobs, Author(log, key), config)
 
 
 def _check_free(log: EventLog, key_file: Path) -> None:

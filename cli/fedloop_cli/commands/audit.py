@@ -41,7 +41,7 @@ def budget(
 
     from fedloop_cli import state
 
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     clients = followed.identities.clients
     if client is not None and client not in clients:
         raise UsageError(f"there is no client {client!r}", hint=f"there are {', '.join(sorted(clients)) or 'none'}")

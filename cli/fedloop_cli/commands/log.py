@@ -30,15 +30,17 @@ def tail(
     """Show the last events. With --follow, --json prints one document a line for each event."""
     from collections import deque
 
-    from fedloop_events import locations, topics
+    from fedloop_events import topics
     from fedloop_events.errors import UsageError
     from fedloop_events.log import START, read_all
+
+    from fedloop_cli import state
 
     wanted = tuple(topic or topics.ALL)
     for name in wanted:
         if name not in topics.ALL:
             raise UsageError(f"there is no topic {name!r}", hint=f"the topics are {', '.join(topics.ALL)}")
-    log = locations.open_log(where.place.log)
+    log = state.open_log(where)
     if not follow:
         last = deque(read_all(log, wanted), maxlen=lines)
         console.show(
@@ -67,7 +69,7 @@ def verify(where: options.Deployment, json: options.Json = False) -> None:
     """
     from fedloop_cli import verification
 
-    report = verification.verify(where.place)
+    report = verification.verify(where)
     console.show(verification.as_document(report), lambda: _report(report), as_json=json)
     if not report.verified:
         raise typer.Exit(1)
@@ -81,7 +83,7 @@ def replay(where: options.Deployment, json: options.Json = False) -> None:
     """
     from fedloop_cli import replaying
 
-    replayed = replaying.replay(where.place, where.directory)
+    replayed = replaying.replay(where)
     console.show(replaying.as_document(replayed), lambda: replaying.as_text(replayed), as_json=json)
     if replayed.differing:
         raise typer.Exit(1)
@@ -95,6 +97,7 @@ def _event(record: Record) -> dict[str, object]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         data = record.data.decode(errors="backslashreplace")
     return {
+        "stream": record.stream,
         "offset": record.offset,
         "appended": console.moment(record.appended_ms),
         "topic": record.topic,
@@ -110,7 +113,7 @@ def _line(record: Record) -> str:
     kind = record.type.removeprefix("io.fedloop.")
     text = record.data.decode(errors="backslashreplace")
     shown = text if len(text) <= 160 or not sys.stdout.isatty() else text[:159] + "…"
-    head = f"{record.offset:>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
+    head = f"{console.place(record.stream, record.offset):>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
     return f"{head}  {console.printable(record.key):20}  {console.printable(shown)}"
 
 
@@ -124,12 +127,14 @@ def _report(report: Report) -> str:
                 "blobs": f"{report.blobs:,} read and hashed, {report.blob_bytes:,} bytes",
                 "unknown types": report.unknown,
                 "stale decisions": report.stale,
+                **({"read again": report.repeated} if report.repeated else {}),
+                **({"rivals of an id": report.rivals} if report.rivals else {}),
             }
         ),
         "",
     ]
     for finding in report.findings:
-        where = "" if finding.offset is None else f"offset {finding.offset}: "
+        where = "" if finding.offset is None else f"offset {console.place(finding.stream, finding.offset)}: "
         lines.append(f"WRONG  {where}{console.printable(finding.what)}")
     if report.wrong > len(report.findings):
         lines.append(f"WRONG  and {report.wrong - len(report.findings):,} more")

@@ -18,7 +18,7 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
     from fedloop_cli import state
 
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     found = [state.release_document(followed, each) for each in followed.releases.releases.values()]
     heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
     rows = [
@@ -41,7 +41,7 @@ def show(where: options.Deployment, release: Release, json: options.Json = False
 
     from fedloop_cli import state
 
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     found = state.release_document(followed, registry.find(followed.releases, release))
     lineage = registry.lineage(followed.rounds, followed.releases, release)
     heads = ["release", "round", "strategy", "base", "client", "update", "weight"]
@@ -64,11 +64,11 @@ def rebuild(
     """Merge a release (the one in force, unless another is named) again from release 0 and the updates in the log, and compare
     the bytes. Exit status 1 if they differ.
     """
-    from fedloop_events import locations
     from fedloop_server.rebuild import rebuild as rebuild_release
 
-    place = where.place
-    rebuilt = rebuild_release(locations.open_log(place.log), locations.open_blobs(place.blobs), release, deep=not shallow)
+    from fedloop_cli import state
+
+    rebuilt = rebuild_release(state.open_log(where), state.open_blobs(where), release, deep=not shallow)
     document = {
         "release": rebuilt.release,
         "identical": rebuilt.identical,

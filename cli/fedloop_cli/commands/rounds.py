@@ -10,8 +10,6 @@ import typer
 from fedloop_cli import console, options
 
 if TYPE_CHECKING:
-    from fedloop_events.locations import Place
-
     from fedloop_cli.state import Followed, RoundSummary
 
 app = options.group(help="Ask for rounds, and look at them.")
@@ -38,7 +36,7 @@ def start(
     request_id = request_rounds(deployment.author, rounds, reason)
     if wait:
         console.note(f"requested {rounds} as {request_id}; waiting")
-        _wait(home.place, request_id, json, timeout_s)
+        _wait(home, request_id, json, timeout_s)
         return
     document = {"request_id": request_id, "rounds": rounds}
     console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
@@ -49,7 +47,7 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""
     from fedloop_cli import state
 
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     found = _summaries(followed)
     pending = sum(request.rounds - len(request.numbers) for request in followed.rounds.requests.values() if request.pending)
     document = {"rounds": found, "requested": pending, "epoch": followed.rounds.epoch}
@@ -64,7 +62,7 @@ def show(where: options.Deployment, round_id: RoundId, json: options.Json = Fals
 
     from fedloop_cli import state
 
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     found = followed.round(round_id)
     summary = state.summarise(followed, found)
     opened = found.opened
@@ -107,7 +105,7 @@ def watch(
 
     if json and not rounds:
         raise UsageError("--json prints one document at the end, and there is none", hint="say after how many: --rounds N")
-    followed = state.open_state(where.place)
+    followed = state.open_state(where)
     said: dict[str, str] = {}
     before = {each.round_id for each in _summaries(followed) if _over(each)}
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
@@ -128,12 +126,12 @@ def watch(
         _pause(followed)
 
 
-def _wait(place: Place, request_id: str, json: bool, timeout_s: float | None) -> None:
+def _wait(where: options.Where, request_id: str, json: bool, timeout_s: float | None) -> None:
     from fedloop_events.errors import UnreachableError
 
     from fedloop_cli import state
 
-    followed = state.open_state(place)
+    followed = state.open_state(where)
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
     while True:
         request = followed.rounds.requests.get(request_id)

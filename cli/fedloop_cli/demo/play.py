@@ -18,6 +18,7 @@ from msgspec import Struct
 from fedloop_cli import deploying, requests, state, tables
 from fedloop_cli.demo import device, users
 from fedloop_cli.demo.processes import Child, Nursery
+from fedloop_cli.options import Where
 
 DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
@@ -45,7 +46,7 @@ class Scene:
 
     def __init__(self, directory: Path, options: Options, given: users.Users) -> None:
         self.directory, self.options, self.users = directory, options, given
-        self.place = locations.locate(directory)
+        self.where = Where(directory, locations.locate(directory))
         self.began = time.monotonic()
         self.doing = "making the deployment"
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
@@ -107,8 +108,8 @@ def _deploy(scene: Scene) -> None:
         "quorum_wait_s": DEADLINE_S,
     }
     rows = [tables.Row(message.text, message.label) for message in given.held_out]
-    deploying.deploy(scene.directory, scene.place, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
-    scene.followed = state.open_state(scene.place)
+    deploying.deploy(scene.directory, scene.where.place, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
+    scene.followed = state.open_state(scene.where)
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def _published(scene: Scene, wave: int) -> bool:
 def _request(scene: Scene, number: int) -> str:
     from fedloop_server.setup import open_deployment
 
-    deployment = open_deployment(scene.directory, scene.place)
+    deployment = open_deployment(scene.directory, scene.where.place)
     try:
         return requests.request_rounds(deployment.author, 1, f"demo, round {number}")
     finally:

@@ -10,7 +10,6 @@ import msgspec
 from fedloop_events import locations, topics, types
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
-from fedloop_events.locations import Place
 from fedloop_events.log import EventLog, read_all
 from msgspec import Struct
 
@@ -18,6 +17,7 @@ from fedloop_cli import console, state, verification
 from fedloop_cli.commands.audit import Budget, budget_of
 from fedloop_cli.demo import leaks
 from fedloop_cli.demo.play import Scene
+from fedloop_cli.options import Where
 
 
 class Checks(Struct):
@@ -57,12 +57,12 @@ class Report(Struct):
 
 def report(scene: Scene) -> Report:
     """Check everything. What the processes printed, and this demo itself, is in the deployment's folder and searched with it."""
-    place, why = scene.place, []
-    log = locations.open_log(place.log)
+    where, why = scene.where, []
+    log = state.open_log(where)
     followed = state.Followed(log)
-    verified = verification.verify(place)
+    verified = verification.verify(where)
     why += [f"log, offset {each.offset}: {each.what}" for each in verified.findings[:5]]
-    identical, reason = _rebuilt(place, log, followed)
+    identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
     ledger = state.open_ledger(log, followed.identities)
     budgets = [budget_of(ledger, client) for _, client in sorted(followed.identities.clients.items())]
@@ -206,13 +206,13 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
 
-def _rebuilt(place: Place, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
+def _rebuilt(where: Where, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
     from fedloop_server.rebuild import rebuild
 
     if not any(each.round_id for each in followed.releases.releases.values()):
         return False, "no round made a release that could be rebuilt"
     try:
-        return rebuild(log, locations.open_blobs(place.blobs), deep=True).identical, ""
+        return rebuild(log, state.open_blobs(where), deep=True).identical, ""
     except FedloopError as error:
         return False, f"rebuild: {error.message}"
 
