@@ -179,7 +179,9 @@ def _announce(author: Author, intent: _Intent) -> None:
         ),
     ]
     there = {record.id for record in read_all(author.log, (topics.CLIENTS, topics.RELEASES))}
-    author.log.append([author.event(payload, id=event_id) for payload, event_id in said if event_id not in there])
+    for payload, event_id in said:
+        if event_id not in there:  # one by one: between topics a log has the order of its clock, and the deployment comes first
+            author.log.append([author.event(payload, id=event_id)])
 
 
 def release_id(number: int, blob: types.BlobRef) -> str:

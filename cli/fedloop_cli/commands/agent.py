@@ -34,11 +34,18 @@ def enrol(
     ] = "auto",
     json: options.Json = False,
 ) -> None:
-    """Make this device a client of the deployment in DIR. Called again with the same terms it changes nothing."""
+    """Make this device a client of the deployment in DIR or at --log. Called again with the same terms it changes nothing."""
     from fedloop_clients.agent import Agent
 
+    place = where.place
     with Agent.enrol(
-        where.place.log, store, client_id=client_id, epsilon=None if no_dp else epsilon, delta=delta, key_from=key_from
+        place.log,
+        store,
+        blobs=place.blobs,
+        client_id=client_id,
+        epsilon=None if no_dp else epsilon,
+        delta=delta,
+        key_from=key_from,
     ) as agent:
         me = agent.identity
     document = {"client_id": me.client_id, "origin": me.origin, "epsilon": me.epsilon, "delta": me.delta, "store": str(store)}
@@ -137,8 +144,8 @@ def _open(store: Path, model_dir: Path | None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.loop import Settings
 
-    log, _ = options.given()
-    return Agent.open(store, log, settings=Settings(model_dir=model_dir))
+    log, blobs = options.given()
+    return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))
 
 
 def _given(text: str | None) -> str:
