@@ -16,7 +16,7 @@ import typer
 from fedloop_events.errors import FedloopError, UsageError
 
 from fedloop_cli import console, options
-from fedloop_cli.commands import agent, audit, demo, init, log, release, rounds, server
+from fedloop_cli.commands import agent, audit, demo, gateway, init, log, release, rounds, server
 
 INTERRUPTED: Final = 130
 
@@ -29,6 +29,7 @@ app.add_typer(rounds.app, name="round")
 app.add_typer(release.app, name="release")
 app.add_typer(audit.app, name="audit")
 app.add_typer(log.app, name="log")
+app.command(cls=options.Command)(gateway.gateway)
 
 
 def _version(wanted: bool) -> None:

@@ -65,6 +65,8 @@ class Feed:
 
     def prepare(self) -> None:
         """Read who may speak, and who sees what. Raises `UsageError` if the log belongs to no deployment; what the log raises."""
+        if self.created is not None:
+            return
         end = self._log.end()
         for record in read_all(self._log, _TELLING):
             self._learn(record)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import uvicorn
@@ -81,11 +85,30 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Says when it listens, and lets those who wait go before it drains."""
+    """Says when it listens, lets those who wait go before it drains, and leaves to its caller what a signal means."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, on_listening: Callable[[str], None]) -> None:
         super().__init__(config)
         self._app, self._on_listening = app, on_listening
+        self.interrupted = False
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT drains, the second ends it at once. (uvicorn would raise them again at the end.)"""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -116,16 +139,19 @@ def serve(
     port: int,
     tls: tuple[Path, Path] | None,
     on_listening: Callable[[str], None] = lambda address: None,
-) -> None:
-    """Serve `app` until SIGTERM or SIGINT, and end when every request that had begun is answered. `tls`: certificate and key.
+) -> bool:
+    """Serve `app` until SIGTERM or SIGINT, and end when every request that had begun is answered; whether it was SIGINT.
 
-    Raises `UnreachableError` if the address cannot be had, and what the application's start raises.
+    `tls` is certificate and key. Raises `UnreachableError` if the address cannot be had, `UsageError` if the log belongs to no
+    deployment, and what the log raises.
     """
+    app.state.gateway.feed.prepare()
     listening = listen(host, port)
     try:
         config = uvicorn.Config(app, **settings(tls))
         server = Server(config, app, on_listening)
         server.run(sockets=[listening])
+        return server.interrupted
     finally:
         listening.close()
 
