@@ -9,7 +9,7 @@ import typer
 
 from fedloop_cli import console, options
 
-app = options.group(help="Make what a deployment stands on: a Kafka cluster's topics, users and rights.")
+app = options.group(help="Make what a deployment stands on: a Kafka cluster's topics, users and rights; what Compose needs.")
 
 USERS: Final = Path("kafka-users")
 
@@ -62,3 +62,25 @@ def kafka(
     }
     table = console.table(("user", "role", "", "rights added", "removed", "properties"), rows) if rows else ""
     console.show(document, f"the topics {settings.prefix}.* are on {settings.bootstrap}\n{table}".rstrip(), as_json=json)
+
+
+@app.command(cls=options.Command)
+def compose(
+    directory: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where they go.")] = Path(),
+    json: options.Json = False,
+) -> None:
+    """Make what docker-compose.yml needs, in FOLDER (the current one): .env, secrets/ and demo-data/.
+
+    Passwords and keys are random, and only you can read them. Called again it makes what is missing, and replaces nothing.
+    """
+    from fedloop_cli import composing
+
+    done = composing.compose(directory)
+    document = {"env_file": str(done.env_file), "secrets": str(done.secrets), "demo": str(done.demo), "made": done.made}
+    text = f"""\
+made {len(done.made)} files in {directory}
+next  docker compose --env-file {done.env_file} up --build --detach --wait
+      (with TORCH_INDEX=<an index of torch wheels for CPUs> before it, the images are 3 GB smaller)
+then  http://127.0.0.1:3000 (Grafana: admin, password in {done.secrets / "grafana" / "admin.password"})
+      http://127.0.0.1:9090 (Prometheus)"""
+    console.show(document, text, as_json=json)

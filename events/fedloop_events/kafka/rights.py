@@ -147,8 +147,8 @@ def grant(settings: Settings, users: Sequence[User], folder: Path, timeout_s: fl
     its password set again. Raises `UsageError` for a user that the cluster has and `folder` does not, and for brokers that check
     no rights; PolicyError and UnreachableError.
     """
-    if settings.properties.get("security.protocol", "PLAINTEXT").upper() != "SASL_SSL":
-        raise UsageError("users are made over SASL_SSL alone", hint="name the administrator's properties: kafka://…?config=FILE")
+    if settings.properties.get("security.protocol", "PLAINTEXT").upper() not in {"SSL", "SASL_SSL"}:
+        raise UsageError("users are made over TLS alone", hint="name the administrator's properties: kafka://…?config=FILE")
     admin = Admin(settings).client
     own = settings.properties.get("sasl.username")
     twice = {user.name for user in users if sum(each.name == user.name for each in users) > 1}
