@@ -13,9 +13,9 @@ from typing import Final
 import msgspec
 from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError, PolicyError
+from fedloop_events.errors import InvalidEventError, NotAllowedError, PolicyError
 from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog, Position
+from fedloop_events.log import Batch, EventLog, Position
 from fedloop_events.views import ReleasesView
 from fedloop_privacy.ledger import Ledger
 from msgspec import Struct
@@ -23,6 +23,9 @@ from msgspec import Struct
 from fedloop_clients.outbox import Mine
 
 TOPICS: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES, topics.AUDIT, topics.UPDATES, topics.FEEDBACK)
+_SPARED: Final = (topics.UPDATES, topics.FEEDBACK)
+"""Topics of which a device reads back its own events alone. Where brokers let it read nobody's, it goes on without: then a store
+that was restored from a backup says again what it had said in them, under new numbers."""
 BATCH: Final = 5_000
 MAX_PENDING: Final = 1_000
 """Unanswered instructions that are kept: the oldest give way."""
@@ -74,6 +77,8 @@ class Following:
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
         self.client_id, self._server_key = client_id, server_key
+        self.topics: tuple[str, ...] = TOPICS
+        """What is read: less than `TOPICS` where the log does not allow it."""
         self._state = msgspec.msgpack.decode(state, type=_State) if state else _State()
         kept = self._state
         self.identities = Identities.from_state(kept.identities) if kept.identities else Identities()
@@ -132,13 +137,27 @@ class Following:
         """Read to the end, after waiting up to `wait_s` for a first event; how many events of its topics there were."""
         count = 0
         while True:
-            batch = log.read(TOPICS, self.position, limit=BATCH, wait_s=0.0 if count else wait_s)
+            batch = self._read(log, BATCH, 0.0 if count else wait_s)
             for record in batch.records:
                 self.apply(record)
             self._state.offsets = dict(batch.position.offsets)
             count += len(batch.records)
-            if len(batch.records) < BATCH:
+            if not batch.records:
                 return count
+
+    def wait(self, log: EventLog, timeout_s: float) -> None:
+        """Wait up to so long for an event that was not read yet."""
+        self._read(log, 1, timeout_s)
+
+    def _read(self, log: EventLog, limit: int, wait_s: float) -> Batch:
+        while True:
+            try:
+                return log.read(self.topics, self.position, limit=limit, wait_s=wait_s)
+            except NotAllowedError as error:
+                spared = next((name for name in _SPARED if name in self.topics and error.topic.endswith(name)), None)
+                if spared is None:
+                    raise
+                self.topics = tuple(name for name in self.topics if name != spared)
 
     def apply(self, record: Record) -> None:
         """Take in one event. What is malformed, or not said by whom it names, is counted and changes nothing."""

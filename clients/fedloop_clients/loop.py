@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from fedloop_clients.capture import Capture, Unpublished
 from fedloop_clients.enrolment import Identity
-from fedloop_clients.following import TOPICS, Following
+from fedloop_clients.following import Following
 from fedloop_clients.outbox import Outbox, SuspendedError
 from fedloop_clients.store import Store
 
@@ -183,7 +183,7 @@ class Loop:
             return
         with suppress(UnreachableError):  # the next pass meets it again, and says so
             if not self._capture.unpublished(1):
-                self._log.read(TOPICS, self._following.position, limit=1, wait_s=IDLE_S)
+                self._following.wait(self._log, IDLE_S)
 
     def _status(self) -> Status:
         return read_status(self._identity, self._store, self._following, self._settings.model, self._problem)
@@ -191,7 +191,7 @@ class Loop:
     def _catch_up(self, wait_s: float) -> None:
         """Read to the end of the log, and keep what that changes, together with how far it was read."""
         if wait_s:
-            self._log.read(TOPICS, self._following.position, limit=1, wait_s=wait_s)
+            self._following.wait(self._log, wait_s)
         with self._reading:
             self._following.catch_up(self._log)
             if self._following.changed:

@@ -12,7 +12,11 @@ from msgspec import Struct, structs
 from fedloop_events import signatures, topics
 from fedloop_events.envelope import Event, Record, source_of
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.log import Position
 from fedloop_events.types import ClientEnrolled, ClientRevoked, ClientSeen, DeploymentCreated, Payload
+
+MAX_SKEW_MS: Final = 5_000
+"""How far the clocks of two brokers may be apart: a client that speaks as soon as it is enrolled is heard."""
 
 
 class Place(Struct, frozen=True):
@@ -72,6 +76,11 @@ class Identities:
     @property
     def server_key(self) -> str:
         return self._state.server_key
+
+    @property
+    def position(self) -> Position:
+        """Up to where topic `clients` has been taken in."""
+        return Position(self._state.offsets)
 
     @property
     def clients(self) -> Mapping[str, Client]:
@@ -181,7 +190,9 @@ class Identities:
 
 def _enrolled(client: Client, record: Record) -> bool:
     place = client.enrolled_at
-    return place.precedes(record) or place == _place(record)
+    if place.stream == record.stream:
+        return place.offset <= record.offset
+    return place.appended_ms <= record.appended_ms + MAX_SKEW_MS
 
 
 def _place(record: Record) -> Place:

@@ -48,8 +48,8 @@ class StoredFold(Fold, Protocol):
 
     def to_state(self) -> bytes: ...
 
-    @classmethod
-    def from_state(cls, state: bytes) -> Self: ...
+    def from_state(self, state: bytes) -> Self:
+        """A fold like this one in the state that `to_state` gave; a class method, unless it needs more than the state."""
 
 
 F = TypeVar("F", bound=Fold)
@@ -128,7 +128,10 @@ class Reader(Generic[F]):
         self.unknown = self.refused = 0
         self._log, self._snapshots, self._on_refused = log, snapshots, on_refused
         self._identities = identities
-        self._who = None if identities is None else Reader(log, identities)
+        self._who = None
+        if identities is not None:
+            self._who = Reader(log, identities)
+            self._who.position = identities.position
         self._since_snapshot = 0
         if snapshots is not None:
             self._restore(snapshots)

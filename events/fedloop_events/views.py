@@ -149,6 +149,8 @@ class RoundsView(Struct):
                 self._aborted(record, payload)
             case types.InstructionSent(round_id=str(round_id)) if round_id in self.rounds:
                 state = self.rounds[round_id]
+                if state.instructed.get(payload.client_id) == record.id:
+                    return
                 state.instructed[payload.client_id] = record.id
                 state.bytes_down += sum(blob.size_bytes for blob in payload.content.arrays.values())
             case types.RoundClosed(round_id=str(round_id)) if round_id in self.rounds:

@@ -19,8 +19,9 @@ from fedloop_events import ids, tensors, types
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
 from fedloop_events.errors import BlobError, FencedError, LogError, TensorError
+from fedloop_events.identities import Identities
 from fedloop_events.log import EventLog
-from fedloop_events.projections import Reader
+from fedloop_events.projections import Reader, Snapshots
 from fedloop_events.tensors import Array
 from fedloop_events.views import Evaluation
 from flwr.app import ConfigRecord
@@ -37,6 +38,8 @@ from fedloop_server.strategies import FederatedLora
 from fedloop_server.watched import StoppedError, WatchedLog
 
 RUN: Final = "main"
+STATE_FILE: Final = "server.snapshot"
+IDENTITIES_FILE: Final = "identities.snapshot"
 POLL_S: Final = 1.0
 """How long one step waits for news when there is nothing to do."""
 _Decided = types.ReleasePublished | types.ReleaseRejected
@@ -66,7 +69,8 @@ class Server:
     """One server process of a deployment.
 
     `evaluate` is called with the tensors of a release. `on_event` is told of each event as it is read, for a live view. `plan`
-    is a file in which the planner keeps what takes seconds to find. `source` decides who takes part.
+    is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
+    time and nothing else. `source` decides who takes part.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Server:
         evaluate: Evaluate,
         on_event: OnEvent | None = None,
         plan: Path | None = None,
+        snapshots: Path | None = None,
         model: str = MODEL,
         run_id: str = RUN,
         source: random.Random | None = None,
@@ -86,11 +91,13 @@ class Server:
         self.config, self.model, self.run_id = config, model, run_id
         self.server_id = f"{os.getpid()}.{secrets.token_hex(8)}"
         self.epoch = 0
-        self.state = State(run_id, on_event)
         self.planner = Planner(config, cache=plan)
         self._log, self._blobs, self._author, self._evaluate = log, blobs, author, evaluate
-        self._people = Reader(log, self.state.people)
-        self._events = Reader(log, self.state, identities=self.state.people)
+        kept = [Snapshots(snapshots / name) if snapshots else None for name in (IDENTITIES_FILE, STATE_FILE)]
+        self._people = Reader(log, Identities(), snapshots=kept[0])
+        people = self._people.fold
+        self._events = Reader(log, State(run_id, people, on_event), identities=people, snapshots=kept[1])
+        self.state = self._events.fold
         self._source = source or random.SystemRandom()
         self._clock = (0, 0.0)
         self._stop = threading.Event()
@@ -117,6 +124,8 @@ class Server:
                     break
         except StoppedError:
             pass
+        self._people.save()
+        self._events.save()
         return ended
 
     def step(self, wait_s: float = POLL_S) -> Action:

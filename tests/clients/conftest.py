@@ -14,7 +14,7 @@ from fedloop_events import tensors, types
 from fedloop_events.author import Author
 from fedloop_events.envelope import decode
 from fedloop_events.flower import content_sha256
-from fedloop_events.locations import open_blobs, open_log
+from fedloop_events.locations import BLOB_FOLDER, open_blobs, open_log
 from fedloop_events.log import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
@@ -43,7 +43,7 @@ class DigitMasker:
 class Deployment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.log, self.blobs = open_log(folder, create=True), open_blobs(folder)
+        self.log, self.blobs = open_log(folder, create=True), open_blobs(folder / BLOB_FOLDER)
         self.server = Author(self.log, SigningKey.generate())
         self.server.say(types.DeploymentCreated(origin=ORIGIN, public_key=self.server.key.public_key))
         self.rounds = self.releases = 0

@@ -134,7 +134,7 @@ def test_only_the_topics_asked_for_are_read_in_the_order_of_each_key(log: EventL
         records = list(read_all(log, wanted))
         for topic in wanted:
             assert [r.data for r in records if r.topic == topic] == [
-                samples.signed(p, 0).data for p in expected if p.topic == topic
+                samples.signed(p, number=0).data for p in expected if p.topic == topic
             ]
         assert len(records) == len(expected)
 
