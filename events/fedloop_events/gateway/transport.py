@@ -9,6 +9,7 @@ import logging
 import os
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,13 +53,19 @@ class _Problem(Struct, frozen=True):
 
 
 class _Handle:
-    """One process's connections. A forked child must not touch its parent's, not even to close them."""
+    """One process's connections, closed with it. A forked child must not touch its parent's, not even to close them."""
 
     def __init__(self, client: httpx.Client) -> None:
         self.pid, self.client = os.getpid(), client
+        weakref.finalize(self, _close, client, self.pid)
 
 
 _inherited: list[_Handle] = []
+
+
+def _close(client: httpx.Client, pid: int) -> None:
+    if pid == os.getpid():
+        client.close()
 
 
 class Transport:
@@ -142,8 +149,7 @@ class Transport:
 
     def close(self) -> None:
         self._closed = True
-        if self._handle.pid == os.getpid():
-            self._handle.client.close()
+        _close(self._handle.client, self._handle.pid)
 
     @contextmanager
     def _attempt(

@@ -27,7 +27,7 @@ from fedloop_server.gateway.ring import Entry, Ring
 from fedloop_server.gateway.visibility import EVERYONE, Visibility, visible
 
 SYNC_TIMEOUT_S: Final = 5.0
-_TAIL_WAIT_S: Final = 1.0
+_TAIL_WAIT_S: Final = 0.5
 _TAIL_BATCH: Final = 1_000
 _TELLING: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 """What says who may speak, and who sees what."""
@@ -54,7 +54,7 @@ class Feed:
         """The event that created the deployment."""
         self.away: str = "not started"
         """Why the log cannot be followed now; "" if it can."""
-        self._log, self._limits = log, limits
+        self._log, self._limits, self._prepared = log, limits, False
         self._ring = Ring(START, limits.ring_events, limits.ring_bytes)
         self._waiting: defaultdict[str | None, set[asyncio.Event]] = defaultdict(set)
         self._moved: set[asyncio.Event] = set()
@@ -65,7 +65,7 @@ class Feed:
 
     def prepare(self) -> None:
         """Read who may speak, and who sees what. Raises `UsageError` if the log belongs to no deployment; what the log raises."""
-        if self.created is not None:
+        if self._prepared:
             return
         end = self._log.end()
         for record in read_all(self._log, _TELLING):
@@ -73,6 +73,7 @@ class Feed:
         if self.created is None:
             raise UsageError("the log belongs to no deployment", hint="the server creates one: fedloop server init")
         self._ring = Ring(end, self._limits.ring_events, self._limits.ring_bytes)
+        self._prepared = True
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.away = ""
