@@ -60,6 +60,7 @@ def serve(
         evaluate=Evaluator(deployment.folder, spec, model_dir),
         on_event=news,
         plan=deployment.plan_file,
+        snapshots=deployment.folder,
     )
     with _exposed(server, log, metrics):
         return server.run(stop, rounds, until_idle=until_idle)

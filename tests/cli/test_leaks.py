@@ -32,14 +32,14 @@ def test_short_values_count_as_whole_words_in_text_alone() -> None:
 
 
 def test_every_file_and_every_event_is_searched(deployment: Path) -> None:
-    log = locations.open_log(deployment)
+    log, blobs = locations.open_log(deployment), locations.open_blobs(deployment / "blobs")
     needles = leaks.Needles(PLANTED, ())
-    assert leaks.search(deployment, log, needles) == {}
+    assert leaks.search(deployment, log, blobs, needles) == {}
     (deployment / "server" / "note").write_bytes(b"x" * 5 + b" 10115")
     blob = next(path for path in (deployment / "blobs").rglob("*") if path.is_file())
     blob.chmod(0o600)
     blob.write_bytes(blob.read_bytes() + b"DE89370400440532013000")
-    assert set(leaks.search(deployment, log, needles)) == {("POSTCODE", "10115"), ("IBAN_CODE", "DE89370400440532013000")}
+    assert set(leaks.search(deployment, log, blobs, needles)) == {("POSTCODE", "10115"), ("IBAN_CODE", "DE89370400440532013000")}
 
 
 def test_messages_are_spread_unevenly_and_none_is_lost_or_doubled() -> None:

@@ -42,7 +42,7 @@ def demo(
     given = users.invented(clients, seed) if data is None or test is None else users.from_files(data, test, clients, seed)
     for what, count in given.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")
-    scene = play.Scene(play.folder_for(directory), chosen, given)
+    scene = play.Scene(play.stage(directory, *options.given()), chosen, given)
     with live.view(scene) as refresh:
         refresh()
         play.play(scene, refresh)

@@ -34,7 +34,8 @@ WAIT_TIMEOUT_S: Final = 300.0
 class Terms(Struct, frozen=True):
     """Who this device is."""
 
-    deployment: str
+    log: str
+    blobs: str | None
     store: str
     client_id: str
     epsilon: float | None
@@ -61,8 +62,9 @@ def main(terms: Terms, channel: socket.socket, masker: Masker) -> None:
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(
-        terms.deployment,
+        terms.log,
         terms.store,
+        blobs=terms.blobs,
         client_id=terms.client_id,
         epsilon=terms.epsilon,
         delta=terms.delta,

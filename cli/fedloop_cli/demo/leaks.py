@@ -1,4 +1,5 @@
-"""Whether a planted personal value stands anywhere it must not: every byte of every file of the deployment is searched.
+"""Whether a planted personal value stands anywhere it must not: every byte of every file of the deployment is searched, and every
+event and every blob, wherever they are.
 
 In text (the log, its write-ahead file, whatever was printed, the server's files) every value of four bytes or more is looked for,
 and each word of a person's name by itself. In binary files (blobs, the devices' encrypted stores) values of eight bytes or more,
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from fedloop_events import locations
+from fedloop_events.blobs import BlobStore
 from fedloop_events.log import EventLog, read_all
+from fedloop_events.types import BlobRef
 
 SHORTEST: Final = 4
 SHORTEST_IN_BINARY: Final = 8
@@ -61,20 +65,31 @@ class Needles:
         return found
 
 
-def search(directory: Path, log: EventLog, needles: Needles) -> dict[Value, str]:
-    """The planted values that stand in any file below `directory`, or in any event, and in which file first."""
+def search(directory: Path, log: EventLog, blobs: BlobStore, needles: Needles) -> dict[Value, str]:
+    """The planted values that stand in any file below `directory`, in any blob or any event, and in which one first."""
     found: dict[Value, str] = {}
+    inside = _below(directory, blobs)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         parts = path.relative_to(directory).parts
-        binary = parts[0] == "blobs" or path.name.startswith("store.db")
+        binary = (inside is not None and path.is_relative_to(inside)) or path.name.startswith("store.db")
         for block in _blocks(path):
             for value in needles.found_in(block, binary=binary):
                 found.setdefault(value, "/".join(parts))
+    for name in blobs.all() if inside is None else ():
+        for value in needles.found_in(blobs.get(BlobRef(name, blobs.size_bytes(name) or 0)), binary=True):
+            found.setdefault(value, f"blob {name}")
     for record in read_all(log):
-        # Again, event by event: a long one lies in pieces in the file.
-        for value in needles.found_in(record.data, binary=False):
+        # Event by event, for a long one lies in pieces in a file, and elsewhere there is none.
+        said = "\n".join([record.key, record.id, record.source, record.type, record.signature])
+        for value in needles.found_in(b"%b\n%b" % (said.encode(errors="replace"), record.data), binary=False):
             found.setdefault(value, f"event {record.id}")
     return found
+
+
+def _below(directory: Path, blobs: BlobStore) -> Path | None:
+    """The folder of the blobs, if it is below `directory`."""
+    folder = None if locations.is_url(blobs.url) else Path(blobs.url)
+    return folder if folder is not None and folder.is_relative_to(directory) else None
 
 
 def by_type(values: Iterable[Value]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,9 +45,9 @@ class Options(Struct, frozen=True):
 class Scene:
     """Everything a view shows: it is changed by the course of the demo, and read by the view."""
 
-    def __init__(self, directory: Path, options: Options, given: users.Users) -> None:
-        self.directory, self.options, self.users = directory, options, given
-        self.where = Where(directory, locations.locate(directory))
+    def __init__(self, where: Where, options: Options, given: users.Users) -> None:
+        assert where.directory is not None
+        self.where, self.directory, self.options, self.users = where, where.directory, options, given
         self.began = time.monotonic()
         self.doing = "making the deployment"
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
@@ -127,7 +128,8 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
             children.append(Child("server", nursery, "server", str(scene.directory), printed))
             for name in scene.devices:
                 store = scene.directory / "devices" / name
-                terms = device.Terms(str(scene.directory), str(store), name, scene.options.epsilon, DELTA)
+                place = scene.where.place
+                terms = device.Terms(place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA)
                 hear = partial(_hear, scene, name)
                 children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, hear))
             yield children
@@ -205,8 +207,21 @@ def _tell(scene: Scene, request_id: str) -> None:
         scene.say(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
 
 
-def folder_for(chosen: Path | None) -> Path:
-    """The folder of the run: the one that was chosen, which must be empty, or a new temporary one."""
+def stage(directory: Path | None, log: str | None, blobs: str | None) -> Where:
+    """Where the run takes place: in the folder that was chosen, which must be empty, or a new temporary one. A log elsewhere that
+    is not named gets a name of its own, for every run is a new deployment. Raises `UsageError`.
+    """
+    if log is not None and locations.scheme_of(log) == "kafka":
+        before, mark, query = log.partition("?")
+        if not before.partition("://")[2].partition("/")[2]:
+            log = f"{before.rstrip('/')}/fedloop-demo-{secrets.token_hex(4)}{mark}{query}"
+    elif log is not None and locations.is_url(log):
+        raise UsageError("the demo has a server, which writes to the log itself", hint="--log kafka://HOST:PORT, or a folder")
+    folder = _folder(directory)
+    return Where(folder, locations.locate(folder, log, folder / locations.BLOB_FOLDER if blobs is None else blobs))
+
+
+def _folder(chosen: Path | None) -> Path:
     if chosen is None:
         return Path(tempfile.mkdtemp(prefix="fedloop-demo-"))
     try:

@@ -33,6 +33,7 @@ class Report(Struct):
     """Everything that the demo says at its end."""
 
     log: str
+    directory: str
     rounds: list[state.RoundSummary]
     baseline_accuracy: float | None
     final_accuracy: float | None
@@ -61,7 +62,7 @@ def report(scene: Scene) -> Report:
     log = state.open_log(where)
     followed = state.Followed(log)
     verified = verification.verify(where)
-    why += [f"log, offset {each.offset}: {each.what}" for each in verified.findings[:5]]
+    why += [f"log, offset {console.place(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
     identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
     ledger = state.open_ledger(log, followed.identities)
@@ -70,7 +71,8 @@ def report(scene: Scene) -> Report:
     current = followed.releases.current(state.MODEL)
     first = next(iter(followed.releases.releases.values()), None)
     made = Report(
-        str(scene.directory / locations.LOG_FILE),
+        where.place.log if locations.is_url(where.place.log) else str(Path(where.place.log) / locations.LOG_FILE),
+        str(scene.directory),
         [state.summarise(followed, each) for each in followed.rounds.rounds.values()],
         first.evaluation.accuracy if first is not None and first.evaluation is not None else None,
         current.evaluation.accuracy if current is not None and current.evaluation is not None else None,
@@ -129,7 +131,8 @@ def as_text(report: Report) -> str:
     """The same for a person."""
     parts = [_rounds(report), _clients(report), _masking(report), _checks(report)]
     accuracy = f"accuracy {_figure(report.baseline_accuracy)} before, {_figure(report.final_accuracy)} after"
-    parts.append(f"{accuracy}; {report.seconds:.0f} s; everything is in {Path(report.log).parent}")
+    log = f", the log {report.log}" if locations.is_url(report.log) else ""
+    parts.append(f"{accuracy}; {report.seconds:.0f} s; everything is in {report.directory}{log}")
     return "\n\n".join(parts)
 
 
@@ -218,7 +221,7 @@ def _rebuilt(where: Where, log: EventLog, followed: state.Followed) -> tuple[boo
 
 
 def _leaks(scene: Scene, log: EventLog) -> dict[leaks.Value, str]:
-    return leaks.search(scene.directory, log, _needles(scene)) if scene.users.planted else {}
+    return leaks.search(scene.directory, log, state.open_blobs(scene.where), _needles(scene)) if scene.users.planted else {}
 
 
 def _needles(scene: Scene) -> leaks.Needles:
