@@ -32,7 +32,7 @@ from confluent_kafka.admin import (
 from msgspec import Struct
 
 from fedloop_events import topics
-from fedloop_events.errors import UsageError
+from fedloop_events.errors import LogError, PolicyError, UsageError
 from fedloop_events.files import write_private
 from fedloop_events.kafka.admin import Admin, translated
 from fedloop_events.kafka.settings import Settings, read_properties
@@ -156,6 +156,7 @@ def grant(settings: Settings, users: Sequence[User], folder: Path, timeout_s: fl
         raise UsageError(
             f"user {min(twice) if twice else own} would get a second role", hint="give each user one name and one role"
         )
+    _check_authority(admin, timeout_s)
     present = {user: _present(admin, user, timeout_s) for user in users}
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return [_grant(admin, settings, user, folder, present[user], timeout_s) for user in users]
@@ -183,8 +184,29 @@ def _grant(admin: AdminClient, settings: Settings, user: User, folder: Path, pre
     return Granted(user, path, not present, added, removed)
 
 
+def _check_authority(admin: AdminClient, timeout_s: float) -> None:
+    """Before anything is asked that may be refused: librdkafka 2.12 corrupts its memory when a question for SCRAM users is."""
+    cluster = _result(admin.describe_cluster(include_authorized_operations=True, request_timeout=timeout_s), timeout_s)
+    if not {AclOperation.ALTER, AclOperation.DESCRIBE} <= set(cluster.authorized_operations or ()):
+        raise PolicyError("this user may not make users", hint="name an administrator's or operator's properties in --log")
+
+
 def _set_entries(admin: AdminClient, user: User, prefix: str, timeout_s: float) -> tuple[int, int]:
-    wanted = entries(user, prefix)
+    wanted, there = entries(user, prefix), _entries(admin, user, prefix, timeout_s)
+    filters = [_exactly(each) for each in there - wanted]
+    for future in admin.delete_acls(filters, request_timeout=timeout_s).values() if filters else ():
+        _result(future, timeout_s)
+    missing = list(wanted - there)
+    for created in admin.create_acls(missing, request_timeout=timeout_s).values() if missing else ():
+        _result(created, timeout_s)
+    # A client that is refused the question is told of no entries, and of no error.
+    if _entries(admin, user, prefix, timeout_s) != wanted:
+        raise LogError(f"the rights of {user.name} are not what was asked for", hint="is somebody else changing them?")
+    return len(missing), len(filters)
+
+
+def _entries(admin: AdminClient, user: User, prefix: str, timeout_s: float) -> set[AclBinding]:
+    """What the user is allowed on this log's topics and on the cluster; what an administrator denies stays as it is."""
     everything = AclBindingFilter(
         ResourceType.ANY,
         None,
@@ -194,15 +216,8 @@ def _set_entries(admin: AdminClient, user: User, prefix: str, timeout_s: float) 
         AclOperation.ANY,
         AclPermissionType.ALLOW,
     )
-    there = set(_result(admin.describe_acls(everything, request_timeout=timeout_s), timeout_s))
-    surplus = {each for each in there - wanted if each.name == _CLUSTER or each.name.startswith(f"{prefix}.")}
-    filters = [_exactly(each) for each in surplus]
-    for future in admin.delete_acls(filters, request_timeout=timeout_s).values() if filters else ():
-        _result(future, timeout_s)
-    missing = list(wanted - there)
-    for future in admin.create_acls(missing, request_timeout=timeout_s).values() if missing else ():
-        _result(future, timeout_s)
-    return len(missing), len(surplus)
+    found = _result(admin.describe_acls(everything, request_timeout=timeout_s), timeout_s)
+    return {each for each in found if each.name == _CLUSTER or each.name.startswith(f"{prefix}.")}
 
 
 def _present(admin: AdminClient, user: User, timeout_s: float) -> bool:
