@@ -41,7 +41,7 @@ OPENERS: dict[str, Callable[[str], EventLog]] = {
 }
 
 
-@pytest.fixture(params=list(OPENERS))
+@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     if request.param == "kafka":
         return Opener("kafka", request.getfixturevalue("kafka_url"))

@@ -83,7 +83,7 @@ class Admin:
         self.client = AdminClient({**settings.client(), "error_cb": self._trouble})
 
     def create(self, timeout_s: float) -> None:
-        """Make the topics that are missing."""
+        """Make the topics that are missing, and wait until the brokers know them."""
         missing = sorted(set(topics.DECLARED) - self.describe(topics.ALL, timeout_s).keys())
         if not missing:
             return
@@ -103,6 +103,11 @@ class Admin:
             error = _error(future)
             if error is not None and error.code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                 raise translated(error, topic, "create")
+        deadline = time.monotonic() + timeout_s
+        while set(topics.DECLARED) - self.describe(topics.ALL, timeout_s).keys():
+            if time.monotonic() > deadline:
+                raise UnreachableError(f"the brokers do not show the topics of {self._settings.prefix}, which they have made")
+            time.sleep(_PAUSE_S)
 
     def check(self, timeout_s: float) -> None:
         """Raise `LogError` that names each difference unless the topics are as `topics.py` declares them.
@@ -164,8 +169,18 @@ class Admin:
                     failed.cause = self._trouble.last or failed.cause
                     raise failed
             if wanted:
+                self._refuse_hidden({topic for topic, _ in wanted}, left_s)
                 time.sleep(_PAUSE_S)  # a partition's leader is being chosen
         return ends
+
+    def _refuse_hidden(self, names: Collection[str], timeout_s: float) -> None:
+        """librdkafka finds "no leader" of a topic that this user may not see: there is none to wait for."""
+        asked = self.client.describe_topics(TopicCollection(list(names)), request_timeout=timeout_s)
+        self._settled(asked.values(), timeout_s)
+        for name, future in asked.items():
+            error = _error(future)
+            if error is not None and error.code() in _NOT_ALLOWED:
+                raise translated(error, name, "read")
 
     def _other_settings(self, found: Mapping[str, list[int]], timeout_s: float) -> list[str]:
         resources = {name: ConfigResource(ResourceType.TOPIC, self._settings.topic(name)) for name in found}

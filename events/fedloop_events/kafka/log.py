@@ -53,6 +53,8 @@ class _Handle:
         self.producer: Producer | None = None
         self.trouble = Trouble()
         self.cursors: list[Cursor] = []
+        self.written: dict[Place, int] = {}
+        """Up to where each partition is known to hold what was appended here."""
         self._admin: Admin | None = None
 
     @property
@@ -141,9 +143,15 @@ class KafkaLog:
         failed = threading.Event()
         try:
             for index, (topic, key, value, headers) in enumerate(messages):
-                self._produce(producer, topic, key, value, headers, partial(_settle, outcomes, index, failed), deadline)
+                self._produce(
+                    producer, topic, key, value, headers, partial(_settle, handle.written, outcomes, index, failed), deadline
+                )
             while producer.flush(_PAUSE_S) and not failed.is_set() and time.monotonic() < deadline:
                 handle.trouble.check()
+        except KafkaException as error:  # the producer has failed for good: a user who may write nothing gets no number for one
+            if error.args[0].code() in _PERMANENT:
+                _abandon(handle)
+                raise self._refused(error.args[0], messages[0]) from None
         except BaseException:
             _abandon(handle)
             raise
@@ -229,7 +237,7 @@ class KafkaLog:
         if surplus is not None:
             surplus.close()
         if cursor is None:
-            cursor = Cursor(self.settings, admin, names, self._timeout_s)
+            cursor = Cursor(self.settings, admin, handle.written, names, self._timeout_s)
         try:
             yield cursor
         except BaseException:
@@ -251,10 +259,17 @@ class KafkaLog:
 
 
 def _settle(
-    outcomes: list[KafkaError | bool | None], index: int, failed: threading.Event, error: KafkaError | None, message: Message
+    written: dict[Place, int],
+    outcomes: list[KafkaError | bool | None],
+    index: int,
+    failed: threading.Event,
+    error: KafkaError | None,
+    message: Message,
 ) -> None:
     outcomes[index] = error
-    if error is not None:
+    if error is None:
+        written[message.topic(), message.partition()] = message.offset() + 1
+    else:
         failed.set()
 
 

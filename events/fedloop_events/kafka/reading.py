@@ -21,7 +21,7 @@ from fedloop_events import topics
 from fedloop_events.envelope import Record
 from fedloop_events.errors import UnreachableError
 from fedloop_events.kafka import codec
-from fedloop_events.kafka.admin import Admin, Trouble, translated
+from fedloop_events.kafka.admin import Admin, Place, Trouble, translated
 from fedloop_events.kafka.settings import Settings
 from fedloop_events.log import Batch, Position
 
@@ -29,6 +29,7 @@ REMEMBERED: Final = 100_000
 """A cursor knows at least so many of the events that it read last, and drops one that comes again."""
 _FETCHED_AT_ONCE: Final = 1000
 _MOST_BUFFERED: Final = 50_000
+_HIDDEN_PAUSE_S: Final = 0.02
 _PAUSE_S: Final = 0.2
 """A wait inside librdkafka lasts no longer, so that Ctrl-C is heard."""
 _HARMLESS: Final = frozenset(
@@ -45,7 +46,6 @@ _HARMLESS: Final = frozenset(
 )
 _logger = logging.getLogger(__name__)
 _clock = attrgetter("appended_ms")
-_Place = tuple[str, int]
 
 
 class _Partition:
@@ -53,7 +53,7 @@ class _Partition:
 
     __slots__ = ("buffer", "clock_ms", "fetched", "horizon", "place", "stream", "topic")
 
-    def __init__(self, topic: str, place: _Place) -> None:
+    def __init__(self, topic: str, place: Place) -> None:
         self.topic, self.place, self.stream = topic, place, f"{place[0]}-{place[1]}"
         self.start(0)
 
@@ -70,13 +70,15 @@ class _Partition:
 class Cursor:
     """Reads `wanted` topics from any position. Used by one thread at a time.
 
-    Raises UnreachableError when brokers stay away for `timeout_s`, NotAllowedError without the right to read, `LogError` for
-    events that are gone.
+    `written` says up to where the caller has appended, which it is sure to read. Raises UnreachableError when brokers stay away
+    for `timeout_s`, NotAllowedError without the right to read, `LogError` for events that are gone.
     """
 
-    def __init__(self, settings: Settings, admin: Admin, wanted: Collection[str], timeout_s: float) -> None:
+    def __init__(
+        self, settings: Settings, admin: Admin, written: Mapping[Place, int], wanted: Collection[str], timeout_s: float
+    ) -> None:
         self.topics = tuple(name for name in topics.ALL if name in wanted)
-        self._settings, self._admin, self._timeout_s = settings, admin, timeout_s
+        self._admin, self._written, self._timeout_s = admin, written, timeout_s
         self._trouble = Trouble()
         self._partitions = {
             place: _Partition(name, place)
@@ -179,8 +181,24 @@ class Cursor:
             self._fetch(deadline, behind)
 
     def _look_ahead(self) -> None:
-        """Set the horizon to the ends of all partitions now."""
-        for place, end in self._admin.ends(self._partitions, self._timeout_s).items():
+        """Set the horizon to the ends of all partitions now.
+
+        What was acknowledged lies beyond the end while another producer's transaction is open before it.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            ends = self._admin.ends(self._partitions, self._timeout_s)
+            hidden = [place for place, end in ends.items() if end < self._written.get(place, 0)]
+            if not hidden:
+                break
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"partition {hidden[0][0]}-{hidden[0][1]} does not show what it has acknowledged",
+                    cause="another producer holds a transaction open",
+                    hint="find its transactional.id with kafka-transactions.sh, and deny it the right to have one",
+                )
+            time.sleep(_HIDDEN_PAUSE_S)
+        for place, end in ends.items():
             self._partitions[place].horizon = end
 
     def _fetch(self, deadline: float, behind: list[_Partition]) -> None:
