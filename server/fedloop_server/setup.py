@@ -38,7 +38,8 @@ CONFIG_FILE: Final = "server.toml"
 INTENT_FILE: Final = "deployment.json"
 PLAN_FILE: Final = "plan.json"
 MODEL: Final = "default"
-_LOG_FILES: Final = tuple(locations.LOG_FILE + end for end in ("", "-wal", "-shm", "-journal"))
+_FIRST_FILES: Final = (locations.PLACE_FILE, *(locations.LOG_FILE + end for end in ("", "-wal", "-shm", "-journal")))
+"""What a run writes before the intent."""
 
 
 class Deployment(Struct, frozen=True):
@@ -210,7 +211,8 @@ def _check_empty(root: Path) -> None:
         within = [path.name for path in (root / SERVER_FOLDER).iterdir()] if SERVER_FOLDER in found else []
     except OSError as error:
         raise UsageError(f"{root} is no folder that can be read", cause=error.strerror or "") from None
-    if found - {SERVER_FOLDER, *_LOG_FILES} or not all(name.startswith(f".{INTENT_FILE}.") for name in within):
+    others = {name for name in found - {SERVER_FOLDER, *_FIRST_FILES} if not name.startswith(f".{locations.PLACE_FILE}.")}
+    if others or not all(name.startswith(f".{INTENT_FILE}.") for name in within):
         raise UsageError(f"{root} is not empty and holds no deployment", hint="choose a folder that is empty or does not exist")
 
 

@@ -14,6 +14,7 @@ from fedloop_events.blobs import BlobStore
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.identities import Identities
+from fedloop_events.locations import Place
 from fedloop_events.log import read_all
 from fedloop_events.projections import Reader
 from fedloop_events.sqlite import SqliteLog
@@ -63,10 +64,16 @@ def test_made_again_it_stays_as_it_is_and_keeps_what_the_operator_changed(tmp_pa
     assert len(list(read_all(second.log))) == 4
 
 
-@pytest.mark.parametrize("calls", range(1, 11))
-def test_killed_at_any_step_it_is_made_whole_the_second_time(tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+STEPS = {False: 16, True: 18}
+
+
+@pytest.mark.parametrize(("elsewhere", "calls"), [(each, calls + 1) for each, most in STEPS.items() for calls in range(most)])
+def test_killed_at_any_step_it_is_made_whole_the_second_time(
+    tmp_path: Path, elsewhere: bool, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The steps: each file that appears (before and after), the blob, the events."""
     left = calls
+    place = Place(str(tmp_path / "log"), str(tmp_path / "blobs")) if elsewhere else None
 
     def dying(function: object) -> object:
         def call(*args: object, **kwargs: object) -> object:
@@ -87,9 +94,34 @@ def test_killed_at_any_step_it_is_made_whole_the_second_time(tmp_path: Path, cal
         patched.setattr(BlobStore, "put", dying(BlobStore.put))
         patched.setattr(SqliteLog, "append", dying(SqliteLog.append))
         with pytest.raises(Killed):
-            create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG)
-    create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG)
+            create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, place)
+    create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, place)
     check_whole(tmp_path / "d")
+    assert (tmp_path / "d" / "log.sqlite").exists() != elsewhere
+
+
+def test_on_kafka_it_is_made_once_and_its_folder_remembers_where(tmp_path: Path, kafka_url: str) -> None:
+    place = Place(kafka_url, str(tmp_path / "d" / "blobs"))
+    for _ in range(2):
+        create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, place).log.close()
+        check_whole(tmp_path / "d")
+    with pytest.raises(UsageError, match="another folder"):
+        create_deployment(tmp_path / "e", SPEC, initial_arrays(), CONFIG, Place(kafka_url, str(tmp_path / "e" / "blobs")))
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_log_has_one_deployment_and_a_deployment_one_log(tmp_path: Path) -> None:
+    logs = [Place(str(tmp_path / name), str(tmp_path / "blobs")) for name in ("log", "other")]
+    create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, logs[0]).log.close()
+    with pytest.raises(UsageError, match="holds a deployment already"):
+        create_deployment(tmp_path / "e", SPEC, initial_arrays(), CONFIG, logs[0])
+    with pytest.raises(UsageError, match="are elsewhere"):
+        create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, logs[1])
+    create_deployment(tmp_path / "f", SPEC, initial_arrays(), CONFIG, replace(logs[1], log=str(tmp_path / "third"))).log.close()
+    with pytest.raises(UsageError, match="is not the one of the deployment"):
+        open_deployment(tmp_path / "d", replace(logs[1], log=str(tmp_path / "third")))
+    with pytest.raises(UsageError, match="nothing says where the blobs"):
+        create_deployment(tmp_path / "g", SPEC, initial_arrays(), CONFIG, Place("kafka://127.0.0.1:1/x", None))
 
 
 def test_it_is_not_made_over_something_else(tmp_path: Path) -> None:
