@@ -52,11 +52,12 @@ Urls = Mapping[str, str]
 
 @pytest.fixture(scope="module")
 def urls(secure_kafka: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Urls:
-    """The log's location for one user of each role, made by the command, and for the administrator."""
+    """The log's location for one user of each role, made by the command, and for the administrator. Each topic has an event."""
     folder = tmp_path_factory.mktemp("users")
     admin = f"kafka://{secure_kafka.bootstrap}/{PREFIX}?config={secure_kafka.properties()}"
     users = [each for role in ROLES for each in ("--create-user", f"{role}:{PREFIX}-{role}")]
     assert run(["init", "kafka", "--log", admin, "--into", str(folder), *users]) == 0
+    KafkaLog(admin).append([event(topic) for topic in topics.ALL])
     named = {role: folder / f"{PREFIX}-{role}.properties" for role in ROLES}
     return {role: f"kafka://{secure_kafka.bootstrap}/{PREFIX}?config={path}" for role, path in named.items()} | {"admin": admin}
 
