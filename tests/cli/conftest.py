@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from fedloop_events import types
+from fedloop_events.locations import Place
 from fedloop_events.tensors import Array
 from fedloop_server.config import ServerConfig
 from fedloop_server.setup import Deployment, create_deployment
@@ -62,10 +63,27 @@ def release_arrays(labels: int = 2, width: int = 3) -> dict[str, Array]:
     }
 
 
-def deploy(directory: Path) -> Deployment:
+def deploy(directory: Path, place: Place | None = None) -> Deployment:
     """A deployment without a real base model: its log can be read, and rounds can be asked for."""
     spec = types.ModelSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
-    return create_deployment(directory, spec, release_arrays(), ServerConfig())
+    return create_deployment(directory, spec, release_arrays(), ServerConfig(), place)
+
+
+@pytest.fixture(params=["folder", pytest.param("kafka", marks=pytest.mark.kafka)])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a deployment whose log is in it, or on Kafka."""
+    directory = tmp_path / "deployment"
+    on_kafka = request.param == "kafka"
+    place = Place(request.getfixturevalue("kafka_url"), str(directory / "blobs")) if on_kafka else None
+    deploy(directory, place).log.close()
+    return directory
+
+
+@pytest.fixture
+def deployment_on_kafka(kafka_url: str, tmp_path: Path) -> Path:
+    directory = tmp_path / "deployment"
+    deploy(directory, Place(kafka_url, str(directory / "blobs"))).log.close()
+    return directory
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ import apsw
 import pytest
 from fedloop_cli import requests, verification
 from fedloop_cli.options import Where
-from fedloop_events import locations, types
+from fedloop_cli.sequences import At, Sequences
+from fedloop_events import ids, locations, topics, types
 from fedloop_events.author import Author
 from fedloop_events.identities import Identities
+from fedloop_events.log import EventLog, read_all
 from fedloop_events.projections import Reader, Snapshots
 from fedloop_events.signatures import SigningKey
 from fedloop_events.views import RoundsView
@@ -20,8 +22,11 @@ from fedloop_server.setup import open_deployment
 from .conftest import Fedloop
 
 
-def enrol(directory: Path, client_id: str) -> tuple[Author, str]:
-    log = locations.open_log(directory)
+def opened(directory: Path) -> EventLog:
+    return locations.open_log(locations.locate(directory).log)
+
+
+def enrol(log: EventLog, client_id: str) -> tuple[Author, str]:
     identities = Identities()
     Reader(log, identities).catch_up()
     author = Author(log, SigningKey.generate())
@@ -40,17 +45,26 @@ def enrol(directory: Path, client_id: str) -> tuple[Author, str]:
     return author, identities.origin
 
 
-@pytest.fixture
-def busy(deployment: Path) -> Path:
+def fill(directory: Path) -> Path:
     """Two clients that were seen twice, and a request for rounds."""
+    deployment = open_deployment(directory)
     for name in ("one", "two"):
-        author, origin = enrol(deployment, name)
+        author, origin = enrol(deployment.log, name)
         for seq in (1, 2):
             author.say(types.ClientSeen(origin=origin, client_id=name, seq=seq, examples_at_least=4))
-    opened = open_deployment(deployment)
-    requests.request_rounds(opened.author, 2, "test")
-    opened.log.close()
-    return deployment
+    requests.request_rounds(deployment.author, 2, "test")
+    deployment.log.close()
+    return directory
+
+
+@pytest.fixture
+def busy(deployment: Path) -> Path:
+    return fill(deployment)
+
+
+@pytest.fixture
+def busy_anywhere(anywhere: Path) -> Path:
+    return fill(anywhere)
 
 
 def verify(directory: Path) -> verification.Report:
@@ -69,8 +83,8 @@ def change(directory: Path, *statements: str) -> None:
     connection.close()
 
 
-def test_a_sound_log_is_verified_and_says_what_was_not_seen(fedloop: Fedloop, busy: Path) -> None:
-    ended = fedloop("log", "verify", busy, "--json")
+def test_a_sound_log_is_verified_and_says_what_was_not_seen(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    ended = fedloop("log", "verify", busy_anywhere, "--json")
     assert ended.status == 0
     found = ended.document
     assert (found["verified"], found["events"], found["clients"], found["wrong"], found["blobs"]) == (True, 11, 2, 0, 1)
@@ -122,23 +136,69 @@ def test_a_check_that_fails_ends_with_1_and_names_the_offset(fedloop: Fedloop, b
     assert fedloop("log", "verify", busy, "--json").status == 1
 
 
-def test_an_event_by_a_key_that_is_not_its_authors_is_found(busy: Path) -> None:
-    log = locations.open_log(busy)
+def test_an_event_by_a_key_that_is_not_its_authors_is_found(busy_anywhere: Path) -> None:
+    log = opened(busy_anywhere)
     identities = Identities()
     Reader(log, identities).catch_up()
     stranger = Author(log, SigningKey.generate())
     stranger.say(types.ClientSeen(origin=identities.origin, client_id="one", seq=3, examples_at_least=1024))
-    report = verify(busy)
-    assert [finding.offset for finding in report.findings] == [12]
+    *_, said = read_all(log, (topics.CLIENTS,))
+    report = verify(busy_anywhere)
+    assert [(each.event_id, each.stream, each.offset) for each in report.findings] == [(said.id, said.stream, said.offset)]
 
 
-def test_a_sequence_number_that_is_used_again_is_found(busy: Path) -> None:
-    author, origin = enrol(busy, "three")
+def test_a_sequence_number_that_is_used_again_is_found(busy_anywhere: Path) -> None:
+    author, origin = enrol(opened(busy_anywhere), "three")
     for seq in (1, 1):
         author.say(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
-    assert [finding.what for finding in verify(busy).findings] == [
+    assert [finding.what for finding in verify(busy_anywhere).findings] == [
         "three used its sequence number 1 again, or events changed places"
     ]
+
+
+def test_an_event_that_is_missing_is_found_by_the_numbers_around_it(busy_anywhere: Path) -> None:
+    author, origin = enrol(opened(busy_anywhere), "three")
+    for seq in (1, 4):
+        author.say(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
+    assert [finding.what for finding in verify(busy_anywhere).findings] == ["2 events of three before this one are missing"]
+
+
+def test_what_retention_has_removed_is_not_called_missing() -> None:
+    wrong: list[str] = []
+    sequences = Sequences(lambda what, at: wrong.append(f"{at.offset}: {what}"))
+    sequences.begins_late(1000)
+    for offset, (seq, appended_ms) in enumerate([(3, 900), (6, 1100), (8, 1200)], 1):
+        sequences.take("one", seq, appended_ms, At("feedback-3", offset))
+    sequences.end()
+    assert wrong == ["3: 1 events of one before this one are missing"]
+
+
+def test_numbers_that_come_from_several_streams_need_not_come_in_order() -> None:
+    wrong: list[str] = []
+    sequences = Sequences(lambda what, at: wrong.append(what))
+    for stream, seq in (("clients-0", 0), ("clients-0", 3), ("audit-0", 2), ("updates-5", 1), ("audit-0", 4)):
+        sequences.take("one", seq, 1, At(stream, seq + 1))
+    sequences.end()
+    assert wrong == []
+    sequences.take("one", 3, 1, At("audit-0", 9))
+    assert wrong == ["one used its sequence number 3 again, or events changed places"]
+
+
+def test_two_authentic_events_under_one_id_are_counted_and_a_forged_one_is_wrong(
+    fedloop: Fedloop, deployment_on_kafka: Path
+) -> None:
+    deployment = open_deployment(deployment_on_kafka)
+    log, author = deployment.log, deployment.author
+    origin, identifier = requests._known(author).origin, ids.new_id()
+    one, other = (types.RoundRequested(origin=origin, run_id="main", request_id="q-1", reason=each) for each in ("one", "other"))
+    for event in (author.event(one, id=identifier), author.event(other, id=identifier)):
+        log.append([event])
+    found = fedloop("log", "verify", deployment_on_kafka, "--json").document
+    assert (found["verified"], found["rivals"], found["events"]) == (True, 1, 6)
+    log.append([Author(log, SigningKey.generate()).event(other, id=identifier)])
+    ended = fedloop("log", "verify", deployment_on_kafka)
+    assert ended.status == 1
+    assert "WRONG  offset rounds-0:3:" in ended.out
 
 
 def damage(path: Path) -> None:
@@ -180,25 +240,34 @@ def test_a_damaged_database_is_found_and_not_believed(busy: Path) -> None:
     assert not report.verified
 
 
-def test_replay_counts_and_compares_with_snapshots(fedloop: Fedloop, busy: Path) -> None:
-    log = locations.open_log(busy)
-    reader = Reader(log, RoundsView(), identities=Identities(), snapshots=Snapshots(busy / "rounds.snapshot"))
+def test_replay_counts_and_compares_with_snapshots(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    log = opened(busy_anywhere)
+    reader = Reader(log, RoundsView(), identities=Identities(), snapshots=Snapshots(busy_anywhere / "rounds.snapshot"))
     reader.catch_up()
     reader.save()
-    ended = fedloop("log", "replay", busy, "--json")
+    ended = fedloop("log", "replay", busy_anywhere, "--json")
     assert ended.status == 0
     found = ended.document
     assert (found["events"], found["clients"], found["refused"]) == (11, 2, 0)
     assert (found["matching"], found["differing"]) == (["rounds.snapshot"], [])
-    Snapshots(busy / "rounds.snapshot").save(RoundsView.version, reader.position, RoundsView("other").to_state())
-    ended = fedloop("log", "replay", busy)
+    Snapshots(busy_anywhere / "rounds.snapshot").save(RoundsView.version, reader.position, RoundsView("other").to_state())
+    ended = fedloop("log", "replay", busy_anywhere)
     assert ended.status == 1
     assert "DIFFERS  rounds.snapshot" in ended.out
 
 
-def test_tail_shows_the_last_events_of_the_topics_that_are_asked_for(fedloop: Fedloop, busy: Path) -> None:
-    found = fedloop("log", "tail", busy, "-n", "2", "--topic", "clients", "--json").document["events"]
-    assert [(event["offset"], event["data"]["client_id"]) for event in found] == [(9, "two"), (10, "two")]
-    ended = fedloop("log", "tail", busy, "--topic", "nonsense")
+def test_tail_shows_the_last_events_of_all_topics_by_the_logs_clock(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    found = fedloop("log", "tail", busy_anywhere, "-n", "3", "--json").document["events"]
+    kinds = [event["type"].removeprefix("io.fedloop.") for event in found]
+    assert kinds == ["client.seen.v1", "client.seen.v1", "round.requested.v1"]
+    ended = fedloop("log", "tail", busy_anywhere, "-n", "1")
+    stream = found[-1]["stream"]
+    assert ended.out.split()[0] == ("11" if stream == "log" else "rounds-0:1")
+
+
+def test_tail_shows_the_last_events_of_the_topics_that_are_asked_for(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    found = fedloop("log", "tail", busy_anywhere, "-n", "2", "--topic", "clients", "--json").document["events"]
+    assert [(event["data"]["seq"], event["data"]["client_id"]) for event in found] == [(1, "two"), (2, "two")]
+    ended = fedloop("log", "tail", busy_anywhere, "--topic", "nonsense")
     assert ended.status == 2
     assert "the topics are clients" in ended.err
