@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import samples
 from fedloop_events import types
 from fedloop_events.blobs import BlobStore
@@ -11,7 +13,7 @@ from fedloop_events.types import AcceptedUpdate, BlobRef, Content, Exclusion
 SHA = "a" * 64
 SOME = BlobRef(SHA, 1)
 ORIGIN = samples.ORIGIN
-COMMON = {"origin": ORIGIN, "epoch": 1, "run_id": "main"}
+COMMON: dict[str, Any] = {"origin": ORIGIN, "epoch": 1, "run_id": "main"}
 
 
 def opened(*cohort: str, round_id: str = "r0001", base: BlobRef = SOME) -> types.RoundOpened:
@@ -68,7 +70,7 @@ def closed(*accepted: str, excluded: tuple[str, ...] = (), blob: BlobRef = SOME)
 
 
 def published(blob: BlobRef) -> tuple[types.ReleaseProposed, types.ReleasePublished]:
-    common = {"origin": ORIGIN, "model": "default", "epoch": 1, "release": "0001-x", "number": 1, "blob": blob}
+    common: dict[str, Any] = {"origin": ORIGIN, "model": "default", "epoch": 1, "release": "0001-x", "number": 1, "blob": blob}
     return types.ReleaseProposed(**common), types.ReleasePublished(**common)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import samples
 from fedloop_events import envelope, topics, types
+from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, NotAllowedError
 from fedloop_events.gateway import cloudevents
-from fedloop_events.log import read_all
+from fedloop_events.log import START, read_all
 from fedloop_events.types import BlobRef
 from fedloop_server.gateway import describing
 from fedloop_server.gateway.limits import Limits
@@ -135,15 +136,12 @@ def test_whoever_comes_from_far_back_or_in_small_steps_sees_the_same(tmp_path: P
         rounds.everything(served.log, served.blobs)
         first = kinds(served, "device-2")
         assert len(first) == 13
-        after, small = None, []
+        after, small = START, list[Record]()
         log = served.as_client("device-2")
-        while batch := (log.read(limit=2) if after is None else log.read(after=after, limit=2)):
-            if not batch.records:
-                break
+        while (batch := log.read(after=after, limit=2)).records:
             small += batch.records
             after = batch.position
         assert [(each.type, each.key) for each in small] == [(each.type, each.key) for each in read_all(log)]
-        assert after is not None
         assert served.log.end().offsets == after.offsets
 
 

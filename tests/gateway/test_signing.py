@@ -29,7 +29,7 @@ class Message:
         self.headers = headers
 
 
-class Keys(HTTPSignatureKeyResolver):  # type: ignore[misc]
+class Keys(HTTPSignatureKeyResolver):
     def resolve_public_key(self, key_id: str) -> Any:
         return samples.key(key_id)._private.public_key()
 
@@ -38,12 +38,8 @@ class Keys(HTTPSignatureKeyResolver):  # type: ignore[misc]
 
 
 def ours(**changes: Any) -> dict[str, str]:
-    given = {
-        "content_sha256": hashlib.sha256(BODY).digest(),
-        "client_id": "device-1",
-        "now_s": int(datetime.now(UTC).timestamp()),
-    }
-    return signing.sign(*PARTS, key=samples.key("device-1"), **(given | changes))
+    given: dict[str, Any] = {"content_sha256": hashlib.sha256(BODY).digest(), "now_s": int(datetime.now(UTC).timestamp())}
+    return signing.sign(*PARTS, client_id="device-1", key=samples.key("device-1"), **(given | changes))
 
 
 def test_another_implementation_verifies_what_is_signed_here() -> None:
@@ -79,9 +75,8 @@ def test_what_another_implementation_signs_is_taken_here() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_a_signature_covers_method_authority_path_and_query(part: int) -> None:
     headers = ours()
-    other = [*PARTS]
-    other[part] += "x"
-    claim = signing.parse(*other, headers)
+    method, authority, path, query = (each + "x" * (number == part) for number, each in enumerate(PARTS))
+    claim = signing.parse(method, authority, path, query, headers)
     with pytest.raises(SignatureError):
         signatures.verify_bytes(claim.base, claim.signature, samples.key("device-1").public_key)
 

@@ -18,7 +18,7 @@ from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import FedloopError, InvalidEventError, UsageError
 from fedloop_events.identities import Identities
-from fedloop_events.log import START, EventLog, Position, read_all
+from fedloop_events.log import START, Batch, EventLog, Position, read_all
 from msgspec import Struct
 
 from fedloop_server.gateway.limits import Limits
@@ -166,23 +166,29 @@ class Feed:
     async def _older(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int) -> Page:
         """A page from the log, after looking at some thousand events at most."""
         known = self._ring.position  # up to here it is known who may see what
+        found: list[Entry] = []
+        offsets, place, scanned = dict(after.offsets), after, 0
+        while scanned < self._limits.scan_events:
+            batch = await self._read_log(wanted, place, self._limits.scan_events - scanned)
+            if not batch.records:
+                return Page(_wires(found), _latest(after, known), more=False)
+            place, scanned = batch.position, scanned + len(batch.records)
+            for record in batch.records:
+                if not known.covers(record.stream, record.offset):
+                    continue  # the next read finds it in the ring
+                offsets[record.stream] = max(record.offset, offsets.get(record.stream, 0))
+                audience = EVERYONE if client_id is None else self.visibility.audience(record)
+                if client_id is None or visible(audience, client_id):
+                    found.append(Entry(record, audience))
+                    if len(found) == limit:
+                        return Page(_wires(found), Position(offsets), more=True)
+        return Page(_wires(found), Position(offsets), more=True)
+
+    async def _read_log(self, wanted: Collection[str], after: Position, limit: int) -> Batch:
         try:
-            batch = await asyncio.to_thread(self._log.read, wanted, after, limit=self._limits.scan_events)
+            return await asyncio.to_thread(self._log.read, wanted, after, limit=limit)
         except FedloopError:
             raise Problem("log-away", "the log cannot be read now", retry_after_s=1) from None
-        found: list[Entry] = []
-        offsets = dict(after.offsets)
-        for record in batch.records:
-            if not known.covers(record.stream, record.offset):
-                continue  # the next read finds it in the ring
-            offsets[record.stream] = max(record.offset, offsets.get(record.stream, 0))
-            audience = EVERYONE if client_id is None else self.visibility.audience(record)
-            if client_id is None or visible(audience, client_id):
-                found.append(Entry(record, audience))
-                if len(found) == limit:
-                    return Page(_wires(found), Position(offsets), more=True)
-        more = len(batch.records) == self._limits.scan_events
-        return Page(_wires(found), Position(offsets) if more else _latest(after, known), more)
 
     @asynccontextmanager
     async def _notified(self, client_id: str | None) -> AsyncIterator[asyncio.Event]:

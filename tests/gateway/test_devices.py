@@ -1,0 +1,211 @@
+"""Devices whose deployment is a gateway: everything but the location stays the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from clients.conftest import Deployment, DigitMasker
+from devices import OPEN_CONFIG, SPEC, evaluate, initial_arrays
+from fedloop_clients import Agent
+from fedloop_clients.enrolment import Identity
+from fedloop_clients.loop import RevokedError, Status
+from fedloop_events import types
+from fedloop_events.blobs import BlobStore
+from fedloop_events.envelope import decode
+from fedloop_events.errors import NotAllowedError, UnreachableError, UsageError
+from fedloop_events.locations import Place
+from fedloop_events.log import EventLog, read_all
+from fedloop_events.views import RoundsView
+from fedloop_server.server import Server
+from fedloop_server.setup import create_deployment
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from gateway.harness import Served
+
+CONFIG = msgspec.structs.replace(OPEN_CONFIG, min_examples=0)
+
+
+@contextmanager
+def gateway(log: EventLog, blobs: BlobStore, folder: Path) -> Iterator[Served]:
+    served = Served(log, blobs, folder)
+    served.start()
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(tmp_path / "deployment")
+    made.register()
+    made.release()
+    yield made
+    made.log.close()
+
+
+@pytest.fixture
+def served(deployment: Deployment, tmp_path: Path) -> Iterator[Served]:
+    with gateway(deployment.log, deployment.blobs, tmp_path) as served:
+        yield served
+
+
+def adding_one() -> ClientApp:
+    """Trains every tensor by adding one."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        before = message.content.array_records["arrays"]
+        arrays = ArrayRecord({name: Array(np.asarray(array.numpy() + 1, np.float32)) for name, array in before.items()})
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def settled(status: Status) -> bool:
+    return status.settled
+
+
+def test_feedback_is_published_masked_and_read_back(deployment: Deployment, served: Served, tmp_path: Path) -> None:
+    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker()) as agent:
+        response = agent.record("card 4711 is lost", "card-lost")
+        agent.feedback(response.response_id, comment="4711 again")
+        agent.run(until=settled)
+        assert agent.status().published == 1
+    (said,) = deployment.said(types.FeedbackRecorded)
+    assert said.text.text == "card <NUMBER_1> is lost"
+    with Agent.open(tmp_path / "store", masker=DigitMasker()) as again:
+        assert again.status().settled
+        assert again.identity.location == served.url
+
+
+def test_a_round_is_answered_paid_for_once_and_its_terms_are_kept(deployment: Deployment, served: Served, tmp_path: Path) -> None:
+    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", app=adding_one()) as agent:
+        instruction = deployment.ask("phone")
+        other = deployment.ask("another")
+        agent.run(until=lambda status: bool(status.answers))
+        status = agent.status()
+    (update,) = deployment.said(types.UpdateSubmitted)
+    (spent,) = deployment.said(types.BudgetSpent)
+    assert (update.instruction_id, spent.instruction_id, update.spend_seq) == (instruction, instruction, 0)
+    assert other != instruction
+    assert (status.answers, status.spends) == ({"submitted": 1}, 1)
+    assert deployment.blobs.exists(update.content.arrays["arrays"])
+
+
+def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
+    deployment: Deployment, served: Served, tmp_path: Path
+) -> None:
+    import shutil
+
+    store = tmp_path / "store"
+    Agent.enrol(served.url, store, client_id="phone", key_from="file").close()
+    shutil.copytree(store, tmp_path / "backup")
+    with Agent.open(store, app=adding_one()) as agent:
+        deployment.ask("phone")
+        agent.run(until=lambda status: bool(status.answers))
+    shutil.rmtree(store)
+    (tmp_path / "backup").rename(store)
+    with Agent.open(store, app=adding_one()) as agent:
+        deployment.ask("phone")
+        agent.run(until=lambda status: bool(status.answers))
+        assert agent.status().spends == 2
+    numbers = [payload.seq for record in read_all(deployment.log) if isinstance(payload := decode(record), types.ClientSaid)]
+    assert sorted(numbers) == list(range(len(numbers)))
+
+
+def test_a_name_that_is_taken_is_refused(deployment: Deployment, served: Served, tmp_path: Path) -> None:
+    Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
+    with pytest.raises(UsageError, match="another device is enrolled as phone"):
+        Agent.enrol(served.url, tmp_path / "other", client_id="phone", key_from="file")
+    assert len(deployment.said(types.ClientEnrolled)) == 1
+    Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
+
+
+def test_a_device_that_is_revoked_stops(deployment: Deployment, served: Served, tmp_path: Path) -> None:
+    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker()) as agent:
+        agent.run(until=settled)
+        deployment.server.say(
+            types.ClientRevoked(origin=deployment.said(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
+        )
+        with pytest.raises((RevokedError, NotAllowedError)):
+            agent.run()
+
+
+def test_an_older_store_which_knows_nothing_of_blobs_still_opens() -> None:
+    older = {
+        "client_id": "a",
+        "node_id": 1,
+        "origin": "o",
+        "location": "/deployment",
+        "server_key": "k",
+        "signing_key": b"0" * 32,
+        "epsilon": None,
+        "delta": 1e-5,
+    }
+    identity = msgspec.msgpack.decode(msgspec.msgpack.encode(older), type=Identity)
+    assert identity.blobs is None
+    assert identity.place == Place("/deployment", "/deployment/blobs")
+
+
+def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: Path) -> None:
+    with gateway(deployment.log, deployment.blobs, tmp_path) as served:
+        agent = Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker())
+    agent._log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    with agent:
+        agent.feedback(agent._capture.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
+        agent.run(until=lambda status: "does not answer" in status.problem)
+        with pytest.raises(UnreachableError):
+            agent._log.end()
+
+
+def _rounds(folder: Path, place: Place | None) -> None:
+    """Two rounds of three devices, whose server stands beside the log and who themselves stand behind the gateway."""
+    deployment = create_deployment(folder / "deployment", SPEC, initial_arrays(), CONFIG, place)
+    with gateway(deployment.log, deployment.blobs, folder) as served:
+        agents = [
+            Agent.enrol(served.url, folder / name, client_id=name, epsilon=None, key_from="file", app=adding_one())
+            for name in ("one", "two", "three")
+        ]
+        stop = threading.Event()
+        threads = [threading.Thread(target=agent.run, args=(stop,)) for agent in agents]
+        for thread in threads:
+            thread.start()
+        try:
+            server = Server(deployment.log, deployment.blobs, deployment.author, CONFIG, evaluate=evaluate)
+            origin = agents[0].identity.origin
+            deployment.author.say(types.RoundRequested(origin, "main", "q1", 2))
+            assert server.run(rounds=2) == 2
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+            for agent in agents:
+                agent.close()
+    rounds = RoundsView()
+    for record in read_all(deployment.log):
+        if (payload := decode(record)) is not None and payload.topic == "rounds":
+            rounds.apply(record, payload)
+    said = [payload for record in read_all(deployment.log) if (payload := decode(record)) is not None]
+    assert len([each for each in said if isinstance(each, types.UpdateSubmitted)]) == 6
+    assert len([each for each in said if isinstance(each, types.ReleaseProposed)]) == 3
+    deployment.log.close()
+
+
+@pytest.mark.slow
+def test_rounds_run_with_devices_behind_the_gateway(tmp_path: Path) -> None:
+    _rounds(tmp_path, None)
+
+
+@pytest.mark.slow
+def test_rounds_run_on_kafka_with_devices_behind_the_gateway(tmp_path: Path, kafka_url: str) -> None:
+    _rounds(tmp_path, Place(kafka_url, str(tmp_path / "blobs")))
