@@ -126,7 +126,7 @@ def _certify(kept: Path, folder: _Folder) -> None:
     authority: CA = make_ca(kept / "ca")
     folder.made += ["secrets/ca/ca.pem"] if new else []
     for name in ("kafka", "blobs"):
-        authority.issue(name, [name, "localhost"], kept / name)
+        authority.issue(name, [name, "localhost", "127.0.0.1"], kept / name)
     authority.issue("admin", [], kept / "operator")
     certificate = authority.certificate.read_text(encoding="ascii")
     for name in ("kafka", "blobs", "operator", *USERS):

@@ -182,10 +182,13 @@ def _participation(rounds: Sequence[RoundState]) -> Iterator[Metric]:
     counted = sum(len(each.participants) for each in rounds)
     yield CounterMetricFamily("fedloop_updates_counted", "Adapter updates that count, over all rounds.", counted)
     last = next((each for each in reversed(rounds) if each.state != "open"), None)
+    asked = GaugeMetricFamily("fedloop_last_round_cohort", "Clients that the last finished round asked.")
+    count = GaugeMetricFamily("fedloop_last_round_participants", "Clients whose updates count in it.")
     if last is not None:
-        cohort = len(last.opened.cohort) if last.opened is not None else 0
-        yield GaugeMetricFamily("fedloop_last_round_cohort", "Clients that the last finished round asked.", cohort)
-        yield GaugeMetricFamily("fedloop_last_round_participants", "Clients whose updates count in it.", len(last.participants))
+        asked.add_metric([], len(last.opened.cohort) if last.opened is not None else 0)
+        count.add_metric([], len(last.participants))
+    yield asked
+    yield count
     excluded = (_code(exclusion.reason) for each in rounds for exclusion in each.excluded.values())
     yield _total("fedloop_exclusions", "Times that a client did not count in a round, by why.", "reason", excluded)
     refused = (_code(update.reason) for each in rounds for update in list(each.refused.values()))
