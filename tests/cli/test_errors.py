@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from brokers import Cluster
+from fedloop_events.locations import Place
 
-from .conftest import Fedloop
+from .conftest import Fedloop, deploy
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,16 @@ from .conftest import Fedloop
         (["lag"], 2, "Did you mean 'log'?"),
         (["log", "verfy", "x"], 2, "Did you mean 'verify'?"),
         (["log", "verify"], 2, "missing argument 'DIR'"),
+        (["log", "tail", "a", "b"], 2, "unexpected extra argument 'b'"),
+        (["round", "show", "r0001"], 2, "missing argument 'DIR'"),
+        (["round", "show", "r0001", "--log", "/nowhere"], 2, "there is no deployment in /nowhere"),
+        (["release", "rebuild", "0001-0", "--log", "kafka://one:9092"], 2, "with --log, DIR can be left out"),
+        (["log", "tail", "--log", "kafka://nowhere"], 2, "for example kafka://127.0.0.1:9092"),
+        (["log", "tail", "--log", "kafka://one:9092/bank?config=nowhere"], 2, "cannot be read"),
+        (["log", "tail", "--log", "s3://bucket"], 2, "kafka://HOST:PORT"),
+        (["log", "tail", "--log", "http://one"], 2, "https://"),
+        (["agent", "enrol", "--store", "s", "--log", "kafka://127.0.0.1:9092/bank"], 2, "--blobs"),
+        (["demo", "--log", "https://one"], 2, "the demo has a server"),
         (["log", "verify", "/nowhere"], 2, "there is no log in /nowhere"),
         (["log", "tail", "/nowhere"], 2, "there is no deployment in /nowhere"),
         (["log", "tail", ".", "--lines", "-1"], 2, "invalid value for '--lines'"),
@@ -45,6 +59,47 @@ def test_a_wrong_call_says_what_and_ends_with_its_status_also_as_json(
     error = in_json.document["error"]
     assert error.keys() == {"message", "cause", "hint", "exit_status"}
     assert error["exit_status"] == status
+
+
+@pytest.mark.slow
+def test_brokers_that_do_not_answer_are_waited_for_so_long_and_no_longer(fedloop: Fedloop) -> None:
+    began = time.monotonic()
+    ended = fedloop("round", "list", "--log", "kafka://127.0.0.1:1/bank", timeout_s=60)
+    assert ended.status == 3
+    assert ended.err.startswith("error: the Kafka brokers cannot be reached\n")
+    assert 20 < time.monotonic() - began < 50
+
+
+def test_a_log_that_the_cluster_does_not_have_is_a_wrong_call(fedloop: Fedloop, kafka_url: str) -> None:
+    ended = fedloop("round", "list", "--log", kafka_url)
+    assert ended.status == 2
+    assert "hint: fedloop server init" in ended.err
+
+
+def test_what_the_users_role_does_not_allow_is_refused_with_status_4(
+    fedloop: Fedloop, secure_kafka: Cluster, tmp_path: Path
+) -> None:
+    prefix = f"cli-{secrets.token_hex(4)}"
+    admin = f"kafka://{secure_kafka.bootstrap}/{prefix}?config={secure_kafka.properties()}"
+    user = f"{prefix}-auditor"
+    made = fedloop("init", "kafka", "--log", admin, "--into", tmp_path, "--create-user", f"auditor:{user}")
+    assert made.status == 0, made.err
+    directory = tmp_path / "deployment"
+    deploy(directory, Place(admin, str(directory / "blobs"))).log.close()
+    auditor = f"kafka://{secure_kafka.bootstrap}/{prefix}?config={tmp_path / user}.properties"
+    assert fedloop("log", "verify", directory, "--log", auditor).status == 0
+    ended = fedloop("round", "start", directory, "--log", auditor, "--json")
+    assert ended.status == 4
+    assert f"may not write the topic {prefix}.rounds" in ended.document["error"]["message"]
+
+
+def test_the_environment_names_the_log_where_nothing_else_does(fedloop: Fedloop, deployment: Path, tmp_path: Path) -> None:
+    elsewhere = {"FEDLOOP_LOG": str(deployment)}
+    assert fedloop("log", "tail", env=elsewhere).status == 0
+    assert fedloop("log", "tail", "--log", tmp_path / "nowhere", env=elsewhere).status == 2
+    config = tmp_path / "fedloop.toml"
+    config.write_text(f'[log.tail]\nlog = "{deployment}"\n')
+    assert fedloop("log", "tail", "--config", config).status == 0
 
 
 def test_no_command_prints_the_help_on_standard_error(fedloop: Fedloop) -> None:

@@ -35,9 +35,14 @@ def enrol(
     json: options.Json = False,
 ) -> None:
     """Make this device a client of the deployment in DIR or at --log. Called again with the same terms it changes nothing."""
-    from fedloop_clients.agent import Agent
+    from fedloop_events.errors import UsageError
 
     place = where.place
+    if place.blobs is None:
+        raise UsageError("nothing says where the blobs are", hint="name their folder or URL with --blobs")
+
+    from fedloop_clients.agent import Agent
+
     with Agent.enrol(
         place.log,
         store,
