@@ -34,6 +34,7 @@ _FORMS: Final = {
 }
 """By scheme: the key that the query may have, which names a file, and the form in words. Each adapter checks the rest."""
 
+_GATEWAY: Final = ("https", "http")
 _EXTRAS: Final = {
     "kafka": ("confluent_kafka", "kafka"),
     "https": ("httpx", "gateway"),
@@ -61,17 +62,20 @@ def locate(directory: Path | None, log: str | Path | None = None, blobs: str | P
     """Where the deployment is that the folder `directory`, or the location of its log, names.
 
     A location that is given outweighs the folder's `deployment.toml`, which outweighs the folder itself; a folder given as `log`
-    is looked into in the same way. Files that a location names become absolute. Raises `UsageError` if neither is given, for a
-    location that is malformed or holds a secret, and if the folder holds a log of its own and `log` is another.
+    is looked into in the same way, and a gateway brings its own blobs. Files that a location names become absolute.
+
+    Raises `UsageError` if neither is given, for a location that is malformed or holds a secret, and if the folder holds a log of
+    its own and `log` is another.
     """
     given = None if log is None else str(log)
     home = directory if given is None else None if is_url(given) else Path(given)
     if home is None and given is None:
         raise UsageError("nothing says which deployment", hint="name its folder, or its log with --log")
-    if directory is not None and not _same(directory, home) and (directory / LOG_FILE).exists():
+    gateway = given is not None and scheme_of(given) in _GATEWAY
+    if directory is not None and not gateway and not _same(directory, home) and (directory / LOG_FILE).exists():
         raise UsageError(f"{directory} holds a log of its own, and another one is named", hint="name one of them")
     beside = home if home is not None else directory
-    stored = _read(beside) if beside is not None else _Stored()
+    stored = _read(beside) if beside is not None and not gateway else _Stored()
     found = given if home is None else stored.log or str(home)
     assert found is not None
     found = check_log(found)
@@ -156,7 +160,7 @@ def check_blobs(location: str) -> str:
         return location
     _check_text(location, "blob store")
     scheme = scheme_of(location)
-    if scheme in {"http", "https"}:
+    if scheme in _GATEWAY:
         return _with_absolute_file(location, scheme)
     if scheme == "kafka" or not re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
         raise UsageError(

@@ -34,6 +34,7 @@ def test_what_is_given_outweighs_the_folders_file_one_by_one(tmp_path: Path) -> 
     there = write(tmp_path / "there", f'log = "{KAFKA}"\nblobs = "s3://bucket/bank"\n')
     assert locate(there, "kafka://three:9093") == Place("kafka://three:9093", "s3://bucket/bank")
     assert locate(there, None, "/elsewhere") == Place(KAFKA, "/elsewhere")
+    assert locate(there, "https://gate") == Place("https://gate", "https://gate")
 
 
 def test_blobs_go_with_the_gateway_and_kafka_has_none(tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_a_folder_with_a_log_of_its_own_is_not_another_log_as_well(tmp_path: Pat
     assert locate(tmp_path, str(tmp_path)).log == str(tmp_path)
     with pytest.raises(UsageError, match="a log of its own"):
         locate(tmp_path, KAFKA)
+    assert locate(tmp_path, "https://gate").log == "https://gate"  # which may stand before it
 
 
 def test_files_that_a_location_names_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
