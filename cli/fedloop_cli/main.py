@@ -16,12 +16,13 @@ import typer
 from fedloop_events.errors import FedloopError, UsageError
 
 from fedloop_cli import console, options
-from fedloop_cli.commands import agent, audit, demo, gateway, init, log, release, rounds, server
+from fedloop_cli.commands import agent, audit, demo, doctor, gateway, init, log, release, rounds, server
 
 INTERRUPTED: Final = 130
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
 app.command(cls=options.Command)(demo.demo)
+app.command(cls=options.Command)(doctor.doctor)
 app.add_typer(init.app, name="init")
 app.add_typer(server.app, name="server")
 app.add_typer(agent.app, name="agent")

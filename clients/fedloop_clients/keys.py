@@ -12,13 +12,14 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import FedloopError
+from fedloop_events.files import write_private
 from msgspec import Struct
 
 KeySource = Literal["auto", "keyring", "file"]
 
 KEY_BYTES: Final = 32
 _SERVICE: Final = "fedloop"
-_NAME: Final = "store.key"
+KEY_FILE: Final = "store.key"
 
 
 class KeyUnavailableError(FedloopError):
@@ -38,7 +39,7 @@ def create(folder: Path, source: KeySource = "auto") -> bytes:
     "auto" takes the keyring where a usable one exists, else a file; "keyring" and "file" are never replaced by the other.
     Raises `KeyUnavailableError`.
     """
-    path = folder / _NAME
+    path = folder / KEY_FILE
     if path.exists():
         return load(folder)
     key = os.urandom(KEY_BYTES)
@@ -54,13 +55,13 @@ def create(folder: Path, source: KeySource = "auto") -> bytes:
                 f"the operating system's keyring cannot keep the key: {problem}",
                 hint="unlock or install a keyring, or keep the key in a file (key_from='file')",
             )
-    _write_private(path, msgspec.json.encode(locator))
+    write_private(path, msgspec.json.encode(locator))
     return key
 
 
 def load(folder: Path) -> bytes:
     """The key of the store in `folder`. Raises `KeyUnavailableError`; never makes a new one."""
-    path = folder / _NAME
+    path = folder / KEY_FILE
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise KeyUnavailableError(f"{path} can be read by other users", hint=f"chmod 600 {path}")
@@ -119,19 +120,3 @@ def _from_keyring(entry: str) -> str:
             f"the keyring has no entry {entry!r} of service {_SERVICE!r}", hint="run as the user who enrolled this device"
         )
     return secret
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Write a new 0600 file so that after a crash it is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{ids.new_id()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Self, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -32,7 +32,7 @@ from confluent_kafka.admin import (
 from msgspec import Struct
 
 from fedloop_events import topics
-from fedloop_events.errors import LogError, PolicyError, UsageError
+from fedloop_events.errors import LogError, NotAllowedError, PolicyError, UsageError
 from fedloop_events.files import write_private
 from fedloop_events.kafka.admin import Admin, translated
 from fedloop_events.kafka.settings import Settings, read_properties
@@ -160,6 +160,35 @@ def grant(settings: Settings, users: Sequence[User], folder: Path, timeout_s: fl
     present = {user: _present(admin, user, timeout_s) for user in users}
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return [_grant(admin, settings, user, folder, present[user], timeout_s) for user in users]
+
+
+def held(settings: Settings, timeout_s: float = 30.0) -> dict[str, frozenset[AclOperation]]:
+    """What the user of `settings` may do on each topic that it may see, as the brokers say. Raises as `grant` does."""
+    names = {settings.topic(topic): topic for topic in topics.ALL}
+    admin = Admin(settings).client
+    asked = admin.describe_topics(TopicCollection(list(names)), include_authorized_operations=True, request_timeout=timeout_s)
+    found = {}
+    for name, future in asked.items():
+        try:
+            found[names[name]] = frozenset(_result(future, timeout_s).authorized_operations or ())
+        except (NotAllowedError, LogError):  # hidden, or absent
+            continue
+    return found
+
+
+def role_of(held: Mapping[str, frozenset[AclOperation]]) -> str | None:
+    """The role whose rights are exactly those that are held."""
+    for role in ROLES:
+        if all(held.get(topic, frozenset()) == _implied(role, topic) for topic in topics.ALL):
+            return role
+    return None
+
+
+def _implied(role: str, topic: str) -> frozenset[AclOperation]:
+    operations = {each.value for each in ROLES[role].topics.get(topic, ())}
+    if operations & {AclOperation.READ, AclOperation.WRITE, AclOperation.ALTER}:
+        operations.add(AclOperation.DESCRIBE)
+    return frozenset(operations)
 
 
 def _grant(admin: AdminClient, settings: Settings, user: User, folder: Path, present: bool, timeout_s: float) -> Granted:
