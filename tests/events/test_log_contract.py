@@ -21,6 +21,7 @@ from fedloop_events.errors import InvalidEventError
 from fedloop_events.kafka import KafkaLog
 from fedloop_events.log import START, EventLog, Position, read_all
 from fedloop_events.sqlite import SqliteLog
+from gateway import contract
 
 Open = Callable[[], EventLog]
 
@@ -38,14 +39,21 @@ class Opener:
 OPENERS: dict[str, Callable[[str], EventLog]] = {
     "sqlite": lambda where: SqliteLog(Path(where) / "log.sqlite"),
     "kafka": lambda where: KafkaLog(where, create=True),
+    "gateway": contract.open_gateway,
 }
 
 
-@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
-def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
-    if request.param == "kafka":
-        return Opener("kafka", request.getfixturevalue("kafka_url"))
-    return Opener(request.param, str(tmp_path))
+@pytest.fixture(
+    params=["sqlite", "gateway", *(pytest.param(kind, marks=pytest.mark.kafka) for kind in ("kafka", "gateway before kafka"))]
+)
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    kind, _, behind = request.param.partition(" before ")
+    where = request.getfixturevalue("kafka_url") if "kafka" in request.param else str(tmp_path)
+    if kind != "gateway":
+        yield Opener(kind, where)
+        return
+    with contract.gateway(tmp_path, OPENERS[behind or "sqlite"](where)) as served:
+        yield Opener(kind, contract.where(served))
 
 
 @pytest.fixture

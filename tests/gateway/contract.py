@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -30,9 +30,11 @@ class ProvisionedLog(GatewayLog):
         return super().read(topics, after if after.offsets else self._begin, limit=limit, wait_s=wait_s)
 
 
-def gateway(folder: Path, log: EventLog | None = None) -> AbstractContextManager[Served]:
-    """A gateway over `log` (a file by default), for `open_gateway(where(served))` in any process while it lasts."""
-    return serving(folder, *CLIENTS, log=log)
+@contextmanager
+def gateway(folder: Path, log: EventLog) -> Iterator[Served]:
+    """A gateway over `log`, which is then closed; for `open_gateway(where(served))` in any process while it lasts."""
+    with closing(log), serving(folder, *CLIENTS, log=log) as served:
+        yield served
 
 
 def where(served: Served) -> str:

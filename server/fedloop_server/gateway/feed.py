@@ -215,6 +215,8 @@ class Feed:
                 self.away = error.message
                 self._stopping.wait(_TAIL_WAIT_S)
                 continue
+            if batch.position == position:
+                continue
             position = batch.position
             entries = []
             for record in batch.records:
@@ -222,7 +224,7 @@ class Feed:
                 entries.append(Entry(record, self.visibility.audience(record)))
             taken = threading.Event()
             try:
-                loop.call_soon_threadsafe(self._take, entries, taken)
+                loop.call_soon_threadsafe(self._take, entries, position, taken)
             except RuntimeError:  # the loop is closed
                 return
             while not taken.wait(_TAIL_WAIT_S) and not self._stopping.is_set():
@@ -249,8 +251,8 @@ class Feed:
         except InvalidEventError:
             return
 
-    def _take(self, entries: list[Entry], taken: threading.Event) -> None:
-        self._ring.add(entries)
+    def _take(self, entries: list[Entry], position: Position, taken: threading.Event) -> None:
+        self._ring.add(entries, position)
         taken.set()
         for event in self._moved:
             event.set()

@@ -60,7 +60,8 @@ class Ring:
     def position(self) -> Position:
         return Position(dict(self._offsets))
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[Entry], position: Position) -> None:
+        """Take in what was read up to `position`, which may be further than the last entry: a log passes over duplicates."""
         for entry in entries:
             entry.number = self._next
             self._next += 1
@@ -68,7 +69,7 @@ class Ring:
             self._bytes += entry.size_bytes
             for index in self._indices(entry):
                 index.append(entry)
-            self._offsets[entry.record.stream] = entry.record.offset
+        self._offsets |= position.offsets
         while len(self._all) > self._max_events or self._bytes > self._max_bytes:
             self._drop(self._all.popleft())
 
