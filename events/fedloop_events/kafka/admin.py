@@ -23,6 +23,7 @@ from fedloop_events.topics import Topic
 REPLICAS: Final = 3
 """Of each partition, where there are as many brokers; then two must have an event before it is acknowledged."""
 _PAUSE_S: Final = 0.1
+_ANSWERS_EACH: Final = 6
 _NOT_ALLOWED: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -103,10 +104,18 @@ class Admin:
             error = _error(future)
             if error is not None and error.code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                 raise translated(error, topic, "create")
-        deadline = time.monotonic() + timeout_s
-        while set(topics.DECLARED) - self.describe(topics.ALL, timeout_s).keys():
+        self._wait_until_shown(_ANSWERS_EACH * len(brokers), timeout_s)
+
+    def _wait_until_shown(self, answers: int, timeout_s: float) -> None:
+        """Any broker may answer, and one may know of new topics before another does: so many answers in a row must show all."""
+        deadline, shown = time.monotonic() + timeout_s, 0
+        while shown < answers:
+            if set(topics.DECLARED) <= self.describe(topics.ALL, timeout_s).keys():
+                shown += 1
+                continue
             if time.monotonic() > deadline:
                 raise UnreachableError(f"the brokers do not show the topics of {self._settings.prefix}, which they have made")
+            shown = 0
             time.sleep(_PAUSE_S)
 
     def check(self, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ the CloudEvents partitioning extension has it). The value is never empty: on Kaf
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
@@ -14,7 +15,7 @@ from fedloop_events.envelope import CONTENT_TYPE, MALFORMED, MAX_EVENT_BYTES, SP
 
 Headers = list[tuple[str, bytes]]
 _MAX_SIGNATURE_BYTES: Final = 8 * 1024
-_HEXADECIMAL: Final = frozenset("0123456789abcdef")
+_ID: Final = re.compile("[0-9a-f]{32}")
 _SPECVERSION: Final = SPECVERSION.encode()
 _CONTENT_TYPE: Final = CONTENT_TYPE.encode()
 
@@ -39,34 +40,35 @@ def record(
     key: bytes | None,
     value: bytes | None,
     found: Headers | None,
-    *,
     stream: str,
     offset: int,
     appended_ms: int,
 ) -> Record:
     """The event of one message. A message that is none becomes a record of type `MALFORMED`, which every reader refuses."""
     try:
-        attributes = dict(found or ())
-        signature = attributes.get("ce_dssematerial", b"")
+        attributes: dict[str, bytes | None] = dict(found or ())
+        identifier, source, when = attributes["ce_id"], attributes["ce_source"], attributes["ce_time"]
+        kind, signature = attributes["ce_type"], attributes.get("ce_dssematerial", b"")
         if len(attributes) != len(found or ()):
             raise ValueError("a header stands twice")
         if attributes["ce_specversion"] != _SPECVERSION or attributes["content-type"] != _CONTENT_TYPE:
             raise ValueError("specversion or content-type is another")
-        kind = attributes["ce_type"]
+        if identifier is None or source is None or when is None or kind is None or signature is None:
+            raise ValueError("a header has no value")
         if attributes["ce_dataschema"] != b"urn:fedloop:schema:" + kind:
             raise ValueError("dataschema is another than the type's")
         if not value or key is None or len(value) > MAX_EVENT_BYTES or len(signature) > _MAX_SIGNATURE_BYTES:
             raise ValueError("it has no data, no key, or too much")
-        identifier = attributes["ce_id"].decode("ascii")
-        if len(identifier) != 32 or not _HEXADECIMAL.issuperset(identifier):
+        event_id = identifier.decode("ascii")
+        if len(event_id) != 32 or not _HEXADECIMAL.issuperset(event_id):
             raise ValueError("id is not 32 hexadecimal digits")
         return Record(
             topic,
             key.decode(),
-            identifier,
-            attributes["ce_source"].decode(),
+            event_id,
+            source.decode(),
             kind.decode(),
-            _seconds(attributes["ce_time"]),
+            _seconds(when),
             value,
             signature.decode("ascii"),
             stream=stream,
