@@ -139,7 +139,7 @@ def _rights(settings: Settings, user: str) -> Iterator[Finding]:
             "rights",
             "warn",
             f"{user} may do everything, also delete the log",
-            "set authorizer.class.name on the brokers, and run with a user that fedloop init kafka makes",
+            "run with a user that fedloop init kafka makes; if all may do so, set authorizer.class.name on the brokers",
         )
     else:
         listed = "; ".join(f"{topic} {', '.join(sorted(each.name for each in allowed))}" for topic, allowed in held.items())

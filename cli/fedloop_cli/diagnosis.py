@@ -42,10 +42,10 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
     places: list[Place] = []
     if store is not None:
         yield from _within("store", _store, store, places)
-    if directory is not None or log is not None:
-        yield from _within("place", _located, directory, log, blobs, places)
     if directory is not None:
         yield from _within("server", _server, directory)
+    if log is not None or (directory is not None and directory.is_dir()):
+        yield from _within("place", _located, directory, log, blobs, places)
     for place in places[-1:]:
         folders += [Path(each) for each in (place.log, place.blobs) if each is not None and not locations.is_url(each)]
         yield from _within("log", _log, place.log)
@@ -76,10 +76,13 @@ def _within(subject: str, check: Callable[..., Iterator[Finding]], *arguments: o
             found.extend(check(*arguments))
         except FedloopError as error:
             what = f"{error.message}: {error.cause}" if error.cause else error.message
-            found.append(Finding(subject, "fail", what, error.hint))
+            found.append(Finding(subject, "fail", what, error.hint or "name another one, or restore this one from a backup"))
+        except ModuleNotFoundError as error:
+            found.append(Finding(subject, "fail", f"it needs the package {error.name}", "pip install 'fedloop[all]'"))
         except Exception as error:
             # Its text may quote what a library was given.
-            found.append(Finding(subject, "fail", f"it cannot be checked ({type(error).__name__})"))
+            hint = "check what it names and who may read that; if both are right, report this as a defect"
+            found.append(Finding(subject, "fail", f"it cannot be checked ({type(error).__name__})", hint))
 
     thread = threading.Thread(target=collect, daemon=True)
     thread.start()
