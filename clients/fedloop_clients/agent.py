@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.locations import Place, locate, open_blobs, open_log
+from fedloop_events.locations import Place, check_blobs, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import ModelSpec
 from fedloop_events.views import ReleaseState
@@ -100,7 +100,7 @@ class Agent:
                 opened,
                 Path(store_dir),
                 location=kept(log),
-                blobs=None if blobs is None else kept(blobs),
+                blobs=None if blobs is None else kept(blobs, check_blobs),
                 client_id=client_id,
                 epsilon=epsilon,
                 delta=delta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -64,10 +65,10 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
                 each.identify(self.client_id, self.key)
 
 
-def kept(location: str | Path) -> str:
+def kept(location: str | Path, check: Callable[[str], str] = check_log) -> str:
     """A location as a device keeps it: it must mean the same from any folder."""
     text = str(location)
-    return check_log(text) if is_url(text) else str(Path(text).absolute())
+    return check(text) if is_url(text) else str(Path(text).absolute())
 
 
 def enrol(
