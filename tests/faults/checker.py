@@ -35,8 +35,8 @@ class Call(Struct, frozen=True):
     began_s: float
     ended_s: float
     attempts: int
-    acknowledged: bool
     events: Sequence[Mark]
+    acknowledged: bool = True
 
 
 class Reading(Struct, frozen=True):

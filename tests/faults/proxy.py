@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Final, Self
 
@@ -48,7 +49,7 @@ class Proxy:
     def heal(self) -> None:
         self._call(self._set(refusing=False, flowing=True))
 
-    def _call(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
+    def _call(self, coroutine: Coroutine[None, None, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_ANSWER_S)
 
     async def _listen(self) -> None:
@@ -96,9 +97,7 @@ class Proxy:
                 data = b""
             waiting.put_nowait(data)
 
-    async def _give(
-        self, waiting: asyncio.Queue[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _give(self, waiting: asyncio.Queue[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await waiting.get():
                 if not self._flowing.is_set():

@@ -13,7 +13,7 @@ def mark(number: int, key: str = "feedback/a") -> Mark:
 
 
 def call(*numbers: int, acknowledged: bool = True) -> Call:
-    return Call("p", 0.0, 1.0, 1, acknowledged, [mark(number) for number in numbers])
+    return Call("p", 0.0, 1.0, 1, [mark(number) for number in numbers], acknowledged)
 
 
 def reading(*numbers: int, reader: str = "r", folded: bool = True) -> Reading:
@@ -34,7 +34,7 @@ def test_all_that_was_acknowledged_and_a_first_part_of_the_rest_is_right(numbers
 
 def test_keys_may_come_in_any_order_to_each_other() -> None:
     one, other = mark(1, "feedback/a"), mark(1, "feedback/b")
-    calls = [Call("p", 0.0, 1.0, 1, True, [one, other])]
+    calls = [Call("p", 0.0, 1.0, 1, [one, other])]
     assert check(calls, [Reading("r", [Seen("s", 1, other), Seen("s", 2, one)])]) == []
 
 

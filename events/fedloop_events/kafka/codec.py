@@ -60,7 +60,7 @@ def record(
         if not value or key is None or len(value) > MAX_EVENT_BYTES or len(signature) > _MAX_SIGNATURE_BYTES:
             raise ValueError("it has no data, no key, or too much")
         event_id = identifier.decode("ascii")
-        if len(event_id) != 32 or not _HEXADECIMAL.issuperset(event_id):
+        if _ID.fullmatch(event_id) is None:
             raise ValueError("id is not 32 hexadecimal digits")
         return Record(
             topic,
