@@ -1,7 +1,7 @@
 """Events as Kafka messages and back: CloudEvents 1.0 in binary mode, for any other CloudEvents consumer to read.
 
-Attributes are headers `ce_<name>`, the payload's JSON is the value, the event's key the message's key (and `ce_partitionkey`, as
-the CloudEvents partitioning extension has it). The value is never empty: on Kafka that would be a tombstone.
+Attributes are headers `ce_<name>`, the payload's JSON is the value, the event's key the message's key. The value is never empty:
+on Kafka that would be a tombstone.
 """
 
 from __future__ import annotations

@@ -142,10 +142,9 @@ class KafkaLog:
         outcomes: list[KafkaError | bool | None] = [False] * len(messages)
         failed = threading.Event()
         try:
-            for index, (topic, key, value, headers) in enumerate(messages):
-                self._produce(
-                    producer, topic, key, value, headers, partial(_settle, handle.written, outcomes, index, failed), deadline
-                )
+            for index, message in enumerate(messages):
+                settle = partial(_settle, handle.written, outcomes, index, failed)
+                self._produce(producer, message, settle, deadline)
             while producer.flush(_PAUSE_S) and not failed.is_set() and time.monotonic() < deadline:
                 handle.trouble.check()
         except KafkaException as error:  # the producer has failed for good: a user who may write nothing gets no number for one
@@ -160,9 +159,9 @@ class KafkaLog:
             return []
         _abandon(handle)
         for index in left:
-            error = outcomes[index]
-            if isinstance(error, KafkaError) and error.code() in _PERMANENT:
-                raise self._refused(error, messages[index])
+            outcome = outcomes[index]
+            if isinstance(outcome, KafkaError) and outcome.code() in _PERMANENT:
+                raise self._refused(outcome, messages[index])
         if time.monotonic() >= deadline:
             raise UnreachableError(
                 f"the Kafka brokers did not acknowledge {len(left)} events within {self._timeout_s:g} s",
@@ -171,16 +170,8 @@ class KafkaLog:
             )
         return [messages[index] for index in left]
 
-    def _produce(
-        self,
-        producer: Producer,
-        topic: str,
-        key: bytes,
-        value: bytes,
-        headers: codec.Headers,
-        settle: partial[None],
-        deadline: float,
-    ) -> None:
+    def _produce(self, producer: Producer, message: _Message, settle: partial[None], deadline: float) -> None:
+        topic, key, value, headers = message
         while True:
             try:
                 producer.produce(topic, value, key, headers=headers, on_delivery=settle)
@@ -192,7 +183,7 @@ class KafkaLog:
             except KafkaException as error:
                 if error.args[0].code() == KafkaError._FATAL:
                     return
-                raise self._refused(error.args[0], (topic, key, value, headers)) from None
+                raise self._refused(error.args[0], message) from None
 
     def _refused(self, error: KafkaError, message: _Message) -> Exception:
         if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD):
