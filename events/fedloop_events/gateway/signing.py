@@ -78,8 +78,8 @@ def parse(method: str, authority: str, path: str, query: str, headers: Mapping[s
         raise SignatureError("the request has no Content-Digest of one sha-256")
     if of_input is None or of_signature is None or of_input[1] != of_signature[1]:
         raise SignatureError("the request's signature is malformed")
-    components = tuple(each.strip('"') for each in of_input[3].split(" "))
-    if sorted(components) != sorted(_COMPONENTS):
+    components = _COMPONENTS if of_input[3] == _LISTED else tuple(each.strip('"') for each in of_input[3].split(" "))
+    if components is not _COMPONENTS and sorted(components) != sorted(_COMPONENTS):
         raise SignatureError(
             "the request's signature does not cover method, authority, path, query and content-digest, each once"
         )

@@ -61,8 +61,13 @@ class Appending:
         payload = _decode(events[0], 0)
         if len(events) != 1 or not isinstance(payload, types.ClientEnrolled) or payload.client_id != keyid:
             raise Problem("unknown-client", "who is not enrolled can append its own enrolment, and nothing else")
-        self._check_enrolment(events[0], payload)
         return payload.public_key
+
+    def check_enrolment(self, events: Sequence[Event]) -> None:
+        """`check`, for what `enrolment` has let pass."""
+        payload = _decode(events[0], 0)
+        assert isinstance(payload, types.ClientEnrolled)
+        self._check_enrolment(events[0], payload)
 
     def _authenticate(self, event: Event, payload: types.Payload) -> None:
         if isinstance(payload, types.ClientEnrolled) and payload.client_id not in self._feed.identities.clients:

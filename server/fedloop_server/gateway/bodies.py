@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from fedloop_server.gateway.limits import Limits
 from fedloop_server.gateway.problems import Problem
@@ -32,27 +32,25 @@ class Bodies:
 
     async def parts(self, request: Request, most: int, content_sha256: bytes) -> AsyncIterator[bytes]:
         """The body as it comes. Raises `Problem`, for a wrong digest at the end: use nothing before this ends."""
-        digest, size = hashlib.sha256(), 0
+        digest, size, more = hashlib.sha256(), 0, True
         loop = asyncio.get_running_loop()
         started = loop.time()
-        stream = request.stream()
-        try:
-            while True:
-                allowed_s = self._limits.body_timeout_s + size / self._limits.slowest_bytes_per_s
+        while more:
+            allowed_s = self._limits.body_timeout_s + size / self._limits.slowest_bytes_per_s
+            try:
                 async with asyncio.timeout_at(started + allowed_s):
-                    part = await anext(stream, None)
-                if part is None:
-                    break
-                size += len(part)
-                if size > most:
-                    raise _too_large(most)
-                digest.update(part)
-                if part:
-                    yield part
-        except TimeoutError:
-            raise Problem("slow", "the body came too slowly") from None
-        except ClientDisconnect:
-            raise Problem("malformed", "the body ended early") from None
+                    message = await request.receive()
+            except TimeoutError:
+                raise Problem("slow", "the body came too slowly") from None
+            if message["type"] != "http.request":
+                raise Problem("malformed", "the body ended early")
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            if size > most:
+                raise _too_large(most)
+            digest.update(part)
+            if part:
+                yield part
         if digest.digest() != content_sha256:
             raise Problem("digest", "the body is not the one that the Content-Digest names")
 

@@ -1,11 +1,12 @@
-"""Group commit: appends that are waiting at the same time become one append to the log, and each caller is answered when it is
-durable."""
+"""Group commit: appends that wait at the same time are checked and become one append to the log, in a thread of their own; each
+caller is answered when its events are durable.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedloop_events.envelope import Event
 from fedloop_events.errors import FedloopError, InvalidEventError, NotAllowedError
@@ -15,7 +16,15 @@ from fedloop_server.gateway.problems import Problem
 
 _logger = logging.getLogger(__name__)
 
-_Waiting = tuple[Sequence[Event], "asyncio.Future[None]"]
+
+class _Waiting:
+    """One caller's append, and what became of it."""
+
+    __slots__ = ("check", "done", "events", "failure")
+
+    def __init__(self, events: Sequence[Event], check: Callable[[], None], done: asyncio.Future[None]) -> None:
+        self.events, self.check, self.done = events, check, done
+        self.failure: Problem | None = None
 
 
 class Committer:
@@ -27,12 +36,15 @@ class Committer:
         self._queued = 0
         self._running: asyncio.Task[None] | None = None
 
-    async def append(self, events: Sequence[Event]) -> None:
-        """Return when `events` are durable, all or none. Raises `Problem`, "busy" without having tried."""
+    async def append(self, events: Sequence[Event], check: Callable[[], None]) -> None:
+        """Return when `events` are durable, all or none. Raises `Problem`: what `check` raises, or "busy" without having tried.
+
+        `check` runs in the committing thread, where verifying signatures keeps nobody else waiting.
+        """
         if self._queued + len(events) > self._most and self._queued:
             raise Problem("busy", "more appends are waiting for the log than can be held", retry_after_s=1)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((events, done))
+        self._waiting.append(_Waiting(events, check, done))
         self._queued += len(events)
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
@@ -47,37 +59,50 @@ class Committer:
     async def _run(self) -> None:
         try:
             while self._waiting:
-                await self._commit(self._next_group())
+                group = self._next_group()
+                await asyncio.to_thread(self._commit, group)
+                for each in group:
+                    self._queued -= len(each.events)
+                    if each.done.done():
+                        continue  # its caller has gone away
+                    if each.failure is None:
+                        each.done.set_result(None)
+                    else:
+                        each.done.set_exception(each.failure)
         finally:
             self._running = None
 
     def _next_group(self) -> list[_Waiting]:
         count = size = 0
-        for events, _ in self._waiting:
-            size += len(events)
+        for each in self._waiting:
+            size += len(each.events)
             if count and size > self._group:
                 break
             count += 1
         group, self._waiting = self._waiting[:count], self._waiting[count:]
         return group
 
-    async def _commit(self, group: list[_Waiting]) -> None:
-        try:
-            await asyncio.to_thread(self._log.append, [event for events, _ in group for event in events])
-            failure = None
-        except FedloopError as error:
-            failure = error
-        if isinstance(failure, InvalidEventError) and len(group) > 1:
-            for one in group:  # so that only the one whose fault it is fails
-                await self._commit([one])
+    def _commit(self, group: Sequence[_Waiting]) -> None:
+        """Check and append, in the thread; `failure` of each says what became of it."""
+        for each in group:
+            try:
+                each.check()
+            except Problem as problem:
+                each.failure = problem
+        self._append([each for each in group if each.failure is None])
+
+    def _append(self, group: Sequence[_Waiting]) -> None:
+        if not group:
             return
-        for events, done in group:
-            self._queued -= len(events)
-            if not done.done():
-                if failure is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(_problem(failure))
+        try:
+            self._log.append([event for each in group for event in each.events])
+        except FedloopError as error:
+            if isinstance(error, InvalidEventError) and len(group) > 1:
+                for each in group:  # so that only the one whose fault it is fails
+                    self._append([each])
+                return
+            for each in group:
+                each.failure = _problem(error)
 
 
 def _problem(failure: FedloopError) -> Problem:
