@@ -169,8 +169,11 @@ class Admin:
             self._settled(asked.values(), left_s)
             for partition, future in asked.items():
                 error = _error(future)
+                if error is None and (offset := future.result().offset) < 0:
+                    # librdkafka 2.12 reports no error for what a broker that went away was asked.
+                    error = KafkaError(KafkaError.LEADER_NOT_AVAILABLE)
                 if error is None:
-                    ends[partition.topic, partition.partition] = future.result().offset
+                    ends[partition.topic, partition.partition] = offset
                     wanted.remove((partition.topic, partition.partition))
                 elif not isinstance(failed := translated(error, partition.topic, "read"), UnreachableError):
                     raise failed
