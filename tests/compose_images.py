@@ -168,3 +168,8 @@ def _link(tar: tarfile.TarFile, name: str, target: str) -> None:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = tarfile.SYMTYPE, target
     tar.addfile(info)
+
+
+def site_packages() -> Path:
+    """What is to be mounted at `DEPS`."""
+    return Path(sysconfig.get_path("platlib")).resolve()
