@@ -27,6 +27,7 @@ from fedloop_events.kafka.rights import User
 from fedloop_events.kafka.settings import Settings
 from fedloop_server.config import ServerConfig
 from fedloop_server.setup import create_deployment
+from gateway.harness import serving
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -40,7 +41,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
         printed = capsys.readouterr()
         assert "Traceback" not in printed.out + printed.err
         document: dict[str, Any] = json.loads(printed.out)
-        assert status == (1 if document["failed"] else 0)
+        assert status == (1 if document["failed"] else 0), document
         for each in document["findings"]:
             assert each["level"] == "ok" or each["hint"], each
         return status, document
@@ -169,7 +170,7 @@ def log(kafka_url: str) -> str:
 
 def test_a_development_broker_works_and_its_openness_is_named(doctor: Doctor, log: str) -> None:
     status, document = doctor("--log", log)
-    assert status == 0
+    assert status == 0, document
     said(document, "warn", "nothing is encrypted")
     said(document, "warn", "may do everything, also delete the log")
     said(document, "ok", "is a Kafka 4.0 or newer")
@@ -205,7 +206,7 @@ def agent(secure_kafka: Cluster, tmp_path_factory: pytest.TempPathFactory) -> st
 
 def test_a_user_with_exactly_a_role_s_rights_is_recognised_on_a_secure_cluster(doctor: Doctor, agent: str) -> None:
     status, document = doctor("--log", agent)
-    assert status == 0
+    assert status == 0, document
     said(document, "ok", "doctor-agent has the rights of role agent, and no other")
     said(document, "ok", "6 of 7 are this user's to see")
     said(document, "ok", "the certificate of 127.0.0.1:")
@@ -246,6 +247,21 @@ def test_a_certificate_that_has_expired_or_soon_will_is_named(doctor: Doctor, ag
 def test_another_authority_than_the_brokers_is_named(doctor: Doctor, agent: str, tmp_path: Path) -> None:
     location = changed(agent, tmp_path, ssl_ca_location=str(make_ca(tmp_path / "other").certificate))
     assert "authority" in said(doctor("--log", location)[1], "fail", "the certificate of 127.0.0.1:")
+
+
+# --- a gateway --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_answers_and_its_certificate_and_clock_are_looked_at(doctor: Doctor, tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        status, document = doctor("--log", served.url)
+        assert status == 0
+        said(document, "ok", "the certificate of localhost:")
+        said(document, "ok", "answers for a deployment")
+        said(document, "ok", "this machine's agrees with the gateway")
+        other = f"{served.address}?ca={make_ca(tmp_path / 'other').certificate}"
+        assert "authority" in said(doctor("--log", other)[1], "fail", "the certificate of localhost:")
+    said(doctor("--log", served.url)[1], "fail", "does not answer")
 
 
 # --- one connection ---------------------------------------------------------------------------------------------------

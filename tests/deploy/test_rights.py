@@ -325,3 +325,16 @@ def test_a_user_whose_making_was_cut_off_is_made_whole(secure_kafka: Cluster, ur
     assert made.properties.read_text().count("drawn-before-the-crash") == 1
     assert entries(secure_kafka, user.name) == rights.entries(user, PREFIX)
     KafkaLog(f"{urls['admin'].partition('?')[0]}?config={made.properties}").close()
+
+
+def test_the_documentation_shows_the_roles_as_they_are() -> None:
+    letters = {"R": Operation.READ, "W": Operation.WRITE, "C": Operation.DESCRIBE_CONFIGS, "A": Operation.ALTER}
+    written = []
+    for role, declared in ROLES.items():
+        cells = [
+            "".join(letter for letter, operation in letters.items() if operation in declared.topics.get(topic, ())) or "-"
+            for topic in topics.ALL
+        ]
+        written.append(f"| {role} | {' | '.join(cells)} |")
+    page = (Path(__file__).parents[2] / "docs" / "kafka.md").read_text(encoding="utf-8")
+    assert "\n".join([f"| role | {' | '.join(topics.ALL)} |", f"|{' --- |' * 8}", *written]) in page

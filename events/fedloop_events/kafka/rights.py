@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum
@@ -42,6 +43,7 @@ T = TypeVar("T")
 SCRAM_ITERATIONS: Final = 8192
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 _CLUSTER: Final = "kafka-cluster"
+_PAUSE_S: Final = 0.05
 
 
 class Operation(Enum):
@@ -228,9 +230,12 @@ def _set_entries(admin: AdminClient, user: User, prefix: str, timeout_s: float) 
     missing = list(wanted - there)
     for created in admin.create_acls(missing, request_timeout=timeout_s).values() if missing else ():
         _result(created, timeout_s)
-    # A client that is refused the question is told of no entries, and of no error.
-    if _entries(admin, user, prefix, timeout_s) != wanted:
-        raise LogError(f"the rights of {user.name} are not what was asked for", hint="is somebody else changing them?")
+    # The controller has taken them; each broker learns of them a moment later. (Who may not ask is told of none, and no error.)
+    deadline = time.monotonic() + timeout_s
+    while _entries(admin, user, prefix, timeout_s) != wanted:
+        if time.monotonic() > deadline:
+            raise LogError(f"the rights of {user.name} are not what was asked for", hint="is somebody else changing them?")
+        time.sleep(_PAUSE_S)
     return len(missing), len(filters)
 
 
