@@ -50,7 +50,7 @@ class Served:
     @property
     def raw(self) -> Raw:
         if self._raw is None:
-            self._raw = Raw(self)
+            self._raw = Raw(self.address, self.ca)
         return self._raw
 
     def stop(self) -> None:
@@ -73,9 +73,9 @@ class Served:
 class Raw:
     """Requests made by hand, so that anything about them can be wrong."""
 
-    def __init__(self, served: Served) -> None:
-        tls = ssl.create_default_context(cafile=str(served.ca))
-        self._client = httpx.Client(base_url=served.address, verify=tls, trust_env=False, timeout=30)
+    def __init__(self, address: str, ca: Path) -> None:
+        tls = ssl.create_default_context(cafile=str(ca))
+        self._client = httpx.Client(base_url=address, verify=tls, trust_env=False, timeout=30)
 
     def __call__(
         self,
