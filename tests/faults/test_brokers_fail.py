@@ -96,7 +96,13 @@ class Worker:
 
     def end(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.end()
 
     def check(self, *expected: int) -> None:
         status = self.process.poll()
@@ -122,16 +128,16 @@ class Resumed:
         self._worker.check(0, 3, -9)
         status = self._worker.process.poll()
         if status in (3, -9):
+            self._worker.kill()
             self._start()
         return status != 0
 
     def kill(self) -> None:
-        self._worker.process.kill()
+        self._worker.kill()
 
     def end(self) -> None:
         self._ending = True
-        with contextlib.suppress(BrokenPipeError):
-            self._worker.end()
+        self._worker.end()
 
 
 @pytest.mark.slow
@@ -176,8 +182,7 @@ def played(cluster: CutCluster, history: History) -> None:
         follower = Worker("follow", task("folded", 2 * GIVE_UP_S))
         resumed = Resumed(task("resumed", 2 * GIVE_UP_S, leg=25_000))
         for worker in (*producers, follower):
-            stack.callback(worker.process.wait)
-            stack.callback(worker.process.kill)
+            stack.callback(worker.kill)
         stack.callback(resumed.kill)
 
         def wait(seconds: float) -> None:
@@ -196,8 +201,8 @@ def played(cluster: CutCluster, history: History) -> None:
         nemesis = Nemesis(cluster, PREFIX, pids, wait, history.now_s)
         until(wait, lambda: all(history.calls(name) for name in PRODUCERS))
         for fault in schedule(history.seed, TOPICS, PRODUCERS):
+            print(f"{history.now_s():6.1f} s  {fault}", flush=True)
             history.happened.append(nemesis.inflict(fault))
-            print(history.happened[-1])
             resumed.kill()
         until(wait, lambda: history.acknowledged() >= ACKNOWLEDGED)
         for worker in producers:

@@ -32,6 +32,9 @@ KEYS_EACH: Final = 5
 LARGEST_BATCH: Final = 200
 _ORIGIN: Final = "faults"
 _NEWS_S: Final = 0.5
+_PAUSE_S: Final = 0.5
+"""Of a reader that has come to the end, so that it does not take the processor from the brokers."""
+_PAGE: Final = 250
 
 
 class Task(Struct, frozen=True):
@@ -189,6 +192,7 @@ def follow(task: Task, stop: threading.Event) -> None:
         fold.flush()
         if ending and not count:
             break
+        stop.wait(_PAUSE_S)
     assert reader.refused == reader.unknown == 0
 
 
@@ -208,7 +212,7 @@ def resume(task: Task, stop: threading.Event) -> None:
     while left > 0:
         try:
             ending = stop.is_set()
-            batch = log.read(TOPICS, position, limit=min(left, 250), wait_s=_NEWS_S)
+            batch = log.read(TOPICS, position, limit=min(left, _PAGE), wait_s=_NEWS_S)
         except UnreachableError:
             continue
         lines.add([seen(record) for record in batch.records])
@@ -218,6 +222,8 @@ def resume(task: Task, stop: threading.Event) -> None:
         fresh.replace(kept)
         if ending and not batch.records:
             return
+        if not batch.records:
+            stop.wait(_PAUSE_S)
     sys.exit(3)
 
 
