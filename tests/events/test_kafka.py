@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError, LogError, UnreachableError, UsageError
-from fedloop_events.kafka import KafkaLog, codec, reading
+from fedloop_events.kafka import KafkaLog, codec, fetching
 from fedloop_events.kafka.settings import Settings
 from fedloop_events.kafka.sharing import SharedReader
 from fedloop_events.log import START, Position, read_all
@@ -292,6 +292,18 @@ def test_events_of_many_partitions_are_read_whole_whatever_the_page(log: KafkaLo
         assert seen == {event.id for event in sent}
 
 
+def test_a_reader_with_too_much_in_hand_loses_and_doubles_nothing(log: KafkaLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "MOST_BUFFERED_BYTES", 20_000)
+    sent = [samples.signed(samples.feedback(number, client_id=f"device-{number % 3}")) for number in range(9000)]
+    log.append(sent[:8000])
+    sent += [samples.signed(samples.epoch(number)) for number in range(50)]
+    log.append(sent[8000:])
+    for _ in range(3):
+        records = list(read_all(log))
+        assert sorted(record.id for record in records) == sorted(event.id for event in sent)
+        assert [record.appended_ms for record in records] == sorted(record.appended_ms for record in records)
+
+
 def test_an_event_that_comes_again_to_a_reader_from_the_middle_is_read_once_more_and_no_fold_minds(log: KafkaLog) -> None:
     event = samples.signed(samples.epoch(1))
     log.append([event])
@@ -309,7 +321,7 @@ def test_an_event_that_comes_again_to_a_reader_from_the_middle_is_read_once_more
 
 
 def test_repeats_are_forgotten_before_they_fill_the_memory(log: KafkaLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "REMEMBERED", 10)
+    monkeypatch.setattr(fetching, "REMEMBERED", 10)
     first = samples.signed(samples.epoch(0))
     log.append([first, *(samples.signed(samples.epoch(number)) for number in range(1, 15)), first])
     assert ids_of(log).count(first.id) == 1

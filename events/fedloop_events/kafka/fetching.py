@@ -85,35 +85,36 @@ class Fetcher:
             for place in [(settings.topic(name), number)]
         }
         self.partitions = tuple(self._by_place.values())
-        self._consumer = Consumer(
-            {
-                **settings.client(),
-                "group.id": f"{settings.prefix}-reader",
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
-                "auto.offset.reset": "error",
-                "isolation.level": "read_committed",
-                "check.crcs": True,
-                "queued.max.messages.kbytes": 32_768,
-                "fetch.queue.backoff.ms": 5,
-                # A consumer that is sent elsewhere waits for the fetch under way to come back.
-                "fetch.wait.max.ms": 100,
-                "max.poll.interval.ms": 86_400_000,
-                "error_cb": self._trouble,
-            }
-        )
-        self.start({})
+        self._settings = {
+            **settings.client(),
+            "group.id": f"{settings.prefix}-reader",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "error",
+            "isolation.level": "read_committed",
+            "check.crcs": True,
+            "queued.max.messages.kbytes": 32_768,
+            "fetch.queue.backoff.ms": 5,
+            "fetch.wait.max.ms": 100,
+            "max.poll.interval.ms": 86_400_000,
+            "error_cb": self._trouble,
+        }
+        self._consumer = self._assigned(self.partitions)
+        self._side: Consumer | None = None
+        self._side_of: set[Partition] = set()
+        self._seen: set[int] = set()
+        self._seen_before: set[int] = set()
 
     def start(self, offsets: Mapping[str, int]) -> None:
         """Begin again: each stream at its offset in `offsets`, or at its first event."""
         for each in self.partitions:
             each.start(offsets.get(each.stream, 0))
-        self._seen: set[int] = set()
-        self._seen_before: set[int] = set()
-        self._assign(self.partitions)
+        self._seen, self._seen_before = set(), set()
+        self._connect()
 
     def close(self) -> None:
         self._consumer.close()
+        self._leave_side()
 
     def look_ahead(self) -> None:
         """Set the horizon to the ends of all partitions now.
@@ -146,14 +147,10 @@ class Fetcher:
 
     def fetch(self, behind: Sequence[Partition]) -> None:
         """Fetch until at least one of `behind`, of which nothing is in hand, has an event or is complete."""
-        if len(self._assigned) < len(self.partitions) and not set(behind) <= self._assigned:
-            self._assign(self.partitions)
         deadline = time.monotonic() + self._timeout_s
         while not any(each.buffer or each.complete for each in behind):
-            if sum(each.size_bytes for each in self.partitions) > MOST_BUFFERED_BYTES and self._assigned != set(behind):
-                # Not by pausing them: librdkafka 2.12 counts the end of a partition as a message when it resumes, and skips one.
-                self._assign(behind)
-            messages = self._consumer.consume(_AT_ONCE, 0)
+            consumer = self._consumer_for(behind)
+            messages = consumer.consume(_AT_ONCE, 0)
             if not messages:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
@@ -162,14 +159,12 @@ class Fetcher:
                         cause=self._trouble.last,
                         hint="fedloop doctor says which brokers answer",
                     )
-                messages = self._consumer.consume(1, min(left_s, _PAUSE_S))
+                messages = consumer.consume(1, min(left_s, _PAUSE_S))
                 self._trouble.check()
             self._keep(messages)
 
     def wait(self, deadline: float) -> bool:
         """Whether something has come before `deadline`."""
-        if len(self._assigned) < len(self.partitions):
-            self._assign(self.partitions)
         while (left_s := deadline - time.monotonic()) > 0:
             messages = self._consumer.consume(1, min(left_s, _PAUSE_S))
             self._trouble.check()
@@ -178,9 +173,34 @@ class Fetcher:
                 return True
         return False
 
-    def _assign(self, partitions: Iterable[Partition]) -> None:
-        self._assigned = set(partitions)
-        self._consumer.assign([TopicPartition(*each.place, each.fetched) for each in self._assigned])
+    # librdkafka 2.12 skips a message when it resumes a partition that has reached its end (it counts the end as one), and aborts
+    # when partitions are assigned anew while they are being stopped. So none is ever paused, or assigned twice: a consumer is
+    # made for each start, and one beside it for partitions that are far behind. Making one takes a millisecond.
+
+    def _connect(self) -> None:
+        self._consumer.close()
+        self._leave_side()
+        self._consumer = self._assigned(self.partitions)
+
+    def _assigned(self, partitions: Iterable[Partition]) -> Consumer:
+        consumer = Consumer(self._settings)
+        consumer.assign([TopicPartition(*each.place, each.fetched) for each in partitions])
+        return consumer
+
+    def _consumer_for(self, behind: Sequence[Partition]) -> Consumer:
+        """With too much in hand, one for the partitions that are behind: the others wait in the queue of the first."""
+        if sum(each.size_bytes for each in self.partitions) <= MOST_BUFFERED_BYTES:
+            self._leave_side()
+            return self._consumer
+        if self._side is None or not self._side_of.issuperset(behind):
+            self._leave_side()
+            self._side, self._side_of = self._assigned(behind), set(behind)
+        return self._side
+
+    def _leave_side(self) -> None:
+        if self._side is not None:
+            self._side.close()
+            self._side = None
 
     def _keep(self, messages: Sequence[Message]) -> None:
         by_place, make = self._by_place, codec.record
@@ -191,7 +211,7 @@ class Fetcher:
                 continue
             partition, offset, value = by_place[message.topic(), message.partition()], message.offset(), message.value()
             if offset < partition.fetched:
-                continue  # fetched before it was assigned anew
+                continue  # the consumer beside has fetched it before
             partition.fetched = offset + 1
             # The clock of a new leader may be behind the last one's; the log's clock never runs backwards in a stream.
             partition.clock_ms = max(partition.clock_ms, message.timestamp()[1])
@@ -246,5 +266,5 @@ class Fetcher:
         if low <= partition.fetched:
             return False
         partition.fetched = low
-        self._assign(self._assigned)
+        self._connect()
         return True

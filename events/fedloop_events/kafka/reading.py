@@ -34,7 +34,7 @@ class Cursor:
         self.topics = tuple(name for name in topics.ALL if name in wanted)
         self._fetcher = Fetcher(settings, admin, written, self.topics, timeout_s)
         self._partitions = self._fetcher.partitions
-        self._ready: Sequence[Record] = ()
+        self._ready: list[Record] = []
         self._next = 0
         self._position = self._before = {each.stream: 0 for each in self._partitions}
         """`_before` is the position before the batch that was handed out last, of `_taken` events: it can be read again."""
@@ -66,7 +66,7 @@ class Cursor:
             self._next -= self._taken
         else:
             self._fetcher.start(offsets)
-            self._ready, self._next = (), 0
+            self._ready, self._next = [], 0
         self._position, self._before, self._taken = offsets, offsets, 0
 
     def _take(self, limit: int) -> Sequence[Record]:
