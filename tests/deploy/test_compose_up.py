@@ -125,8 +125,6 @@ def _check_confinement(stack: Stack) -> None:
     status, text = stack.run("agent-1", ["python", "-c", reads])
     assert status != 0
     assert "NotAllowedError" in text
-    outside = "import socket; socket.create_connection(('192.0.2.1', 80), 2)"
-    assert "unreachable" in stack.run("agent-1", ["python", "-c", outside])[1]
 
 
 def _until_published(stack: Stack, deadline: float) -> dict[str, float]:
