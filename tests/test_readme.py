@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -36,50 +38,110 @@ def block(info: str) -> list[str]:
     return found[1].splitlines()
 
 
-def run(command: str, folder: Path) -> None:
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+def exported(info: str, *replaced: tuple[str, str]) -> dict[str, str]:
+    """The variables that a block exports, with the README's addresses replaced by the test's."""
+    (line,) = block(info)
+    for old, new in replaced:
+        assert old in line
+        line = line.replace(old, new)
+    return dict(each.split("=", 1) for each in line.partition("#")[0].split()[1:])
+
+
+def run(command: str, folder: Path, variables: Mapping[str, str] = {}) -> None:
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 @contextmanager
-def running(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: str, folder: Path, variables: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        ["bash", "-c", f"exec {command}"], cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ["bash", "-c", f"exec {command}"],
+        cwd=folder,
+        env={**ENVIRONMENT, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+class Walk(NamedTuple):
+    """Where the walk takes place: the variables of terminal 1 and of the devices' terminals, and whether a gateway runs."""
+
+    folder: Path
+    server: Mapping[str, str]
+    gateway: bool
+
+
+ON_KAFKA = [pytest.param(each, marks=pytest.mark.kafka) for each in ("kafka", "gateway")]
+
+
+@pytest.fixture(scope="module", params=["folder", *ON_KAFKA])
+def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """A folder that looks like a checkout to the README's commands, with the deployment `bank` in it."""
     folder = tmp_path_factory.mktemp("readme")
+    variables: dict[str, str] = {}
     (folder / "cli").symlink_to(ROOT / "cli")
+    if request.param != "folder":
+        broker = request.getfixturevalue("kafka")
+        variables = exported("sh kafka", ("127.0.0.1:9092/bank", f"{broker}/test-readme-{secrets.token_hex(4)}"))
     *make, _ = block("sh server")
     for command in make:
-        run(command, folder)
-    return folder
+        run(command, folder, variables)
+    return Walk(folder, variables, request.param == "gateway")
 
 
-def test_the_commands_by_hand_end_well(folder: Path) -> None:
+@contextmanager
+def devices(walk: Walk) -> Iterator[Mapping[str, str]]:
+    """The variables of the devices' terminals, while the gateway runs that they name."""
+    if not walk.gateway:
+        yield {}
+        return
+    (serve,) = block("sh gateway")
+    with running(serve.partition("#")[0].replace("8443", "0"), walk.folder) as gateway:
+        assert gateway.stdout is not None
+        address = gateway.stdout.readline().split()[-1]
+        yield exported("sh devices", ("http://127.0.0.1:8443", address))
+
+
+def _shorter(commands: list[str], walk: Walk) -> list[str]:
+    """The second and third time with fewer messages: masking them takes most of the walk."""
+    return [re.sub(r"\b30([01])\b", r"12\1", each) if walk.server else each for each in commands]
+
+
+def test_the_commands_by_hand_end_well(walk: Walk) -> None:
+    folder = walk.folder
     *_, serve = block("sh server")
-    (*alice, run_alice), (*bob, run_bob) = block("sh alice"), block("sh bob")
-    for command in (*alice, *bob):
-        run(command, folder)
-    with running(serve, folder) as server, running(run_alice, folder), running(run_bob, folder):
-        for command in block("sh operator"):
-            run(command, folder)
-        assert server.poll() is None
+    (*alice, run_alice), (*bob, run_bob) = (_shorter(block(f"sh {name}"), walk) for name in ("alice", "bob"))
+    with devices(walk) as theirs:
+        for command in (*alice, *bob):
+            run(command, folder, theirs)
+        with running(serve, folder) as server, running(run_alice, folder, theirs), running(run_bob, folder, theirs):
+            for command in block("sh operator"):
+                run(command, folder)
+            assert server.poll() is None
 
 
-def test_the_python_for_a_device_runs_without_a_network(folder: Path) -> None:
-    code = "\n".join(block("python")).replace('"alice"', '"dave"')
+def test_the_python_for_a_device_runs_without_a_network(tmp_path: Path) -> None:
+    (tmp_path / "cli").symlink_to(ROOT / "cli")
+    *make, _ = block("sh server")
+    for command in make:
+        run(command, tmp_path)
+    code = "\n".join(block("python"))
     assert 8 <= len(code.splitlines()) <= 12
     done = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK + code], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", NO_NETWORK + code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "2 published, masked; 1 to learn from"

@@ -32,6 +32,12 @@ def write(path: Path, part: str, messages: int) -> Path:
     return path
 
 
+@pytest.fixture(params=["folder", pytest.param("kafka", marks=pytest.mark.kafka)])
+def log(request: pytest.FixtureRequest) -> str | None:
+    """What `--log` says; None: nothing, so the log is in the deployment's folder."""
+    return None if request.param == "folder" else str(request.getfixturevalue("kafka_url"))
+
+
 @contextmanager
 def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
@@ -62,12 +68,15 @@ def until(process: subprocess.Popen[str], said: str, deadline_s: float = 120) ->
         timer.cancel()
 
 
-def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedloop: Fedloop, tmp_path: Path) -> None:
+def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(
+    fedloop: Fedloop, tmp_path: Path, log: str | None
+) -> None:
     directory, stores = tmp_path / "deployment", [tmp_path / "one", tmp_path / "two"]
     test = write(tmp_path / "test.csv", "test", 30)
-    made = fedloop("server", "init", directory, "--test", test, "--rounds", "2", "--examples", "30", "--json").document
+    make = ("server", "init", directory, "--test", test, "--rounds", "2", "--examples", "30", "--json")
+    made = fedloop(*make, *(("--log", log, "--blobs", directory / "blobs") if log else ())).document
     assert (made["labels"], made["held_out"]) == (3, 30)
-    assert fedloop("server", "init", directory, "--test", test, "--rounds", "2", "--examples", "30").status == 0
+    assert fedloop(*make).status == 0
     for store in stores:
         enrolled = ("agent", "enrol", directory, "--store", store, "--client-id", store.name, "--key-from", "file", "--json")
         assert fedloop(*enrolled).document["client_id"] == store.name
@@ -108,6 +117,8 @@ def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedl
     assert (rebuilt.status, rebuilt.document["identical"], len(rebuilt.document["steps"])) == (0, True, 2)
     verified = fedloop("log", "verify", directory, "--json")
     assert (verified.status, verified.document["verified"]) == (0, True)
+    replayed = fedloop("log", "replay", directory, "--json").document
+    assert (replayed["matching"], replayed["differing"]) == (["server/identities.snapshot", "server/server.snapshot"], [])
     budget = fedloop("audit", "budget", directory, "--json").document
     assert [(each["spends"], each["kept"]) for each in budget["clients"]] == [(2, True), (2, True)]
     first = releases["releases"][1]["release"]
@@ -117,10 +128,10 @@ def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedl
     assert fedloop("agent", "run", "--store", stores[1]).status == 4
 
 
-def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path) -> None:
+def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path, log: str | None) -> None:
     data, test = write(tmp_path / "data.csv", "train", 90), write(tmp_path / "test.csv", "test", 30)
     directory = tmp_path / "run"
-    files = ("--data", data, "--test", test, "--dir", directory)
+    files = ("--data", data, "--test", test, "--dir", directory, *(("--log", log) if log else ()))
     with running("demo", *files, "--clients", "3", "--rounds", "2", "--epsilon", "30", "--json") as demo:
         until(demo, "feedback before round 1")
         _kill_some(demo.pid, 2)

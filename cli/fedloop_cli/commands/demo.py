@@ -24,12 +24,14 @@ def demo(
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="Keep everything here, in place of a new folder.")
     ] = None,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Let devices reach the log through an HTTPS gateway alone.")] = False,
     json: options.Json = False,
 ) -> None:
     """Run a whole deployment here: devices with invented users, a server, rounds; then check what it promises.
 
-    Every device and the server is a process; kill any of them, and it is started again and goes on. Exit status 1 if a round
-    made no release or a check failed; personal values that passed the masker are counted and shown.
+    --log kafka://HOST:PORT runs it on Kafka. Every device and the server is a process; kill any of them, and it is started again
+    and goes on. Exit status 1 if a round made no release or a check failed; personal values that passed the masker are counted
+    and shown.
     """
     from fedloop_events.errors import UsageError
 
@@ -38,7 +40,7 @@ def demo(
 
     from fedloop_cli.demo import live, play, report, users
 
-    chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed)
+    chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed, gateway)
     given = users.invented(clients, seed) if data is None or test is None else users.from_files(data, test, clients, seed)
     for what, count in given.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")

@@ -37,7 +37,7 @@ LOADED: Final = (
 class Order(Struct, frozen=True):
     """A process to start: what it is, its terms as JSON, and where it prints."""
 
-    role: Literal["device", "server"]
+    role: Literal["device", "gateway", "server"]
     terms: str
     output: str
     errors: str
@@ -86,6 +86,10 @@ def _become(order: Order, channel: int, masker: Masker) -> NoReturn:
 
             terms = msgspec.json.decode(order.terms, type=device.Terms)
             device.main(terms, socket.socket(fileno=channel), masker)
+        elif order.role == "gateway":
+            from fedloop_cli.demo import gateway
+
+            gateway.main(msgspec.json.decode(order.terms, type=gateway.Terms), socket.socket(fileno=channel))
         else:
             from fedloop_cli.demo import server
 

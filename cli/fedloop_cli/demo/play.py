@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fedloop_events.errors import UnreachableError, UsageError
 from msgspec import Struct
 
 from fedloop_cli import deploying, requests, state, tables
-from fedloop_cli.demo import device, users
+from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
 
@@ -29,17 +30,20 @@ FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3}
 """Of a few hundred examples a device all take part in a step, and most of the budget goes to the sums: chosen on the corpus,
 which is public."""
 STALL_TIMEOUT_S: Final = 900.0
+START_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.25
 
 
 class Options(Struct, frozen=True):
-    """What the user of the demo decides. `epsilon` None is a run without differential privacy."""
+    """What the user of the demo decides. `epsilon` None is a run without differential privacy; with `gateway` the devices have no
+    connection to the log but through one."""
 
     clients: int
     rounds: int
     epsilon: float | None
     strategy: str
     seed: int
+    gateway: bool = False
 
 
 class Scene:
@@ -126,9 +130,11 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
             scene.doing = "starting the processes"
             refresh()
             children.append(Child("server", nursery, "server", str(scene.directory), printed))
+            place = scene.where.place
+            if scene.options.gateway:
+                place = _gateway(scene, nursery, children, printed)
             for name in scene.devices:
                 store = scene.directory / "devices" / name
-                place = scene.where.place
                 terms = device.Terms(place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA)
                 hear = partial(_hear, scene, name)
                 children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, hear))
@@ -138,11 +144,26 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
                 child.kill()
             raise
         finally:
-            for child in children:
-                child.end()
-            for child in children:
-                child.join()
+            # The devices first: each ends with what it says, for which it needs the gateway.
+            devices = [child for child in children if child.name in scene.progress]
+            for group in (devices, [child for child in children if child not in devices]):
+                for child in group:
+                    child.end()
+                for child in group:
+                    child.join()
             nursery.end()
+
+
+def _gateway(scene: Scene, nursery: Nursery, children: list[Child], printed: Path) -> locations.Place:
+    """Start a gateway, one of `children`, and wait until it listens; where the devices find log and blobs."""
+    terms, location = gateway.prepare(scene.where.place, scene.directory / "gateway")
+    listens = threading.Event()
+    children.append(
+        Child("gateway", nursery, "gateway", msgspec.json.encode(terms).decode(), printed, lambda line: listens.set())
+    )
+    if not listens.wait(START_TIMEOUT_S):
+        raise UnreachableError("the gateway does not listen", hint=f"see {printed / 'gateway.err'}")
+    return locations.Place(location, location)
 
 
 def _hear(scene: Scene, name: str, line: bytes) -> None:

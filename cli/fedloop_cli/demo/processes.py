@@ -74,7 +74,7 @@ class Child:
         self,
         name: str,
         nursery: Nursery,
-        role: Literal["device", "server"],
+        role: Literal["device", "gateway", "server"],
         terms: str,
         folder: Path,
         on_line: Callable[[bytes], None] | None = None,
