@@ -95,7 +95,6 @@ class Fetcher:
             "check.crcs": True,
             "queued.max.messages.kbytes": 32_768,
             "fetch.queue.backoff.ms": 5,
-            "fetch.wait.max.ms": 100,
             "max.poll.interval.ms": 86_400_000,
             "error_cb": self._trouble,
         }
