@@ -71,7 +71,8 @@ class Cluster:
     """`nodes` brokers whose data, logs, keys and process ids lie in `folder` (mode 0700).
 
     The same folder is the same cluster: started again it has its data and ports. Nodes are numbered from 1. As a context manager
-    it starts, and at the end kills its processes; the data stay. Raises `UsageError` if the folder holds another kind of cluster.
+    it starts, and its processes end with the block, or with the process that is in it; the data stay. Raises `UsageError` if the
+    folder holds another kind of cluster.
     """
 
     def __init__(self, folder: Path, *, nodes: int = 1, secure: bool = False, port: int | None = None) -> None:
@@ -81,6 +82,7 @@ class Cluster:
             raise UsageError(f"{folder} is not empty and holds no cluster", hint="name a new folder")
         self.folder.chmod(0o700)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
         self._admin: AdminClient | None = None
         with _locked(self.folder):
             self._state = _stored(self.folder) or _new(self.folder, nodes, secure, port)
@@ -94,6 +96,11 @@ class Cluster:
         self.bootstrap = ",".join(f"127.0.0.1:{client}" for client, _, _ in self._state.ports)
 
     def __enter__(self) -> Self:
+        # It sees the end of its input when this process is gone, however that came.
+        stop = [sys.executable, str(HERE / "brokers.py"), "stop", "--dir", str(self.folder)]
+        self._guard = subprocess.Popen(
+            ["sh", "-c", 'cat > /dev/null; exec "$@" > /dev/null', "guard", *stop], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             self.start()
         except BaseException:
@@ -104,6 +111,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
             self.kill(node)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
 
     def start(self) -> None:
         """Start what does not run; wait until every node answers. Raises `UnreachableError` with the end of the broker's log."""

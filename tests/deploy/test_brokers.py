@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import brokers
@@ -73,6 +75,18 @@ def test_three_brokers_go_on_without_one_of_them(tmp_path: Path) -> None:
             write(cluster, "t", b"%d" % node)
             cluster.restart(node)
         assert read(cluster, "t", 2) == [b"1", b"2"]
+
+
+def test_brokers_do_not_outlive_a_test_run_that_was_killed(tmp_path: Path) -> None:
+    program = "import brokers, os, pathlib, sys\nwith brokers.Cluster(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    path = {"PYTHONPATH": str(Path(brokers.__file__).parent)}
+    assert (
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, **path}, check=False).returncode == -9
+    )
+    cluster, deadline = Cluster(tmp_path), time.monotonic() + 60
+    while answers(cluster) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not answers(cluster)
 
 
 def test_a_paused_broker_is_silent_until_it_is_resumed(tmp_path: Path) -> None:
