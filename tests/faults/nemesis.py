@@ -12,7 +12,7 @@ from typing import Final
 from faults.cluster import NODES, CutCluster
 from msgspec import Struct
 
-BACK_S: Final = 60.0
+BACK_S: Final = 120.0
 """By when a broker that was away must have caught up."""
 
 
@@ -34,7 +34,7 @@ class Happened(Struct, frozen=True):
 
 
 def schedule(seed: int, victims: Sequence[str], producers: Sequence[str]) -> list[Fault]:
-    """Every kind, in any order. A leader that is silent for 6 s is replaced, and a producer gives up after 5 s."""
+    """Every kind, in any order. A leader that is silent for 6 s is replaced, and a producer gives up after 8 s."""
     source = random.Random(seed)
     faults = [
         Fault("kill", source.choice(victims), 0.0),
@@ -42,9 +42,9 @@ def schedule(seed: int, victims: Sequence[str], producers: Sequence[str]) -> lis
         Fault("freeze", source.choice(victims), source.uniform(1, 4)),
         Fault("freeze", source.choice(victims), source.uniform(7, 9)),
         Fault("hold", source.choice(victims), source.uniform(1, 3)),
-        Fault("hold", source.choice(victims), source.uniform(6, 8)),
+        Fault("hold", source.choice(victims), source.uniform(9, 11)),
         Fault("refuse", source.choice(victims), source.uniform(1, 3)),
-        Fault("stop", source.choice(producers), source.uniform(6, 8)),
+        Fault("stop", source.choice(producers), source.uniform(9, 11)),
     ]
     source.shuffle(faults)
     return faults

@@ -79,8 +79,7 @@ class Workload:
         self._next: dict[tuple[str, str], int] = {}
 
     def batch(self) -> list[Event]:
-        # Small ones as often as large ones, by their order of magnitude.
-        size = round(LARGEST_BATCH ** self._random.random())
+        size = self._random.choice((1, 5, *[self._random.randint(1, LARGEST_BATCH)] * 4))
         return [self.one(self._random.choice(TOPICS)) for _ in range(size)]
 
     def one(self, topic: str) -> Event:
