@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final, Protocol, runtime_checkable
 
-from fedloop_events.errors import BlobError, UnreachableError, UsageError
+from fedloop_events.errors import BlobError, FedloopError, UnreachableError, UsageError
 from fedloop_events.files import fsync_folder
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
@@ -110,7 +110,9 @@ class BlobStore:
                 yield file
         except FileNotFoundError:
             raise BlobError(f"blob {ref.sha256} is not in the store", hint="it may still be on its way: try again") from None
-        except OSError as error:
+        except FedloopError:
+            raise
+        except Exception as error:  # while it is read, any store's own
             raise UnreachableError(f"blob {ref.sha256} cannot be read", cause=str(error)) from error
 
 
@@ -235,32 +237,26 @@ class _FileSystem:
             if self.size(ref.sha256) == ref.size_bytes:
                 return ref
             file.seek(0)
-            try:
+            with _translated("a blob cannot be written to the store"):
                 self._fs.makedirs(f"{self._root}/{ref.sha256[:2]}", exist_ok=True)
                 with self._fs.open(self._path(ref.sha256), "wb") as target:
                     while block := file.read(1 << 22):
                         target.write(block)
-            except OSError as error:
-                raise UnreachableError("a blob cannot be written to the store", cause=str(error)) from error
         return ref
 
     def open(self, name: str) -> IO[bytes]:
-        file: IO[bytes] = self._fs.open(self._path(name), "rb")
+        with _translated(f"blob {name} cannot be read"):
+            file: IO[bytes] = self._fs.open(self._path(name), "rb")
         return file
 
     def size(self, name: str) -> int | None:
-        try:
+        with suppress(FileNotFoundError), _translated(f"blob {name} cannot be looked up"):
             return int(self._fs.info(self._path(name))["size"])
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UnreachableError(f"blob {name} cannot be looked up", cause=str(error)) from error
+        return None
 
     def names(self) -> Iterator[str]:
-        try:
+        with _translated("the blob store cannot be listed"):
             paths = self._fs.find(self._root)
-        except OSError as error:
-            raise UnreachableError("the blob store cannot be listed", cause=str(error)) from error
         for path in paths:
             name = "".join(str(path).rsplit("/", 2)[-2:])
             if _NAME.fullmatch(name):
@@ -268,6 +264,19 @@ class _FileSystem:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name[:2]}/{name[2:]}"
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Each store raises its own errors: botocore's, for one, are no `OSError`."""
+    try:
+        yield
+    except (FedloopError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise UnreachableError(
+            what, cause=f"{type(error).__name__}: {error}", hint="check the store's address and the credentials for it"
+        ) from error
 
 
 def _copy(chunks: Iterable[bytes | memoryview], file: IO[bytes]) -> BlobRef:

@@ -174,3 +174,22 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UnreachableError):
         BlobStore(tmp_path / "file" / "blobs")
+
+
+def test_whatever_a_remote_store_raises_is_an_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class NoCredentialsError(Exception):
+        """As botocore's: no `OSError`."""
+
+    def fail(*args: object, **kwargs: object) -> object:
+        raise NoCredentialsError("unable to locate credentials")
+
+    store = BlobStore(f"memory://{secrets.token_hex(8)}")
+    ref = store.put([b"x"])
+    for name in ("info", "open", "find"):
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
+    for attempt in (lambda: store.put([b"y"]), lambda: store.get(ref), lambda: store.exists(ref), lambda: list(store.all())):
+        with pytest.raises(UnreachableError) as caught:
+            attempt()
+        assert caught.value.cause == "NoCredentialsError: unable to locate credentials"
