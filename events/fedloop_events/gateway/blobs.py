@@ -76,8 +76,7 @@ class _Answer(io.RawIOBase):
 
     def __init__(self, transport: Transport, name: str) -> None:
         self._opened = transport.opened("GET", f"/v1/blobs/{name}", stream=True, doing=("blobs", "read"))
-        self._response = self._opened.__enter__()
-        self._blocks, self._left = self._response.iter_raw(_BLOCK_BYTES), b""
+        self._blocks, self._left = self._opened.__enter__().blocks, b""
 
     def readable(self) -> bool:
         return True

@@ -45,6 +45,15 @@ Content = bytes | Callable[[], Iterator[bytes]]
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+class Answer(Struct, frozen=True):
+    """What a gateway answered; `blocks` is the body where it is still to be read, and `content` nothing then."""
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+    blocks: Iterator[bytes]
+
+
 class _Problem(Struct, frozen=True):
     """RFC 9457, as far as it is read."""
 
@@ -103,7 +112,7 @@ class Transport:
         headers: dict[str, str] | None = None,
         wait_s: float = 0.0,
         doing: tuple[str, str] = ("clients", "read"),
-    ) -> httpx.Response:
+    ) -> Answer:
         """The answer to one request, read wholly. `content` that is a function gives its blocks anew for each attempt, and
         `sha256` names them.
 
@@ -126,17 +135,17 @@ class Transport:
         wait_s: float = 0.0,
         doing: tuple[str, str] = ("clients", "read"),
         stream: bool = False,
-    ) -> Iterator[httpx.Response]:
+    ) -> Iterator[Answer]:
         """`call`, with the answer's body still to be read if `stream`."""
         deadline, pause_s = time.monotonic() + self.timeout_s + wait_s, _FIRST_PAUSE_S
         while True:
             with self._attempt(method, path, query, content, sha256, headers, wait_s, stream=stream) as answer:
-                if isinstance(answer, httpx.Response):
-                    if answer.status_code < 400:
+                if isinstance(answer, Answer):
+                    if answer.status < 400:
                         yield answer
                         return
                     code, failure = _refusal(answer, doing)
-                    if answer.status_code not in _AGAIN and code not in _AGAIN_CODES:
+                    if answer.status not in _AGAIN and code not in _AGAIN_CODES:
                         raise failure
                     least_s = self._learn(answer, code)
                 else:
@@ -163,7 +172,7 @@ class Transport:
         wait_s: float,
         *,
         stream: bool,
-    ) -> Iterator[httpx.Response | UnreachableError]:
+    ) -> Iterator[Answer | UnreachableError]:
         """One attempt: the answer, or why there is none."""
         client = self._client()
         body = content if isinstance(content, bytes) else content()
@@ -183,13 +192,13 @@ class Transport:
             yield self._unreachable(error)
             return
         try:
-            if not stream or response.status_code >= 400:
-                try:
-                    _read(response)
-                except httpx.TransportError as error:
-                    yield self._unreachable(error)
-                    return
-            yield response
+            blocks = response.iter_raw()
+            try:
+                content = b"" if stream and response.status_code < 400 else _read(response, blocks)
+            except httpx.TransportError as error:
+                yield self._unreachable(error)
+                return
+            yield Answer(response.status_code, response.headers, content, blocks)
         finally:
             response.close()
 
@@ -208,7 +217,7 @@ class Transport:
             now_s=int(time.time() + self._skew_s),
         )
 
-    def _learn(self, answer: httpx.Response, code: str) -> float:
+    def _learn(self, answer: Answer, code: str) -> float:
         """How long the gateway wants to be left alone. A clock that is wrong is set right, for what is signed here."""
         if code == "clock":
             with_date = email.utils.parsedate_to_datetime(answer.headers.get("date", "Thu, 01 Jan 1970 00:00:00 GMT"))
@@ -239,15 +248,23 @@ class Transport:
         return httpx.Client(
             verify=self._verify,
             trust_env=False,
+            headers={"accept-encoding": "identity"},
             follow_redirects=False,
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=20.0),
         )
 
 
-def _read(response: httpx.Response) -> None:
-    if int(response.headers.get("content-length", "0")) > _MAX_ANSWER_BYTES:
-        raise httpx.RemoteProtocolError("the answer is too long")
-    response.read()
+def _read(response: httpx.Response, blocks: Iterator[bytes]) -> bytes:
+    """The body as it was sent; nothing in it is unpacked."""
+    if "content-encoding" in response.headers:
+        raise httpx.RemoteProtocolError("the answer is packed, which nobody asked for")
+    parts, size = [], 0
+    for block in blocks:
+        size += len(block)
+        if size > _MAX_ANSWER_BYTES:
+            raise httpx.RemoteProtocolError("the answer is too long")
+        parts.append(block)
+    return b"".join(parts)
 
 
 def _split(url: str) -> tuple[str, Path | None]:
@@ -287,16 +304,16 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _refusal(answer: httpx.Response, doing: tuple[str, str]) -> tuple[str, FedloopError]:
+def _refusal(answer: Answer, doing: tuple[str, str]) -> tuple[str, FedloopError]:
     """The problem's code, and the error that it is."""
     try:
         problem = msgspec.json.decode(answer.content, type=_Problem)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         problem = _Problem()
     code = problem.type.rpartition(":")[2]
-    detail = "".join(each for each in problem.detail if each.isprintable()) or f"HTTP status {answer.status_code}"
+    detail = "".join(each for each in problem.detail if each.isprintable()) or f"HTTP status {answer.status}"
     error: FedloopError
-    match answer.status_code:
+    match answer.status:
         case 401 | 403:
             error = NotAllowedError(*doing, cause=detail)
         case 404:

@@ -253,7 +253,10 @@ class Gateway:
         with self._waiting(caller):
             after = asked.after
             while loop.time() < ends and not self.feed.stopping and not self._callers.is_revoked(caller.name):
-                page = await self.feed.read(caller.sees_as, asked.topics, after, asked.limit, _KEEP_ALIVE_S)
+                try:
+                    page = await self.feed.read(caller.sees_as, asked.topics, after, asked.limit, _KEEP_ALIVE_S)
+                except Problem:
+                    return  # the status is sent already: who follows asks again from where it was
                 after = page.position
                 place = cloudevents.encode_position(after).encode()
                 if not page.events:

@@ -240,11 +240,13 @@ class Feed:
                 return
             if record.topic == topics.CLIENTS:
                 self.identities.apply(record, payload)
-                if isinstance(payload, types.DeploymentCreated):
+                if isinstance(payload, types.DeploymentCreated) and self.created is None:
                     self.created = record
                     self.taken.add(payload.public_key)
                 elif isinstance(payload, types.ClientEnrolled):
-                    self.taken |= {payload.public_key, payload.node_id}
+                    holder = self.identities.clients.get(payload.client_id)
+                    if holder is not None and holder.public_key == payload.public_key:
+                        self.taken |= {payload.public_key, payload.node_id}
             else:
                 self.identities.authenticate(record, payload)
                 self.visibility.learn(payload)
