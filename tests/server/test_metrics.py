@@ -154,6 +154,7 @@ def test_health_is_the_loops_and_not_the_http_servers(tmp_path: Path, stack: Exi
 def test_clients_that_stay_silent_do_not_keep_others_out(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert exposition._Handler.timeout == exposition.REQUEST_TIMEOUT_S
     monkeypatch.setattr(exposition._Handler, "timeout", 0.2)
     served = serve(World(tmp_path / "deployment"), stack)
     held = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(3 * exposition.MOST_AT_ONCE)]
