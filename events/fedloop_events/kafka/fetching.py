@@ -20,7 +20,8 @@ REMEMBERED: Final = 100_000
 """A fetcher knows at least so many of the events that it fetched last, and drops one that comes again."""
 MOST_BUFFERED_BYTES: Final = 64 << 20
 """With more than that in hand, partitions that are ahead wait for those that are behind."""
-_AT_ONCE: Final = 1000
+_AT_ONCE: Final = 250
+"""Messages at a time: so many stay in the processor's cache until they are events."""
 _HIDDEN_PAUSE_S: Final = 0.02
 _PAUSE_S: Final = 0.2
 """A wait inside librdkafka lasts no longer, so that Ctrl-C is heard."""
@@ -202,7 +203,7 @@ class Fetcher:
             self._side = None
 
     def _keep(self, messages: Sequence[Message]) -> None:
-        by_place, make = self._by_place, codec.record
+        by_place, make, first = self._by_place, codec.record, self._first
         for message in messages:
             error = message.error()
             if error is not None:
@@ -212,18 +213,13 @@ class Fetcher:
             if offset < partition.fetched:
                 continue  # the consumer beside has fetched it before
             partition.fetched = offset + 1
-            # The clock of a new leader may be behind the last one's; the log's clock never runs backwards in a stream.
-            partition.clock_ms = max(partition.clock_ms, message.timestamp()[1])
+            clock_ms = message.timestamp()[1]
+            if clock_ms > partition.clock_ms:  # that of a new leader may be behind; the log's never runs backwards in a stream
+                partition.clock_ms = clock_ms
             record = make(
-                partition.topic,
-                message.key(),
-                value,
-                message.headers(),
-                partition.stream,
-                offset + 1,
-                partition.clock_ms,
+                partition.topic, message.key(), value, message.headers(), partition.stream, offset + 1, partition.clock_ms
             )
-            if self._first(record):
+            if first(record):
                 partition.buffer.append(record)
                 partition.size_bytes += len(record.data)
 
