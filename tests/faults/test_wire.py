@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from typing import Any, Final
 
 import msgspec
 import pytest
 import samples
-from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import OFFSET_INVALID, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, NewTopic
 from fedloop_events import topics, types
 from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record
 from fedloop_events.errors import InvalidEventError, LogError, UnreachableError
@@ -316,3 +318,35 @@ def test_an_event_that_the_brokers_find_too_large_is_refused_and_the_next_one_go
     (good,) = epochs(1)
     log.append([good])
     assert collected(log).fold.ids == [good.id]
+
+
+class _Silent:
+    """An admin client to which at first a broker says nothing: librdkafka then gives -1001 for an offset, and no error."""
+
+    def __init__(self, client: AdminClient, times: int) -> None:
+        self._client, self.left = client, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def list_offsets(self, specs: Any, **settings: Any) -> Any:
+        if not self.left:
+            return self._client.list_offsets(specs, **settings)
+        self.left -= 1
+        found = {place: Future[ListOffsetsResultInfo]() for place in specs}
+        for future in found.values():
+            future.set_result(ListOffsetsResultInfo(OFFSET_INVALID, -1, -1))
+        return found
+
+
+def test_an_end_that_no_broker_has_told_is_asked_for_again(log: KafkaLog, kafka_url: str) -> None:
+    """Taken for an end it would hide from a reader what was acknowledged."""
+    (event,) = epochs(1)
+    log.append([event])
+    with closing(KafkaLog(kafka_url)) as reader:
+        admin = reader._handle.admin
+        admin.client = silent = _Silent(admin.client, 2)  # type: ignore[assignment,unused-ignore]
+        assert [record.id for record in read_all(reader)] == [event.id]
+        assert silent.left == 0
+        silent.left = 1
+        assert min(reader.end().offsets.values()) >= 0
