@@ -18,7 +18,7 @@ Service = dict[str, Any]
 _KNOWN: Final = {
     *("image", "build", "environment", "read_only", "cap_drop", "cap_add", "security_opt", "tmpfs", "init", "logging"),
     *("restart", "user", "network_mode", "networks", "entrypoint", "command", "healthcheck", "volumes", "depends_on", "ports"),
-    "stop_grace_period",
+    *("stop_grace_period", "working_dir"),
 }
 _VARIABLE: Final = re.compile(r"\$(?:(\$)|\{([A-Z_]+)(?:(:[?-])([^}]*))?\})")
 _UNITS: Final = {"s": 1_000_000_000, "m": 60_000_000_000}
@@ -151,7 +151,9 @@ class Stack:
         options: dict[str, Any] = {
             key: service[key] for key in ("environment", "read_only", "cap_drop", "init", "user") if key in service
         }
-        options |= {key: service[key] for key in ("cap_add", "security_opt", "entrypoint", "command") if key in service}
+        options |= {
+            key: service[key] for key in ("cap_add", "security_opt", "entrypoint", "command", "working_dir") if key in service
+        }
         if networks:
             options["networking_config"] = {
                 self._named(each): self._docker.api.create_endpoint_config(aliases=[name]) for each in networks[:1]
