@@ -6,15 +6,16 @@ import tomllib
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
 import typer
-from fedloop_events import locations
 from fedloop_events.errors import UsageError
-from fedloop_events.locations import Place
 from msgspec import Struct
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from fedloop_events.locations import Place
 
 _LOG: Final = "fedloop.log"
 _BLOBS: Final = "fedloop.blobs"
@@ -40,6 +41,8 @@ def given() -> tuple[str | None, str | None]:
 
 
 def _where(value: Path | tuple[Path, ...] | None) -> Where:
+    from fedloop_events import locations
+
     values = value if isinstance(value, tuple) else () if value is None else (value,)
     if len(values) > 1:
         raise UsageError(f"got unexpected extra argument {str(values[1])!r}")
@@ -54,6 +57,8 @@ def _where(value: Path | tuple[Path, ...] | None) -> Where:
 
 
 def _home(directory: Path) -> Home:
+    from fedloop_events import locations
+
     return Home(directory=directory, place=locations.locate(directory, *given()))
 
 
