@@ -11,7 +11,7 @@ import sys
 
 from benchmarks.harness import Row, table
 
-TABLE = ("log", "gateway", "rounds", "merging", "dp_step", "cli")
+TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "cli")
 """Modules with `rows(quick: bool) -> list[Row]`."""
 BY_NAME_ONLY = ("utility", "masking")
 """The same, but they take long or need data sets, and print tables of their own."""

@@ -29,7 +29,7 @@ def rows(quick: bool) -> list[Row]:
     count, chunk = (20_000, 2_000) if quick else (1_000_000, 10_000)
     result: list[Row] = []
     for label, words, signed in (("300 B", 3, False), ("1 KB, signed", 18, True)):
-        make = _maker(words, signed=signed)
+        make = maker(words, signed=signed)
         for batch in (100, 1000):
             with scratch() as folder:
                 result += _append(f"{label}, batches of {batch:,}", folder, make, batch, count, chunk)
@@ -86,7 +86,7 @@ def _fold(label: str, folder: Path, count: int, chunk: int) -> Row:
     return rates(what, "msgspec decoding the same bytes", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5)
 
 
-def _maker(words: int, *, signed: bool) -> Callable[[], Event]:
+def maker(words: int, *, signed: bool) -> Callable[[], Event]:
     """Makes feedback events, each with an id and a sequence number of its own. They share one signature: only its size counts."""
     seq = 0
 

@@ -1,6 +1,7 @@
-"""What a round costs when training costs nothing: clients in processes of their own over the SQLite log, against Flower's own.
+"""What a round costs when training costs nothing: clients in processes of their own over the log, against Flower's own.
 
-`python -m benchmarks.rounds ours|ray FOLDER CLIENTS MEGABYTES ROUNDS` measures one candidate and prints JSON.
+`python -m benchmarks.rounds ours|ray FOLDER CLIENTS MEGABYTES ROUNDS [KAFKA]` measures one candidate and prints JSON; KAFKA is
+the location of the log, which is a file otherwise.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from brokers import Cluster
 from fedloop_events.author import Author
 from fedloop_events.blobs import BlobStore
 from fedloop_events.identities import Identities
+from fedloop_events.kafka import KafkaLog
+from fedloop_events.log import EventLog
 from fedloop_events.projections import Reader
 from fedloop_events.signatures import SigningKey
 from fedloop_events.simulated import SimulatedClient
@@ -51,6 +55,7 @@ def rows(quick: bool) -> list[Row]:
         *_against_ray(10, 10, 8, 0.67),
         _against_superlink(2, 1, 4, 50.0),
         _against_superlink(10, 10, 3, 10.0),
+        _kafka_against_superlink(10, 1, 3, 20.0),
     ]
 
 
@@ -69,9 +74,18 @@ def _against_superlink(clients: int, megabytes: int, rounds: int, at_least: floa
     return costs(what, peer, ours.seconds, theirs_s, "s", at_least)
 
 
-def _measure(candidate: str, clients: int, megabytes: int, rounds: int) -> Report:
+def _kafka_against_superlink(clients: int, megabytes: int, rounds: int, at_least: float) -> Row:
+    what, peer = f"round on Kafka, {clients} clients x {megabytes} MB", "Flower SuperLink and SuperNodes, loopback"
+    with scratch() as folder, Cluster(folder) as cluster:
+        ours = _measure("ours", clients, megabytes, 3 * rounds, f"kafka://{cluster.bootstrap}/bench")
     with scratch() as folder:
-        arguments = [candidate, str(folder), str(clients), str(megabytes), str(rounds)]
+        theirs_s = superlink.seconds_a_round(folder, clients, megabytes, rounds)
+    return costs(what, peer, ours.seconds, theirs_s, "s", at_least)
+
+
+def _measure(candidate: str, clients: int, megabytes: int, rounds: int, *kafka: str) -> Report:
+    with scratch() as folder:
+        arguments = [candidate, str(folder), str(clients), str(megabytes), str(rounds), *kafka]
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.rounds", *arguments],
             env=os.environ | QUIET,
@@ -87,16 +101,20 @@ def _measure(candidate: str, clients: int, megabytes: int, rounds: int) -> Repor
 # --- what runs -------------------------------------------------------------------------------------------------------
 
 
-def run_ours(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
+def _open(folder: Path, kafka: str) -> EventLog:
+    return KafkaLog(kafka, create=True) if kafka else SqliteLog(folder / "log.sqlite")
+
+
+def run_ours(folder: Path, clients: int, megabytes: int, rounds: int, kafka: str = "") -> float:
     from fedloop_server.grid import LogGrid
     from fedloop_server.journal import start_epoch
 
     key = SigningKey.generate()
-    log = SqliteLog(folder / "log.sqlite")
+    log = _open(folder, kafka)
     author = Author(log, key)
     author.say(DeploymentCreated(origin="benchmark", public_key=key.public_key))
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_serve, args=(folder, number), daemon=True) for number in range(clients)]
+    processes = [fork.Process(target=_serve, args=(folder, kafka, number), daemon=True) for number in range(clients)]
     for process in processes:
         process.start()
     try:
@@ -110,15 +128,15 @@ def run_ours(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
             process.join()
 
 
-def _serve(folder: Path, number: int) -> None:
-    log, blobs = SqliteLog(folder / "log.sqlite"), BlobStore(folder / "blobs")
+def _serve(folder: Path, kafka: str, number: int) -> None:
+    log, blobs = _open(folder, kafka), BlobStore(folder / "blobs")
     config: dict[str, bool | float | int | str] = {"partition-id": number}
     client = SimulatedClient(log, blobs, f"client-{number}", trivial_app(), node_id=1000 + number, node_config=config)
     client.enrol()
     client.run(threading.Event())
 
 
-def _wait_until_enrolled(log: SqliteLog, clients: int) -> None:
+def _wait_until_enrolled(log: EventLog, clients: int) -> None:
     reader, deadline = Reader(log, Identities()), time.monotonic() + LIMIT_S
     while len(reader.fold.clients) < clients:
         if time.monotonic() > deadline:
@@ -126,7 +144,7 @@ def _wait_until_enrolled(log: SqliteLog, clients: int) -> None:
         reader.wait(1.0)
 
 
-def run_ray(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
+def run_ray(folder: Path, clients: int, megabytes: int, rounds: int, kafka: str = "") -> float:
     from flwr.simulation import run_simulation
 
     server, seconds = ServerApp(), []
@@ -147,10 +165,10 @@ def run_ray(folder: Path, clients: int, megabytes: int, rounds: int) -> float:
     return float(seconds[0])
 
 
-def _main(candidate: str, folder: str, *numbers: str) -> None:
+def _main(candidate: str, folder: str, clients: str, megabytes: str, rounds: str, kafka: str = "") -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    clients, megabytes, rounds = map(int, numbers)
-    seconds = {"ours": run_ours, "ray": run_ray}[candidate](Path(folder), clients, megabytes, rounds)
+    run = {"ours": run_ours, "ray": run_ray}[candidate]
+    seconds = run(Path(folder), int(clients), int(megabytes), int(rounds), kafka)
     with suppress(BrokenPipeError):
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_rss_bytes()}), flush=True)
 

@@ -48,7 +48,7 @@ def asyncapi() -> dict[str, Any]:
                 "messages": {
                     payload.__name__: {"$ref": f"#/components/messages/{payload.__name__}"} for payload in by_topic[topic]
                 },
-                "bindings": {"kafka": {"topic": topic, "bindingVersion": _KAFKA_BINDING}},
+                "bindings": {"kafka": _binding(topics.DECLARED[topic])},
             }
             for topic in topics.ALL
         },
@@ -61,6 +61,17 @@ def asyncapi() -> dict[str, Any]:
             "messages": {payload.__name__: _message(payload) for payload in types.TYPES},
             "schemas": {"headers": _HEADERS},
         },
+    }
+
+
+def _binding(topic: topics.Topic) -> dict[str, Any]:
+    """https://github.com/asyncapi/bindings/tree/master/kafka, version 0.5.0; the deployment's prefix comes before the name."""
+    settings = {"cleanup.policy": ["delete"], "retention.ms": topic.retention_ms, "retention.bytes": topics.KEPT}
+    return {
+        "topic": topic.name,
+        "partitions": topic.partitions,
+        "topicConfiguration": settings,
+        "bindingVersion": _KAFKA_BINDING,
     }
 
 
