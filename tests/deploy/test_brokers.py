@@ -77,6 +77,7 @@ def test_three_brokers_go_on_without_one_of_them(tmp_path: Path) -> None:
         assert read(cluster, "t", 2) == [b"1", b"2"]
 
 
+@pytest.mark.slow
 def test_brokers_do_not_outlive_a_test_run_that_was_killed(tmp_path: Path) -> None:
     program = "import brokers, os, pathlib, sys\nwith brokers.Cluster(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     path = {"PYTHONPATH": str(Path(brokers.__file__).parent)}
@@ -89,6 +90,7 @@ def test_brokers_do_not_outlive_a_test_run_that_was_killed(tmp_path: Path) -> No
     assert not answers(cluster)
 
 
+@pytest.mark.slow
 def test_a_paused_broker_is_silent_until_it_is_resumed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.pause(1)
@@ -128,6 +130,7 @@ def test_a_process_id_that_has_become_another_process_s_is_not_touched(tmp_path:
         assert other.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_broker_that_cannot_start_says_why(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     port = int(cluster.bootstrap.rpartition(":")[2])
@@ -153,6 +156,7 @@ def test_folders_and_secrets_are_private(secure_kafka: Cluster) -> None:
     assert not [password for password in passwords if password in logged + shown]
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_and_stops_and_says_what_to_try(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, brokers.__file__, *arguments, "--dir", str(tmp_path / "run")]
