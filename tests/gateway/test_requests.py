@@ -134,7 +134,7 @@ def test_a_header_without_end_is_cut_off(shared: Served) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
     with _connect(shared) as connection:
         connection.sendall(b"GET /" + b"y" * 40_000 + b" HTTP/1.1\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 414 ")
+        assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
 
 
 def test_a_device_that_asks_too_often_is_told_when_to_come_again(tmp_path: Path) -> None:

@@ -48,8 +48,7 @@ class Committer:
         self._queued += len(events)
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
-        # An append that has begun is not taken back when its caller goes away.
-        await asyncio.shield(done)
+        await done  # when the caller goes away, what has begun goes on
 
     async def drain(self) -> None:
         """Wait for what is under way."""

@@ -44,23 +44,16 @@ class Protocol(HttpToolsProtocol):
         self._be_patient()
         self._impatience = self.loop.call_later(HEADER_TIMEOUT_S, self._give_up)
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url), "uri-too-long", "the address is too long")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value) + 4, "headers", "the header is too long")
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._impatience is not None:  # the header goes on
+            self._header_bytes += len(data)
+            if self._header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
+                self._refuse("headers", "the header is too long")
 
     def on_headers_complete(self) -> None:
         self._be_patient()
-        if not self.transport.is_closing():
-            super().on_headers_complete()
-
-    def _count(self, size: int, code: str, detail: str) -> None:
-        self._header_bytes += size
-        if self._header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse(code, detail)
+        super().on_headers_complete()
 
     def _refuse(self, code: str, detail: str) -> None:
         body = problems.body(code, detail)
