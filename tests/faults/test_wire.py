@@ -168,6 +168,16 @@ def test_a_compressed_bomb_is_one_refused_event(wire: Wire, log: KafkaLog, codec
     assert (reader.refused, reader.fold.ids) == (1, [before.id, after.id])
 
 
+@pytest.mark.xfail(raises=UnreachableError, reason="librdkafka unpacks no batch beyond receive.message.max.bytes, nor passes it")
+def test_a_bomb_that_is_too_large_to_unpack_is_passed(wire: Wire, log: KafkaLog) -> None:
+    """3 KB on the wire: whoever may write to a topic can put one there."""
+    (after,) = epochs(1)
+    settings = {"compression.type": "zstd", "message.max.bytes": 200_000_000}
+    wire.put(samples.signed(samples.epoch(9)), wire.producer(**settings), value=bytes(110_000_000))
+    log.append([after])
+    assert collected(log).fold.ids == [after.id]
+
+
 # --- events in the wrong place ---------------------------------------------------------------------------------------
 
 
