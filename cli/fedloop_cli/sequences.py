@@ -27,7 +27,7 @@ class _Client:
         self.due, self.due_ms = 0, 0
         self.ahead: dict[int, tuple[int, At]] = {}
         self.last: dict[str, int] = {}
-        """By stream, within which numbers rise."""
+        """By order of events, within which numbers rise."""
 
 
 class Sequences:
@@ -42,11 +42,12 @@ class Sequences:
         """The first events of a stream are gone, by retention: what was appended before `first_ms` may be missing."""
         self._removed_until_ms = max(self._removed_until_ms, first_ms)
 
-    def take(self, client_id: str, seq: int, appended_ms: int, at: At) -> None:
+    def take(self, client_id: str, seq: int, appended_ms: int, at: At, order: str) -> None:
+        """`order` names what is read in its order, so that the client's numbers rise in it."""
         client = self._clients.setdefault(client_id, _Client())
-        if seq < client.due or seq in client.ahead or seq < client.last.get(at.stream, -1):
+        if seq < client.due or seq in client.ahead or seq < client.last.get(order, -1):
             self._wrong(f"{client_id} used its sequence number {seq} again, or events changed places", at)
-        client.last[at.stream] = max(seq, client.last.get(at.stream, -1))
+        client.last[order] = max(seq, client.last.get(order, -1))
         if seq > client.due:
             client.ahead.setdefault(seq, (appended_ms, at))
         elif seq == client.due:

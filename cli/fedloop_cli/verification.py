@@ -107,6 +107,7 @@ class Check:
         self._identities = Identities()
         self._topics: Counter[str] = Counter()
         self._marks: dict[str, int] = {}
+        self._begun: set[str] = set()
         self._ends: dict[str, int] = {}
         self._sequences = Sequences(self.wrong)
         self._epochs: dict[str, int] = {}
@@ -123,11 +124,13 @@ class Check:
         self.report.events += 1
         self._topics[record.topic if record.topic in topics.ALL else "unknown"] += 1
         at = At(record.stream, record.offset, record.id)
-        if record.offset <= self._ends.get(record.stream, 0):
+        order = self._order(record)
+        if record.offset <= self._ends.get(order, 0):
             self.wrong("the offsets of the stream do not rise", at)
-        elif record.stream not in self._ends and record.offset > 1:
+        elif record.stream not in self._begun and record.offset > 1:
             self._sequences.begins_late(record.appended_ms)
-        self._ends[record.stream] = record.offset
+        self._begun.add(record.stream)
+        self._ends[order] = record.offset
         try:
             payload = envelope.decode(record)
             if payload is None:
@@ -136,6 +139,10 @@ class Check:
                 self._take(record, payload, at)
         except InvalidEventError as error:
             self.wrong(error.message, at)
+
+    def _order(self, record: Record) -> str:
+        """Within what events are read in their order: a stream or, where topics are read one after the other, a topic of one."""
+        return record.stream if self._unique_ids else f"{record.stream}/{record.topic}"
 
     def _counts(self, record: Record, payload: types.Payload, at: At) -> bool:
         """Whether it is the first authentic event under its id. Raises `InvalidEventError` if it is not authentic."""
@@ -158,7 +165,7 @@ class Check:
 
     def _take(self, record: Record, payload: types.Payload, at: At) -> None:
         if isinstance(payload, types.ClientSaid):
-            self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at)
+            self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at, self._order(record))
         elif isinstance(payload, types.ServerSaid):
             self._epoch(payload, at)
         for ref in _blobs(payload):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +139,24 @@ def test_a_check_that_fails_ends_with_1_and_names_the_offset(fedloop: Fedloop, b
     assert fedloop("log", "verify", busy, "--json").status == 1
 
 
+def test_through_a_gateway_the_servers_key_sees_the_same(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    author, origin = enrol(opened(busy_anywhere), "three")
+    author.say(types.TextMasked(origin=origin, client_id="three", seq=1, feedback_id="f", counts={"PERSON": 1}))
+    author.say(types.ClientSeen(origin=origin, client_id="three", seq=2, examples_at_least=4))
+    command = [sys.executable, "-m", "fedloop_cli.main", "gateway", str(busy_anywhere), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
+        assert gateway.stdout is not None
+        address = json.loads(gateway.stdout.readline())["address"]
+        seen = fedloop("log", "verify", busy_anywhere, "--log", address, "--json").document
+        replayed = fedloop("log", "replay", busy_anywhere, "--log", address, "--json").document
+        stranger = fedloop("log", "verify", "--log", address)
+        gateway.terminate()
+    assert (seen["verified"], seen["events"], seen["clients"], seen["blobs"]) == (True, 14, 3, 1)
+    assert (replayed["events"], replayed["clients"], replayed["refused"]) == (14, 3, 0)
+    assert stranger.status == 2
+    assert "the server's key" in stranger.err
+
+
 def test_an_event_by_a_key_that_is_not_its_authors_is_found(busy_anywhere: Path) -> None:
     log = opened(busy_anywhere)
     identities = Identities()
@@ -168,7 +189,7 @@ def test_what_retention_has_removed_is_not_called_missing() -> None:
     sequences = Sequences(lambda what, at: wrong.append(f"{at.offset}: {what}"))
     sequences.begins_late(1000)
     for offset, (seq, appended_ms) in enumerate([(3, 900), (6, 1100), (8, 1200)], 1):
-        sequences.take("one", seq, appended_ms, At("feedback-3", offset))
+        sequences.take("one", seq, appended_ms, At("feedback-3", offset), "feedback-3")
     sequences.end()
     assert wrong == ["3: 1 events of one before this one are missing"]
 
@@ -177,10 +198,10 @@ def test_numbers_that_come_from_several_streams_need_not_come_in_order() -> None
     wrong: list[str] = []
     sequences = Sequences(lambda what, at: wrong.append(what))
     for stream, seq in (("clients-0", 0), ("clients-0", 3), ("audit-0", 2), ("updates-5", 1), ("audit-0", 4)):
-        sequences.take("one", seq, 1, At(stream, seq + 1))
+        sequences.take("one", seq, 1, At(stream, seq + 1), stream)
     sequences.end()
     assert wrong == []
-    sequences.take("one", 3, 1, At("audit-0", 9))
+    sequences.take("one", 3, 1, At("audit-0", 9), "audit-0")
     assert wrong == ["one used its sequence number 3 again, or events changed places"]
 
 
