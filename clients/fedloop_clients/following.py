@@ -145,9 +145,9 @@ class Following:
             if not batch.records:
                 return count
 
-    def wait(self, log: EventLog, timeout_s: float) -> None:
-        """Wait up to so long for an event that was not read yet."""
-        self._read(log, 1, timeout_s)
+    def wait(self, log: EventLog, timeout_s: float) -> bool:
+        """Wait up to so long for an event that was not read yet; whether there is one."""
+        return bool(self._read(log, 1, timeout_s).records)
 
     def _read(self, log: EventLog, limit: int, wait_s: float) -> Batch:
         while True:

@@ -128,6 +128,7 @@ class Loop:
         self._following, self._reading, self._mask = following, reading, mask
         self._capture, self._outbox = Capture(store), Outbox(store, identity.author(log))
         self._problem = ""
+        self._news = True  # whether the log may hold what was not read
         self._seen: tuple[int, float] | None = None  # what the last heartbeat said, and when
 
     def run(self, app: App, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
@@ -168,8 +169,8 @@ class Loop:
         return True
 
     def _pass(self, answering: Answering) -> None:
-        self._outbox.flush(self._log)
-        self._catch_up(0.0)
+        if self._outbox.flush(self._log) or self._news:
+            self._catch_up(0.0)
         self._publish()
         self._heartbeat()
         self._outbox.flush(self._log)
@@ -178,12 +179,13 @@ class Loop:
             self._outbox.flush(self._log)
 
     def _wait(self, stop: threading.Event) -> None:
+        self._news = True
         if self._problem:
             stop.wait(RETRY_S)
             return
         with suppress(UnreachableError):  # the next pass meets it again, and says so
             if not self._capture.unpublished(1):
-                self._following.wait(self._log, IDLE_S)
+                self._news = self._following.wait(self._log, IDLE_S)
 
     def _status(self) -> Status:
         return read_status(self._identity, self._store, self._following, self._settings.model, self._problem)

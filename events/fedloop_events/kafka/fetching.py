@@ -14,7 +14,7 @@ from fedloop_events.envelope import MALFORMED, Record
 from fedloop_events.errors import LogError, UnreachableError
 from fedloop_events.kafka import codec
 from fedloop_events.kafka.admin import Admin, Place, Trouble, translated
-from fedloop_events.kafka.settings import Settings
+from fedloop_events.kafka.settings import READER_GROUP, Settings
 
 REMEMBERED: Final = 100_000
 """A fetcher knows at least so many of the events that it fetched last, and drops one that comes again."""
@@ -88,7 +88,7 @@ class Fetcher:
         self.partitions = tuple(self._by_place.values())
         self._settings = {
             **settings.client(),
-            "group.id": f"{settings.prefix}-reader",
+            "group.id": f"{settings.prefix}-{READER_GROUP}",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "error",

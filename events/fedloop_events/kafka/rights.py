@@ -36,7 +36,7 @@ from fedloop_events import topics
 from fedloop_events.errors import LogError, NotAllowedError, PolicyError, UsageError
 from fedloop_events.files import write_private
 from fedloop_events.kafka.admin import Admin, translated
-from fedloop_events.kafka.settings import Settings, read_properties
+from fedloop_events.kafka.settings import READER_GROUP, Settings, read_properties
 
 T = TypeVar("T")
 
@@ -64,14 +64,23 @@ Operations = frozenset[Operation]
 
 
 class Role(Struct, frozen=True):
-    """`topics`: what is allowed on each; one that is not named is closed. `cluster`: what is allowed on the cluster itself."""
+    """`topics`: what is allowed on each; one that is not named is closed. `cluster`: what is allowed on the cluster itself.
+
+    `groups`: whether its processes may share work in the log's consumer groups (`sharing`).
+    """
 
     topics: Mapping[str, Operations]
     cluster: frozenset[AclOperation] = frozenset()
+    groups: bool = False
 
 
 def _role(
-    reads: Iterable[str], writes: Iterable[str] = (), more: Iterable[Operation] = (), cluster: Iterable[AclOperation] = ()
+    reads: Iterable[str],
+    writes: Iterable[str] = (),
+    more: Iterable[Operation] = (),
+    cluster: Iterable[AclOperation] = (),
+    *,
+    groups: bool = False,
 ) -> Role:
     reads, writes, more = set(reads), set(writes), set(more)
     allowed = {
@@ -79,7 +88,7 @@ def _role(
         for name in topics.ALL
         if name in reads | writes or more
     }
-    return Role(MappingProxyType(allowed), frozenset(cluster))
+    return Role(MappingProxyType(allowed), frozenset(cluster), groups)
 
 
 _OF_DEVICES: Final = (topics.CLIENTS, topics.FEEDBACK, topics.UPDATES, topics.AUDIT)
@@ -90,7 +99,7 @@ ROLES: Final[Mapping[str, Role]] = MappingProxyType(
         # Its ledger, and who is enrolled, it can only find among everybody's; behind a gateway a device sees its own alone.
         "agent": _role((topics.CLIENTS, topics.ROUNDS, topics.RELEASES, topics.AUDIT), _OF_DEVICES),
         "gateway": _role((topics.ROUNDS, topics.RELEASES, *_OF_DEVICES), _OF_DEVICES, (Operation.DESCRIBE_CONFIGS,)),
-        "server": _role(topics.ALL, _OF_SERVERS, (Operation.DESCRIBE_CONFIGS,)),
+        "server": _role(topics.ALL, _OF_SERVERS, (Operation.DESCRIBE_CONFIGS,), groups=True),
         "auditor": _role(topics.ALL, (), (Operation.DESCRIBE_CONFIGS,)),
         # Asks for rounds, revokes clients, rolls releases back; makes topics and users. As whoever makes users, it can give
         # itself any right. Nobody may delete: the log is append-only.
@@ -135,11 +144,17 @@ class Granted(Struct, frozen=True):
 def entries(user: User, prefix: str) -> set[AclBinding]:
     """The access control entries that make `user` what its role says, for the log `prefix`."""
     role = ROLES[user.role]
+    groups = _entry(user.name, ResourceType.GROUP, f"{prefix}-", AclOperation.READ, ResourcePatternType.PREFIXED)
+    # A reader is in no group, but librdkafka asks again and again for the coordinator of the one that it must name.
+    named = _entry(user.name, ResourceType.GROUP, f"{prefix}-{READER_GROUP}", AclOperation.DESCRIBE)
     return {
         _entry(user.name, ResourceType.TOPIC, f"{prefix}.{topic}", operation.value)
         for topic, operations in role.topics.items()
         for operation in operations
-    } | {_entry(user.name, ResourceType.BROKER, _CLUSTER, operation) for operation in role.cluster}
+    } | {
+        *(_entry(user.name, ResourceType.BROKER, _CLUSTER, operation) for operation in role.cluster),
+        *([groups, named] if role.groups else [named]),
+    }
 
 
 def grant(settings: Settings, users: Sequence[User], folder: Path, timeout_s: float = 30.0) -> list[Granted]:
@@ -251,7 +266,11 @@ def _entries(admin: AdminClient, user: User, prefix: str, timeout_s: float) -> s
         AclPermissionType.ALLOW,
     )
     found = _result(admin.describe_acls(everything, request_timeout=timeout_s), timeout_s)
-    return {each for each in found if each.name == _CLUSTER or each.name.startswith(f"{prefix}.")}
+    return {
+        each
+        for each in found
+        if each.name in (_CLUSTER, f"{prefix}-", f"{prefix}-{READER_GROUP}") or each.name.startswith(f"{prefix}.")
+    }
 
 
 def _present(admin: AdminClient, user: User, timeout_s: float) -> bool:
@@ -294,8 +313,14 @@ def _write(path: Path, settings: Settings, name: str, password: str) -> None:
     write_private(path, "".join(f"{key}={value}\n" for key, value in properties.items()).encode())
 
 
-def _entry(name: str, kind: ResourceType, resource: str, operation: AclOperation) -> AclBinding:
-    return AclBinding(kind, resource, ResourcePatternType.LITERAL, f"User:{name}", "*", operation, AclPermissionType.ALLOW)
+def _entry(
+    name: str,
+    kind: ResourceType,
+    resource: str,
+    operation: AclOperation,
+    pattern: ResourcePatternType = ResourcePatternType.LITERAL,
+) -> AclBinding:
+    return AclBinding(kind, resource, pattern, f"User:{name}", "*", operation, AclPermissionType.ALLOW)
 
 
 def _exactly(entry: AclBinding) -> AclBindingFilter:

@@ -17,6 +17,8 @@ from msgspec import Struct, field
 from fedloop_events.errors import UsageError
 
 DEFAULT_PREFIX: Final = "fedloop"
+READER_GROUP: Final = "reader"
+"""The consumer group that readers name, after the prefix, and never join."""
 _PREFIX: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
 _PROTOCOLS: Final = ("PLAINTEXT", "SSL", "SASL_SSL")
