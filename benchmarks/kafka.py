@@ -39,6 +39,7 @@ def rows(quick: bool) -> list[Row]:
                 "message.timeout.ms": 0,
                 "linger.ms": 5,
                 "compression.type": "lz4",
+                "message.max.bytes": topics.MAX_BATCH_BYTES,
                 "queue.buffering.max.messages": 200_000,
             }
         )

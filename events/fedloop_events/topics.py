@@ -20,6 +20,9 @@ ALL: Final = (CLIENTS, FEEDBACK, ROUNDS, UPDATES, RELEASES, AUDIT, QUARANTINE)
 """In an order in which one can cause the next: events of the same millisecond are read in it."""
 
 KEPT: Final = -1
+MAX_BATCH_BYTES: Final = 256 * 1024
+"""Of a compressed batch on Kafka. LZ4 unpacks to at most 255 times as much, which librdkafka still unpacks: a batch that it will
+not unpack would stop every reader for good. A batch in another compression is unpacked and packed anew by the broker."""
 _DAY_MS: Final = 24 * 3600 * 1000
 
 
@@ -39,6 +42,8 @@ class Topic(Struct, frozen=True):
         """Kafka's topic configuration, whatever the number of replicas."""
         return {
             "cleanup.policy": "delete",
+            "compression.type": "lz4",
+            "max.message.bytes": str(MAX_BATCH_BYTES),
             "message.timestamp.type": "LogAppendTime",
             "retention.bytes": "-1",
             "retention.ms": str(self.retention_ms),

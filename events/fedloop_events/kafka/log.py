@@ -201,6 +201,8 @@ class KafkaLog:
                 "message.timeout.ms": 0,
                 "linger.ms": 5,  # `flush` sends at once
                 "compression.type": "lz4",
+                "message.max.bytes": all_topics.MAX_BATCH_BYTES,
+                "request.timeout.ms": 10_000,
                 "queue.buffering.max.messages": 200_000,
                 "error_cb": handle.trouble,
             }

@@ -73,7 +73,13 @@ class Settings(Struct, frozen=True):
 
     def client(self) -> dict[str, str | int | bool]:
         """librdkafka's configuration, common to producers, consumers and admins."""
-        return {"bootstrap.servers": self.bootstrap, "client.id": "fedloop", "log_level": 2, **self.properties}
+        return {
+            "bootstrap.servers": self.bootstrap,
+            "client.id": "fedloop",
+            "log_level": 2,
+            "socket.timeout.ms": 10_000,  # a broker that hangs is left for the next leader within `timeout_s`
+            **self.properties,
+        }
 
     def topic(self, name: str) -> str:
         """A topic's name on the cluster."""
