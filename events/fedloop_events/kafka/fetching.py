@@ -122,7 +122,7 @@ class Fetcher:
         What was acknowledged lies beyond the end while another producer's transaction is open before it. What was read already
         does only for a broker that has not yet heard that it leads no more, or if it was another topic.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline, pause_s = time.monotonic() + self._timeout_s, _HIDDEN_PAUSE_S
         while True:
             ends = self._admin.ends(self._by_place, self._timeout_s)
             hidden = [place for place, end in ends.items() if end < self._written.get(place, 0)]
@@ -141,7 +141,8 @@ class Fetcher:
                     cause="another producer holds a transaction open",
                     hint="find its transactional.id with kafka-transactions.sh, and deny it the right to have one",
                 )
-            time.sleep(_HIDDEN_PAUSE_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_S)
         for place, end in ends.items():
             self._by_place[place].horizon = end
 

@@ -93,8 +93,8 @@ class KafkaLog:
         handle = self._here()
         with handle.write_lock:
             deadline = time.monotonic() + self._timeout_s
-            while messages:
-                messages = self._deliver(handle, messages, deadline)
+            while messages := self._deliver(handle, messages, deadline):
+                time.sleep(_PAUSE_S)
 
     def read(
         self, topics: Collection[str] = all_topics.ALL, after: Position = START, *, limit: int = 1000, wait_s: float = 0.0
