@@ -40,7 +40,6 @@ _PERMANENT: Final = frozenset(
         KafkaError.UNKNOWN_TOPIC_OR_PART,
     }
 )
-_Message = tuple[str, bytes, bytes, codec.Headers]
 
 
 class _Handle:
@@ -79,6 +78,7 @@ class KafkaLog:
     def __init__(self, url: str, *, create: bool = False, timeout_s: float = 30.0) -> None:
         self.url, self.settings = url, Settings.parse(url)
         self._timeout_s = timeout_s
+        self._topics = {name: self.settings.topic(name) for name in all_topics.ALL}
         self._handle = _Handle(self.settings)
         self._closed = False
         if create:
@@ -87,13 +87,13 @@ class KafkaLog:
 
     def append(self, events: Sequence[Event]) -> None:
         """See `EventLog.append`."""
-        messages = [self._message(event) for event in events]
-        if not messages:
-            return
+        for event in events:
+            envelope.check(event)
+            codec.check(event)
         handle = self._here()
         with handle.write_lock:
-            deadline = time.monotonic() + self._timeout_s
-            while messages := self._deliver(handle, messages, deadline):
+            deadline, left = time.monotonic() + self._timeout_s, events
+            while left and (left := self._deliver(handle, left, deadline)):
                 time.sleep(_PAUSE_S)
 
     def read(
@@ -127,30 +127,31 @@ class KafkaLog:
 
     # --- appending ---------------------------------------------------------------------------------------------------
 
-    def _message(self, event: Event) -> _Message:
-        envelope.check(event)
-        try:
-            return self.settings.topic(event.topic), event.key.encode(), event.data, codec.headers(event)
-        except UnicodeEncodeError:
-            raise InvalidEventError(f"event {event.id} has an attribute that is no Unicode text") from None
-
-    def _deliver(self, handle: _Handle, messages: list[_Message], deadline: float) -> list[_Message]:
-        """Produce `messages`; those that are not known to be in the log, in their order. Then the producer is a new one."""
+    def _deliver(self, handle: _Handle, events: Sequence[Event], deadline: float) -> Sequence[Event]:
+        """Produce `events`; those that are not known to be in the log, in their order. Then the producer is a new one."""
         producer = handle.producer
         if producer is None:
             producer = handle.producer = self._producer(handle)
-        outcomes: list[KafkaError | bool | None] = [False] * len(messages)
-        failed = threading.Event()
+        outcomes: list[KafkaError | bool | None] = [False] * len(events)
+        failed, written = False, handle.written
+
+        def settle(index: int, error: KafkaError | None, message: Message) -> None:
+            nonlocal failed
+            outcomes[index] = error
+            if error is None:
+                written[message.topic(), message.partition()] = message.offset() + 1
+            else:
+                failed = True
+
         try:
-            for index, message in enumerate(messages):
-                settle = partial(_settle, handle.written, outcomes, index, failed)
-                self._produce(producer, message, settle, deadline)
-            while producer.flush(_PAUSE_S) and not failed.is_set() and time.monotonic() < deadline:
+            for index, event in enumerate(events):
+                self._produce(producer, event, partial(settle, index), deadline)
+            while producer.flush(_PAUSE_S) and not failed and time.monotonic() < deadline:
                 handle.trouble.check()
         except KafkaException as error:  # the producer has failed for good: a user who may write nothing gets no number for one
             if error.args[0].code() in _PERMANENT:
                 _abandon(handle)
-                raise self._refused(error.args[0], messages[0]) from None
+                raise self._refused(error.args[0], events[0]) from None
         except BaseException:
             _abandon(handle)
             raise
@@ -161,20 +162,20 @@ class KafkaLog:
         for index in left:
             outcome = outcomes[index]
             if isinstance(outcome, KafkaError) and outcome.code() in _PERMANENT:
-                raise self._refused(outcome, messages[index])
+                raise self._refused(outcome, events[index])
         if time.monotonic() >= deadline:
             raise UnreachableError(
                 f"the Kafka brokers did not acknowledge {len(left)} events within {self._timeout_s:g} s",
                 cause=handle.trouble.last,
                 hint="append the same events again: what has arrived counts once",
             )
-        return [messages[index] for index in left]
+        return [events[index] for index in left]
 
-    def _produce(self, producer: Producer, message: _Message, settle: partial[None], deadline: float) -> None:
-        topic, key, value, headers = message
+    def _produce(self, producer: Producer, event: Event, settle: partial[None], deadline: float) -> None:
+        topic, key, headers = self._topics[event.topic], event.key.encode(), codec.headers(event)
         while True:
             try:
-                producer.produce(topic, value, key, headers=headers, on_delivery=settle)
+                producer.produce(topic, event.data, key, headers=headers, on_delivery=settle)
                 return
             except BufferError:  # its queue is full
                 if time.monotonic() > deadline:
@@ -183,13 +184,12 @@ class KafkaLog:
             except KafkaException as error:
                 if error.args[0].code() == KafkaError._FATAL:
                     return
-                raise self._refused(error.args[0], message) from None
+                raise self._refused(error.args[0], event) from None
 
-    def _refused(self, error: KafkaError, message: _Message) -> Exception:
+    def _refused(self, error: KafkaError, event: Event) -> Exception:
         if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD):
-            identifier = dict(message[3])["ce_id"].decode()
-            return InvalidEventError(f"the brokers refuse event {identifier}", cause=error.str())
-        return translated(error, message[0], "write")
+            return InvalidEventError(f"the brokers refuse event {event.id}", cause=error.str())
+        return translated(error, self._topics[event.topic], "write")
 
     def _producer(self, handle: _Handle) -> Producer:
         return Producer(
@@ -249,21 +249,6 @@ class KafkaLog:
             _inherited.append(self._handle)
             self._handle = _Handle(self.settings)
         return self._handle
-
-
-def _settle(
-    written: dict[Place, int],
-    outcomes: list[KafkaError | bool | None],
-    index: int,
-    failed: threading.Event,
-    error: KafkaError | None,
-    message: Message,
-) -> None:
-    outcomes[index] = error
-    if error is None:
-        written[message.topic(), message.partition()] = message.offset() + 1
-    else:
-        failed.set()
 
 
 def _abandon(handle: _Handle) -> None:
