@@ -1,4 +1,6 @@
-"""The gateway: events from 64 devices, one a request, against FastAPI answering an empty POST of the same size.
+"""The gateway: events from 64 devices against FastAPI answering an empty POST of the same size.
+
+A request holds what an agent appends for one piece of feedback: the feedback, and the counts of what was masked in it.
 
 Both are served by uvicorn, one process each, with the same TLS; the load comes from a third process, over 64 connections, and
 its requests are signed before the clock starts.
@@ -21,16 +23,19 @@ from typing import Final
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fedloop_events import envelope, ids, signatures, types
+from fedloop_events import envelope, ids, signatures, topics, types
 from fedloop_events.blobs import BlobStore
 from fedloop_events.gateway import cloudevents, signing
 from fedloop_events.locations import open_log
+from fedloop_events.log import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
 
 from benchmarks.harness import Row, rates, scratch
 
 DEVICES: Final = 64
+EVENTS_EACH: Final = 2
+"""Of one request."""
 ORIGIN: Final = "bench"
 _spawn = multiprocessing.get_context("spawn")
 _Ports = tuple[int, int]
@@ -49,11 +54,12 @@ def rows(quick: bool) -> list[Row]:
                 for _ in range(1 if quick else 2):
                     bench.rate(theirs.port, each), bench.rate(ours.port, each)
                 pairs = [(bench.rate(ours.port, each), bench.rate(theirs.port, each)) for _ in range(runs)]
-        count = DEVICES * each * (runs + (1 if quick else 2))
-        held = len(_feedback(folder))
+        count = EVENTS_EACH * DEVICES * each * (runs + (1 if quick else 2))
+        held = _held(folder)
         assert held == count, f"{held} events of {count} are in the log"
     mine, peers = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return [rates(f"events through the gateway, {DEVICES} devices", "FastAPI answering an empty POST", mine, peers, "/s", 0.3)]
+    what = f"events through the gateway, {DEVICES} devices, two a request"
+    return [rates(what, "FastAPI answering an empty POST of that size", EVENTS_EACH * mine, peers, "/s", 0.3)]
 
 
 def _deploy(folder: Path, keys: Sequence[SigningKey]) -> None:
@@ -68,12 +74,10 @@ def _deploy(folder: Path, keys: Sequence[SigningKey]) -> None:
     log.close()
 
 
-def _feedback(folder: Path) -> list[str]:
-    from fedloop_events.log import read_all
-
+def _held(folder: Path) -> int:
     log = open_log(folder / "deployment")
     with closing(log):
-        return [record.id for record in read_all(log, ("feedback",))]
+        return sum(1 for _ in read_all(log, (topics.FEEDBACK, topics.AUDIT)))
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:
@@ -157,20 +161,22 @@ def _load(ca: Path, secrets: list[bytes], asked: Connection) -> None:
     while (job := asked.recv()) is not None:
         port, each = job
         requests = [
-            [_request(port, f"device-{number}", key, seq + index) for index in range(each)] for number, key in enumerate(keys)
+            [_request(port, f"device-{number}", key, seq + EVENTS_EACH * index) for index in range(each)]
+            for number, key in enumerate(keys)
         ]
-        seq += each
+        seq += EVENTS_EACH * each
         asked.send(asyncio.run(_send(port, tls, requests)))
 
 
 def _request(port: int, device: str, key: SigningKey, seq: int) -> bytes:
-    """One event of about 1 KB, as one signed request."""
+    """One piece of feedback, of about 2 KB, as one signed request."""
     text = msgspec.convert({"text": " ".join(["my card <CARD_1>"] * 18), "counts": {"CARD": 1}}, MaskedText)
     payload = types.FeedbackRecorded(
         ORIGIN, device, seq, f"f{seq}", f"r{seq}", "0001-0123456789ab", "default", text, "card_arrival", thumb="up"
     )
-    event = signatures.sign(envelope.encode(payload, id=ids.new_id(), time_s=1_800_000_000), key)
-    body = cloudevents.encode_batch([event])
+    masked = types.TextMasked(ORIGIN, device, seq + 1, f"f{seq}", {"CARD": 18})
+    said = [envelope.encode(each, id=ids.new_id(), time_s=1_800_000_000) for each in (payload, masked)]
+    body = cloudevents.encode_batch([signatures.sign(each, key) for each in said])
     headers = {
         "host": f"localhost:{port}",
         "content-type": cloudevents.BATCH_TYPE,
