@@ -134,9 +134,14 @@ def test_a_reader_that_goes_away_is_no_error(deployment: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def _hears_ctrl_c() -> None:
+    """A run in the background hands down that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_no_traceback(deployment: Path) -> None:
     command = [sys.executable, "-m", "fedloop_cli.main", "log", "tail", str(deployment), "--follow"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tail:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_hears_ctrl_c) as tail:
         assert tail.stdout is not None
         assert tail.stderr is not None
         assert "deployment.created" in tail.stdout.readline()
