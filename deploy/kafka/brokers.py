@@ -313,6 +313,13 @@ def _settings(state: _State, node: int, controllers: str) -> dict[str, str]:
         # A broker that is silent for so long is taken for dead (default: 9 s, a heartbeat every 2 s).
         "broker.session.timeout.ms": "6000",
         "broker.heartbeat.interval.ms": "1000",
+        # On a busy machine a broker may not get a turn for seconds: no new controller for that, and no giving up at the start.
+        "controller.quorum.election.timeout.ms": "3000",
+        "controller.quorum.fetch.timeout.ms": "8000",
+        "controller.quorum.request.timeout.ms": "8000",
+        "initial.broker.registration.timeout.ms": "300000",
+        "num.io.threads": "2",
+        "num.network.threads": "2",
         "auto.create.topics.enable": "false",
         "unclean.leader.election.enable": "false",
         "default.replication.factor": str(replicas),

@@ -153,7 +153,7 @@ def test_a_server_killed_at_any_step_resumes_with_the_same_bytes_and_asks_nobody
         clients.start()
         server = fork.Process(target=run_and_die, args=(deployment, strategy, at, at % 2 == 0))
         server.start()
-        server.join(30)
+        server.join(120)
         assert server.exitcode in (0, -signal.SIGKILL)
         died += server.exitcode != 0
         try:
