@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
 import brokers
@@ -93,3 +93,20 @@ def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One broker with TLS, SCRAM and ACLs, which all tests of this run share: use topics and users of your own."""
     with Cluster(tmp_path_factory.mktemp("secure"), secure=True) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], object]], int]:
+    """Run something in a forked process that ends with it; minus the signal that killed it, or its exit status."""
+
+    def run(work: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run

@@ -24,7 +24,7 @@ MALFORMED: Final = "io.fedloop.malformed"
 """Type of the record that stands for something in the log that is no event; its data says why, without any of its content."""
 _LAST_TIME_S: Final = 253_402_300_799
 """The end of the year 9999: RFC 3339 knows no later one."""
-_ID: Final = re.compile("[0-9a-f]{32}")
+EVENT_ID: Final = re.compile("[0-9a-f]{32}")
 
 P = TypeVar("P", bound=types.Payload)
 
@@ -63,7 +63,7 @@ class Record(Event, frozen=True, kw_only=True, gc=False):
 
 def check(event: Event) -> None:
     """Raises `InvalidEventError` for an event that no log may hold, whatever its type says."""
-    if _ID.fullmatch(event.id) is None:
+    if EVENT_ID.fullmatch(event.id) is None:
         raise InvalidEventError("an event id is not 32 lower-case hexadecimal digits", hint="use fedloop_events.ids")
     if event.topic not in DECLARED:
         raise InvalidEventError(f"event {event.id} is for a topic that does not exist")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -151,20 +150,3 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 @pytest.fixture
 def masker() -> DigitMasker:
     return DigitMasker()
-
-
-@pytest.fixture
-def in_child() -> Callable[[Callable[[], object]], int]:
-    """Run something in a forked process that ends with it; minus the signal that killed it, or its exit status."""
-
-    def run(work: Callable[[], object]) -> int:
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    return run

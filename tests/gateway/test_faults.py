@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -291,21 +290,10 @@ def test_appends_that_wait_together_are_one_and_too_many_are_refused(tmp_path: P
         assert log.appends <= 3
 
 
-def _forked(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_forked_child_connects_anew(command: Command) -> None:
+def test_a_forked_child_connects_anew(command: Command, in_child: Callable[[Callable[[], object]], int]) -> None:
     log = GatewayLog(command.url, identity=("device-0", samples.key("device-0")))
     log.append([samples.signed(samples.feedback(1, "device-0"))])
-    assert _forked(lambda: log.append([samples.signed(samples.feedback(2, "device-0"))])) == 0
+    assert in_child(lambda: log.append([samples.signed(samples.feedback(2, "device-0"))])) == 0
     log.append([samples.signed(samples.feedback(3, "device-0"))])
     assert len(log.read((topics.FEEDBACK,)).records) == 3
     log.close()

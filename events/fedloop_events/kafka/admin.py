@@ -38,6 +38,13 @@ _GONE: Final = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_O
 
 Place = tuple[str, int]
 """A topic's name on the cluster, and the number of a partition."""
+AWAY: Final = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT})
+"""What a consumer says while brokers are away: it goes on by itself when they are back."""
+
+
+def stream_of(place: Place) -> str:
+    """What a position calls a partition."""
+    return f"{place[0]}-{place[1]}"
 
 
 def translated(error: KafkaError, topic: str = "", operation: str = "use") -> FedloopError:

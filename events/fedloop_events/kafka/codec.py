@@ -6,18 +6,16 @@ on Kafka that would be a tombstone.
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
-from fedloop_events.envelope import CONTENT_TYPE, MALFORMED, MAX_EVENT_BYTES, SPECVERSION, Event, Record
+from fedloop_events.envelope import CONTENT_TYPE, EVENT_ID, MALFORMED, MAX_EVENT_BYTES, SPECVERSION, Event, Record
 from fedloop_events.errors import InvalidEventError
 
 _Header = tuple[str, bytes]
 Headers = list[_Header]
 _MAX_SIGNATURE_BYTES: Final = 8 * 1024
-_ID: Final = re.compile("[0-9a-f]{32}")
 _SPECVERSION: Final = SPECVERSION.encode()
 _CONTENT_TYPE: Final = CONTENT_TYPE.encode()
 _SPECVERSION_HEADER: Final = ("ce_specversion", _SPECVERSION)
@@ -68,7 +66,7 @@ def record(
         if not value or key is None or len(value) > MAX_EVENT_BYTES or len(signature) > _MAX_SIGNATURE_BYTES:
             raise ValueError("it has no data, no key, or too much")
         event_id = identifier.decode("ascii")
-        if _ID.fullmatch(event_id) is None:
+        if EVENT_ID.fullmatch(event_id) is None:
             raise ValueError("id is not 32 hexadecimal digits")
         return Record(
             topic,

@@ -13,7 +13,7 @@ from fedloop_events import topics
 from fedloop_events.envelope import MALFORMED, Record
 from fedloop_events.errors import LogError, UnreachableError
 from fedloop_events.kafka import codec
-from fedloop_events.kafka.admin import Admin, Place, Trouble, translated
+from fedloop_events.kafka.admin import AWAY, Admin, Place, Trouble, stream_of, translated
 from fedloop_events.kafka.settings import READER_GROUP, Settings
 
 REMEMBERED: Final = 100_000
@@ -25,12 +25,9 @@ _AT_ONCE: Final = 250
 _HIDDEN_PAUSE_S: Final = 0.02
 _PAUSE_S: Final = 0.2
 """A wait inside librdkafka lasts no longer, so that Ctrl-C is heard."""
-_HARMLESS: Final = frozenset(
+_HARMLESS: Final = AWAY | frozenset(
     {
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
         KafkaError._RESOLVE,
-        KafkaError._TIMED_OUT,
         KafkaError._MAX_POLL_EXCEEDED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,  # it is in no group, but librdkafka looks for one's coordinator
         KafkaError.LEADER_NOT_AVAILABLE,
@@ -46,7 +43,7 @@ class Partition:
     __slots__ = ("buffer", "clock_ms", "fetched", "horizon", "place", "size_bytes", "stream", "topic")
 
     def __init__(self, topic: str, place: Place) -> None:
-        self.topic, self.place, self.stream = topic, place, f"{place[0]}-{place[1]}"
+        self.topic, self.place, self.stream = topic, place, stream_of(place)
         self.start(0)
 
     def start(self, offset: int) -> None:

@@ -22,7 +22,7 @@ from fedloop_events import topics as all_topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError, LogError, UnreachableError
 from fedloop_events.kafka import codec
-from fedloop_events.kafka.admin import Admin, Place, Trouble, translated
+from fedloop_events.kafka.admin import Admin, Place, Trouble, stream_of, translated
 from fedloop_events.kafka.reading import Cursor
 from fedloop_events.kafka.settings import Settings
 from fedloop_events.log import START, Batch, Position
@@ -113,7 +113,7 @@ class KafkaLog:
             for name, replicas in admin.describe(all_topics.ALL, self._timeout_s).items()
             for number in range(len(replicas))
         ]
-        return Position({_stream(place): end for place, end in admin.ends(places, self._timeout_s).items()})
+        return Position({stream_of(place): end for place, end in admin.ends(places, self._timeout_s).items()})
 
     def close(self) -> None:
         self._closed = True
@@ -256,7 +256,3 @@ def _abandon(handle: _Handle) -> None:
     producer, handle.producer = handle.producer, None
     if producer is not None:
         producer.purge()
-
-
-def _stream(place: Place) -> str:
-    return f"{place[0]}-{place[1]}"

@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from fedloop_events import topics
 from fedloop_events.envelope import Record
 from fedloop_events.kafka import codec
-from fedloop_events.kafka.admin import Trouble, translated
+from fedloop_events.kafka.admin import AWAY, Place, Trouble, stream_of, translated
 from fedloop_events.kafka.settings import Settings
 
 SESSION_TIMEOUT_S: Final = 10.0
@@ -30,17 +30,16 @@ _MOVED: Final = frozenset(
         KafkaError._ASSIGNMENT_LOST,
     }
 )
-_HARMLESS: Final = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT})
 
 
 class SharedReader:
     """A member of the group `PREFIX-<group>` over `wanted` topics of the log at `url`. Used by one thread."""
 
-    def __init__(self, url: str, wanted: Collection[str], group: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, url: str, wanted: Collection[str], group: str) -> None:
         settings = Settings.parse(url)
         self._names = {settings.topic(name): name for name in topics.ALL if name in wanted}
-        self._timeout_s, self._trouble = timeout_s, Trouble()
-        self._done: dict[tuple[str, int], int] = {}
+        self._trouble = Trouble()
+        self._done: dict[Place, int] = {}
         self._consumer = Consumer(
             {
                 **settings.client(),
@@ -66,7 +65,7 @@ class SharedReader:
             for message in self._consumer.consume(limit, 0) or self._consumer.consume(1, min(left_s, _PAUSE_S)):
                 error, topic = message.error(), message.topic() or ""
                 if error is not None:
-                    if error.code() not in _HARMLESS:
+                    if error.code() not in AWAY:
                         raise translated(error, topic, "read")
                     continue
                 place, offset = (topic, message.partition()), message.offset() + 1
@@ -77,7 +76,7 @@ class SharedReader:
                         message.key(),
                         message.value(),
                         message.headers(),
-                        stream=f"{topic}-{place[1]}",
+                        stream=stream_of(place),
                         offset=offset,
                         appended_ms=message.timestamp()[1],
                     )
