@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from fedloop_events import ids, locations, types
-from fedloop_events.author import Author
-from fedloop_events.log import EventLog
+from fedloop_events.logs.port import EventLog
 from fedloop_events.signatures import SigningKey
+from fedloop_events.writer import EventWriter
 
 from benchmarks.harness import Row, costs, interleaved_s, scratch
 
@@ -46,28 +46,28 @@ def fill(folder: Path, events: int) -> int:
     """A log as a deployment of eight devices leaves it: `ROUNDS` rounds, and feedback with the counts of what was masked."""
     log = locations.open_log(folder, create=True)
     server, devices = SigningKey.generate(), [SigningKey.generate() for _ in range(CLIENTS)]
-    origin, author = "bench", Author(log, server)
-    author.say(types.DeploymentCreated(origin=origin, public_key=server.public_key))
+    origin, writer = "bench", EventWriter(log, server)
+    writer.append(types.DeploymentCreated(origin=origin, public_key=server.public_key))
     names = [f"device-{number}" for number in range(CLIENTS)]
     for number, (name, key) in enumerate(zip(names, devices, strict=True)):
         enrolled = types.ClientEnrolled(
             origin=origin, client_id=name, seq=0, public_key=key.public_key, node_id=str(number + 1), epsilon=8.0, delta=1e-5
         )
-        Author(log, key).say(enrolled)
-    author.say(types.EpochStarted(origin=origin, epoch=1, run_id="main", server_id="bench"))
-    author.say(types.RoundRequested(origin=origin, run_id="main", request_id="all", rounds=ROUNDS))
-    authors = [Author(log, key) for key in devices]
+        EventWriter(log, key).append(enrolled)
+    writer.append(types.EpochStarted(origin=origin, epoch=1, run_id="main", server_id="bench"))
+    writer.append(types.RoundRequested(origin=origin, run_id="main", request_id="all", rounds=ROUNDS))
+    writers = [EventWriter(log, key) for key in devices]
     seqs = [1] * CLIENTS
     for number in range(1, ROUNDS + 1):
-        _round(author, authors, names, seqs, origin, number)
+        _round(writer, writers, names, seqs, origin, number)
     rest = events - log.end().offsets["log"]
     for first in range(0, rest, 1000):
-        _masked(log, authors, names, seqs, origin, min(1000, rest - first))
+        _masked(log, writers, names, seqs, origin, min(1000, rest - first))
     log.close()
     return events
 
 
-def _round(author: Author, authors: list[Author], names: list[str], seqs: list[int], origin: str, number: int) -> None:
+def _round(writer: EventWriter, writers: list[EventWriter], names: list[str], seqs: list[int], origin: str, number: int) -> None:
     common: _Common = {"origin": origin, "epoch": 1, "run_id": "main"}
     round_id, blob = f"r{number:04d}", types.BlobRef("0" * 64, 200_000)
     opened = types.RoundOpened(
@@ -76,14 +76,14 @@ def _round(author: Author, authors: list[Author], names: list[str], seqs: list[i
         max_upload_bytes=1 << 20, max_update_norm=1e5,
     )  # fmt: skip
     content = types.Content(arrays={"arrays": blob})
-    author.say(opened)
+    writer.append(opened)
     sent = [
         types.InstructionSent(
             **common, step=step, client_id=name, message_type="train", content=content, content_sha256="0" * 64, round_id=round_id
         )
         for step, name in enumerate(names)
     ]
-    instructions = author.say(*sent)
+    instructions = writer.append(*sent)
     accepted = []
     for index, (name, instruction) in enumerate(zip(names, instructions, strict=True)):
         update = types.UpdateSubmitted(
@@ -91,12 +91,12 @@ def _round(author: Author, authors: list[Author], names: list[str], seqs: list[i
             round_id=round_id,
         )  # fmt: skip
         seqs[index] += 1
-        (event,) = authors[index].say(update)
+        (event,) = writers[index].append(update)
         accepted.append(types.AcceptedUpdate(name, event.id, instruction.id, blob))
-    author.say(types.RoundClosed(**common, step=len(names), accepted=accepted, round_id=round_id))
+    writer.append(types.RoundClosed(**common, step=len(names), accepted=accepted, round_id=round_id))
 
 
-def _masked(log: EventLog, authors: list[Author], names: list[str], seqs: list[int], origin: str, count: int) -> None:
+def _masked(log: EventLog, writers: list[EventWriter], names: list[str], seqs: list[int], origin: str, count: int) -> None:
     events = []
     for number in range(count):
         index = number % CLIENTS
@@ -105,7 +105,7 @@ def _masked(log: EventLog, authors: list[Author], names: list[str], seqs: list[i
             origin=origin, client_id=names[index], seq=seqs[index], feedback_id=ids.new_id(), counts=counts
         )
         seqs[index] += 1
-        events.append(authors[index].event(payload))
+        events.append(writers[index].event(payload))
     log.append(events)
 
 

@@ -24,10 +24,10 @@ from typing import Final
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fedloop_events import envelope, ids, signatures, topics, types
-from fedloop_events.blobs import BlobStore
-from fedloop_events.gateway import cloudevents, signing
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.locations import open_log
-from fedloop_events.log import read_all
+from fedloop_events.logs.http import cloudevents, signing
+from fedloop_events.logs.port import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
 
@@ -124,13 +124,13 @@ def _empty(folder: Path, tls: tuple[Path, Path], told: Connection) -> None:
 
 def _serve(app: object, tls: tuple[Path, Path], told: Connection) -> None:
     import uvicorn
-    from fedloop_server.gateway import serving
+    from fedloop_server.gateway import listening as gateway_listening
 
-    listening = serving.listen("127.0.0.1", 0)
-    settings = serving.settings(tls)
+    bound = gateway_listening.listen("127.0.0.1", 0)
+    settings = gateway_listening.settings(tls)
     config = uvicorn.Config(app, **settings)  # type: ignore[arg-type]
-    told.send(listening.getsockname()[1])
-    uvicorn.Server(config).run(sockets=[listening])
+    told.send(bound.getsockname()[1])
+    uvicorn.Server(config).run(sockets=[bound])
 
 
 # --- the load ---

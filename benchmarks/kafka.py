@@ -13,8 +13,8 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Event
-from fedloop_events.kafka import KafkaLog, codec
-from fedloop_events.log import read_all
+from fedloop_events.logs.kafka import KafkaLog, codec
+from fedloop_events.logs.port import read_all
 
 from benchmarks.harness import Row, rates, scratch, seconds
 from benchmarks.log import maker

@@ -14,11 +14,11 @@ import apsw
 import msgspec
 from fedloop_events import envelope, ids, signatures, types
 from fedloop_events.envelope import Event
-from fedloop_events.log import Position, read_all
+from fedloop_events.logs.port import Position, read_all
+from fedloop_events.logs.sqlite import STREAM, SqliteLog
+from fedloop_events.logs.sqlite_file import PAGE_BYTES
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
-from fedloop_events.sqlite import STREAM, SqliteLog
-from fedloop_events.sqlite_file import PAGE_BYTES
 
 from benchmarks.harness import Row, rates, scratch, seconds
 

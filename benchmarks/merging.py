@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from fedloop_events import tensors
-from fedloop_events.blobs import BlobStore
-from fedloop_events.tensors import TensorSpec
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.types import BlobRef
-from fedloop_server.merging import weighted_mean
+from fedloop_server.aggregation.merging import weighted_mean
 
 from benchmarks.harness import Row, interleaved_s, peak_rss_bytes, rates, scratch
 

@@ -18,19 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from brokers import Cluster
-from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore
-from fedloop_events.identities import Identities
-from fedloop_events.kafka import KafkaLog
-from fedloop_events.log import EventLog
-from fedloop_events.projections import Reader
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.kafka import KafkaLog
+from fedloop_events.logs.port import EventLog
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.signatures import SigningKey
-from fedloop_events.simulated import SimulatedClient
-from fedloop_events.sqlite import SqliteLog
 from fedloop_events.types import DeploymentCreated
+from fedloop_events.writer import EventWriter
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from msgspec import Struct
+from simulated import SimulatedClient
 
 from benchmarks import superlink
 from benchmarks.harness import Row, costs, peak_rss_bytes, scratch
@@ -106,21 +106,21 @@ def _open(folder: Path, kafka: str) -> EventLog:
 
 
 def run_ours(folder: Path, clients: int, megabytes: int, rounds: int, kafka: str = "") -> float:
-    from fedloop_server.grid import LogGrid
-    from fedloop_server.journal import start_epoch
+    from fedloop_server.flower.grid import LogGrid
+    from fedloop_server.flower.journal import start_epoch
 
     key = SigningKey.generate()
     log = _open(folder, kafka)
-    author = Author(log, key)
-    author.say(DeploymentCreated(origin="benchmark", public_key=key.public_key))
+    writer = EventWriter(log, key)
+    writer.append(DeploymentCreated(origin="benchmark", public_key=key.public_key))
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=_serve, args=(folder, kafka, number), daemon=True) for number in range(clients)]
     for process in processes:
         process.start()
     try:
         _wait_until_enrolled(log, clients)
-        epoch = start_epoch(log, author, run_id="run", server_id="server")
-        grid = LogGrid(log, BlobStore(folder / "blobs"), author, run_id="run", epoch=epoch)
+        epoch = start_epoch(log, writer, run_id="run", server_id="server")
+        grid = LogGrid(log, BlobStore(folder / "blobs"), writer, run_id="run", epoch=epoch)
         return timed_rounds(grid, clients, megabytes, rounds)
     finally:
         for process in processes:

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 from fedloop_clients.model import Arrays, EmbeddingClassifier, describe
 from fedloop_clients.trainer import train
-from fedloop_events import tensors
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.types import AcceptedUpdate, RoundOpened
 from fedloop_privacy.accounting import epsilon, noise_multiplier_for
+from fedloop_server.aggregation.merging import merge
 from fedloop_server.config import ServerConfig
-from fedloop_server.merging import merge
-from fedloop_server.planner import Planner, Terms
+from fedloop_server.rounds.planner import Planner, RoundTerms
 from msgspec.structs import replace
 
 from benchmarks.harness import Row, scratch
@@ -78,7 +78,7 @@ class Federation:
     def __init__(self, model: EmbeddingClassifier, shares: Sequence[Questions], test: Questions, blobs: BlobStore) -> None:
         self.model, self.shares, self.test, self._blobs = model, shares, test, blobs
 
-    def round(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
+    def round(self, number: int, release: Arrays, terms: RoundTerms, upload: Sequence[str] | None = None) -> Arrays:
         """The release that all devices make of `release` under `terms`."""
         opened = self._opened(number, release, terms, upload or terms.upload(list(release)))
         accepted = []
@@ -90,7 +90,7 @@ class Federation:
             accepted.append(AcceptedUpdate(f"c{client}", f"{client:032x}", f"{client:032x}", blob, weight))
         return merge(self._blobs, opened, release, accepted)
 
-    def rounds(self, first: int, last: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
+    def rounds(self, first: int, last: int, release: Arrays, terms: RoundTerms, upload: Sequence[str] | None = None) -> Arrays:
         for number in range(first, last + 1):
             start = time.perf_counter()
             release = self.round(number, release, terms, upload)
@@ -102,7 +102,7 @@ class Federation:
         self.model.load(release)
         return self.model.accuracy(self.test.texts, self.test.labels)
 
-    def _opened(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str]) -> RoundOpened:
+    def _opened(self, number: int, release: Arrays, terms: RoundTerms, upload: Sequence[str]) -> RoundOpened:
         return RoundOpened(
             origin="benchmark",
             epoch=0,

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from fedloop_events import tensors, types
-from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore
+from fedloop_events import types
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Record, decode
-from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog, read_all
-from fedloop_events.projections import Reader
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
-from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluation, ReleasesView, RoundsView
+from fedloop_events.writer import EventWriter
 from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
-from fedloop_server.server import Server
-from fedloop_server.setup import Deployment, create_deployment
+from fedloop_server.deployment import Deployment, create_deployment
+from fedloop_server.rounds.loop import Server
 
 P = TypeVar("P", bound=types.Payload)
 Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
@@ -65,7 +67,7 @@ class Device:
         behave: Behaviour = lambda opened, arrays: arrays,
     ) -> None:
         self.client_id, self.epsilon, self.examples, self.behave = client_id, epsilon, examples, behave
-        self.author = Author(log, SigningKey.generate())
+        self.writer = EventWriter(log, SigningKey.generate())
         self._blobs = blobs
         self._identities, self._ledger = Identities(), Ledger()
         self._rounds = Reader(log, RoundsView(), identities=self._identities)
@@ -84,15 +86,15 @@ class Device:
 
     def enrol(self) -> None:
         node_id = int.from_bytes(hashlib.sha256(self.client_id.encode()).digest()[:8], "big") | 1
-        self.author.say(
+        self.writer.append(
             types.ClientEnrolled(
-                self.origin, self.client_id, self.seq(), self.author.key.public_key, str(node_id), self.epsilon, 1e-5
+                self.origin, self.client_id, self.seq(), self.writer.key.public_key, str(node_id), self.epsilon, 1e-5
             )
         )
         self.seen()
 
     def seen(self) -> None:
-        self.author.say(types.ClientSeen(self.origin, self.client_id, self.seq(), self.examples))
+        self.writer.append(types.ClientSeen(self.origin, self.client_id, self.seq(), self.examples))
 
     def step(self, wait_s: float = 0.0) -> None:
         """Answer what is open and addressed to this device."""
@@ -113,7 +115,7 @@ class Device:
         honest = self.trained(opened)
         update = self.behave(opened, honest)
         if isinstance(update, str):
-            self.author.say(
+            self.writer.append(
                 types.RoundDeclined(
                     self.origin, self.client_id, self.seq(), opened.run_id, instruction, update, round_id=opened.round_id
                 )
@@ -137,7 +139,7 @@ class Device:
             opened.mechanism,
             spend_seq,
         )
-        return self.author.say(update)[0].id
+        return self.writer.append(update)[0].id
 
     def spend(self, opened: types.RoundOpened, instruction: str) -> int:
         self._audit.catch_up()
@@ -151,7 +153,7 @@ class Device:
             instruction_id=instruction,
             round_id=opened.round_id,
         )
-        self.author.say(spent)
+        self.writer.append(spent)
         return spent.spend_seq
 
     def trained(self, opened: types.RoundOpened) -> dict[str, Array]:
@@ -169,7 +171,7 @@ class World:
     def __init__(self, folder: Path, config: ServerConfig = CONFIG) -> None:
         self.folder, self.config = folder, config
         self.deployment: Deployment = create_deployment(folder, SPEC, initial_arrays(), config)
-        self.log, self.blobs, self.author = self.deployment.log, self.deployment.blobs, self.deployment.author
+        self.log, self.blobs, self.writer = self.deployment.log, self.deployment.blobs, self.deployment.writer
         self.devices: dict[str, Device] = {}
 
     def device(
@@ -193,12 +195,12 @@ class World:
         config: ServerConfig | None = None,
         evaluate: Callable[[Mapping[str, Array]], Evaluation] = evaluate,
     ) -> Server:
-        author = self.author if log is None else Author(log, self.author.key)
-        return Server(log or self.log, self.blobs, author, config or self.config, evaluate=evaluate)
+        writer = self.writer if log is None else EventWriter(log, self.writer.key)
+        return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate)
 
     def request(self, rounds: int = 1, request_id: str = "q1") -> None:
         origin = self.payloads(types.DeploymentCreated)[0].origin
-        self.author.say(types.RoundRequested(origin, "main", request_id, rounds))
+        self.writer.append(types.RoundRequested(origin, "main", request_id, rounds))
 
     def records(self, kind: type[P]) -> list[tuple[Record, P]]:
         return [(record, payload) for record in read_all(self.log) if isinstance(payload := decode(record), kind)]

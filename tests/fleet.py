@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import decode
-from fedloop_events.log import read_all
+from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.signatures import SigningKey
-from fedloop_events.simulated import SimulatedClient
-from fedloop_events.sqlite import SqliteLog
 from fedloop_events.types import DeploymentCreated, Payload
-from fedloop_server.admission import Admission
-from fedloop_server.grid import LogGrid
-from fedloop_server.journal import start_epoch
+from fedloop_events.writer import EventWriter
+from fedloop_server.flower.admission import Admission
+from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.journal import start_epoch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from simulated import SimulatedClient
 
 ORIGIN = "tests"
 RUN = "run"
@@ -35,9 +35,9 @@ class Deployment:
     def __init__(self, folder: Path, key: SigningKey | None = None) -> None:
         self.folder, self.key = folder, key or SigningKey.generate()
         self.log, self.blobs = SqliteLog(folder / "log.sqlite"), BlobStore(folder / "blobs")
-        self.author = Author(self.log, self.key)
+        self.writer = EventWriter(self.log, self.key)
         if not self.payloads():
-            self.author.say(DeploymentCreated(origin=ORIGIN, public_key=self.key.public_key))
+            self.writer.append(DeploymentCreated(origin=ORIGIN, public_key=self.key.public_key))
 
     def payloads(self) -> list[Payload]:
         return [payload for record in read_all(self.log) if (payload := decode(record)) is not None]
@@ -47,8 +47,8 @@ class Deployment:
 
     def grid(self, *, server_id: str = "server", admission: Admission | None = None, run_id: str = RUN) -> LogGrid:
         """A grid of a server that takes the run over."""
-        epoch = start_epoch(self.log, self.author, run_id=run_id, server_id=server_id)
-        return LogGrid(self.log, self.blobs, self.author, run_id=run_id, epoch=epoch, admission=admission)
+        epoch = start_epoch(self.log, self.writer, run_id=run_id, server_id=server_id)
+        return LogGrid(self.log, self.blobs, self.writer, run_id=run_id, epoch=epoch, admission=admission)
 
     def client(self, number: int, app: ServesMessage) -> SimulatedClient:
         """An enrolled client, which is told its number as `number` in its node configuration."""

@@ -14,9 +14,9 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AclOperation, ConfigResource, ResourceType
 from fedloop_events import topics
 from fedloop_events.errors import LogError, UnreachableError, UsageError
-from fedloop_events.kafka import KafkaLog, rights
-from fedloop_events.kafka.admin import Admin, translated
-from fedloop_events.kafka.settings import Settings
+from fedloop_events.logs.kafka import KafkaLog, rights
+from fedloop_events.logs.kafka.admin import Admin, translated
+from fedloop_events.logs.kafka.settings import KafkaSettings
 
 from fedloop_cli import broker_version, certificates, findings
 from fedloop_cli.diagnosis import newest
@@ -33,7 +33,7 @@ def cluster(location: str) -> Iterator[Finding]:
     yield Finding("versions", "ok", f"librdkafka {confluent_kafka.libversion()[0]}")
     files = [Path(each) for each in parse_qs(urlsplit(location).query).get("config", [])]
     yield from findings.modes("kafka", files)
-    settings = Settings.parse(location)
+    settings = KafkaSettings.parse(location)
     yield from _files(settings.properties)
     answered = 0
     for broker in settings.bootstrap.split(","):
@@ -78,7 +78,7 @@ def _broker(address: str, properties: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("versions", "ok", f"{address} is a Kafka 4.0 or newer (metadata.version {newest_known})")
 
 
-def _inside(location: str, settings: Settings) -> Iterator[Finding]:
+def _inside(location: str, settings: KafkaSettings) -> Iterator[Finding]:
     admin = Admin(settings)
     unnamed = "the certificate's holder" if "ssl.certificate.location" in settings.properties else "whoever connects"
     user = settings.properties.get("sasl.username", unnamed)
@@ -127,7 +127,7 @@ def _topics(admin: Admin) -> Iterator[Finding]:
         yield Finding("topics", "warn", "each event is on one broker alone", "three brokers keep it when one is lost")
 
 
-def _rights(settings: Settings, user: str) -> Iterator[Finding]:
+def _rights(settings: KafkaSettings, user: str) -> Iterator[Finding]:
     held = rights.held(settings, ANSWER_S)
     if not held:
         return

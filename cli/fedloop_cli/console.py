@@ -80,7 +80,7 @@ def fields(pairs: Mapping[str, object]) -> str:
     return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in pairs.items())
 
 
-def place(stream: str | None, offset: int) -> str:
+def position(stream: str | None, offset: int) -> str:
     """An offset, with its stream where a log has several (`updates-3:17`)."""
     name = (stream or "").rpartition(".")[2]
     return str(offset) if name in {"", "log"} else f"{name}:{offset}"

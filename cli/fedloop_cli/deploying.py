@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
-from fedloop_events.locations import Place
+from fedloop_events.locations import DeploymentLocation
+from fedloop_events.types import DEFAULT_MODEL
 from msgspec import Struct
 
 from fedloop_cli import evaluation, tables
@@ -49,7 +50,7 @@ def check_known(table: tables.Table, labels: list[str], path: Path) -> None:
 
 def deploy(
     directory: Path,
-    place: Place,
+    place: DeploymentLocation,
     labels: list[str],
     held_out: Sequence[Row],
     settings: dict[str, Any],
@@ -65,7 +66,7 @@ def deploy(
     config = configuration.decode(settings)
 
     from fedloop_clients import model
-    from fedloop_server.setup import CONFIG_FILE, MODEL, create_deployment
+    from fedloop_server.deployment import CONFIG_FILE, create_deployment
 
     model_dir = Path(config.model_dir) if config.model_dir else None
     spec = model.describe(labels, base_model, model_dir=model_dir)
@@ -76,7 +77,7 @@ def deploy(
     from fedloop_cli.state import Followed
 
     followed = Followed(made.log)
-    current = followed.releases.current(MODEL)
+    current = followed.releases.current(DEFAULT_MODEL)
     assert current is not None
     made.log.close()
     return Deployed(

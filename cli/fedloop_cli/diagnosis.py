@@ -21,8 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from fedloop_events import locations, topics
 from fedloop_events.errors import FedloopError
-from fedloop_events.locations import Place
-from fedloop_events.log import EventLog, Position
+from fedloop_events.locations import DeploymentLocation
+from fedloop_events.logs.port import EventLog, Position
 from fedloop_events.types import BlobRef
 
 from fedloop_cli import findings
@@ -39,7 +39,7 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
     """Check this machine, and of a deployment and of a device what is given; a device's store names its deployment."""
     yield from _within("versions", _versions)
     folders = [each for each in (directory, store) if each is not None]
-    places: list[Place] = []
+    places: list[DeploymentLocation] = []
     if store is not None:
         yield from _within("store", _store, store, places)
     if directory is not None:
@@ -54,7 +54,7 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
     yield from _within("disk", _disks, folders or [Path()])
 
 
-def _located(directory: Path | None, log: str | None, blobs: str | None, places: list[Place]) -> Iterator[Finding]:
+def _located(directory: Path | None, log: str | None, blobs: str | None, places: list[DeploymentLocation]) -> Iterator[Finding]:
     places.append(locations.locate(directory, log, blobs))
     yield from ()
 
@@ -101,14 +101,14 @@ def _versions() -> Iterator[Finding]:
 
 
 def _server(directory: Path) -> Iterator[Finding]:
-    from fedloop_server.setup import KEY_FILE, SERVER_FOLDER
+    from fedloop_server.deployment import KEY_FILE, SERVER_FOLDER
 
     if not directory.is_dir():
         yield Finding("server", "fail", f"there is no folder {directory}", f"fedloop server init {directory} makes a deployment")
     yield from findings.modes("server", [directory / SERVER_FOLDER / KEY_FILE])
 
 
-def _store(store: Path, places: list[Place]) -> Iterator[Finding]:
+def _store(store: Path, places: list[DeploymentLocation]) -> Iterator[Finding]:
     from fedloop_clients.enrolment import open_store
     from fedloop_clients.keys import KEY_FILE
     from fedloop_clients.store import FILE_NAME
@@ -151,7 +151,7 @@ def _log(location: str) -> Iterator[Finding]:
 
 
 def _gateway(location: str) -> Iterator[Finding]:
-    from fedloop_events.gateway.transport import Transport
+    from fedloop_events.logs.http.transport import Transport
 
     transport = Transport(location, timeout_s=findings.ANSWER_S)
     url = urlsplit(location)

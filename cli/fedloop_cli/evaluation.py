@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ModelSpec
-from fedloop_events.views import Evaluation
 from msgspec import Struct
 
 from fedloop_cli.tables import Row

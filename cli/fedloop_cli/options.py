@@ -15,7 +15,7 @@ from msgspec import Struct
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from fedloop_events.locations import Place
+    from fedloop_events.locations import DeploymentLocation
 
 _LOG: Final = "fedloop.log"
 _BLOBS: Final = "fedloop.blobs"
@@ -25,7 +25,7 @@ class Where(Struct, frozen=True):
     """The deployment that a command is about, and its folder, if one was named."""
 
     directory: Path | None
-    place: Place
+    place: DeploymentLocation
 
 
 class Home(Where, frozen=True):

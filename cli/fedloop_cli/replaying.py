@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from fedloop_events import envelope
+from fedloop_events import envelope, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
-from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog, read_all
-from fedloop_events.projections import Reader, Snapshots, StoredFold
-from fedloop_events.views import ReleasesView, RoundsView
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader, StoredFold
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.folds.snapshots import Snapshots
+from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.types import DEFAULT_RUN
 from msgspec import Struct
 
-from fedloop_cli import console, requests, state
+from fedloop_cli import console, state
 from fedloop_cli.options import Where
 
 SNAPSHOTS: Final = "*.snapshot"
@@ -115,7 +118,9 @@ def as_text(replayed: Replayed) -> str:
         "snapshots": f"{len(replayed.matching)} match the log, {len(replayed.differing)} differ",
     }
     lines = [console.fields(rows), "", console.table(["type", "events"], [list(each) for each in replayed.types.items()])]
-    refused = [(console.place(each["stream"], each["offset"]), console.printable(each["why"])) for each in replayed.first_refused]
+    refused = [
+        (console.position(each["stream"], each["offset"]), console.printable(each["why"])) for each in replayed.first_refused
+    ]
     lines += [f"REFUSED  offset {place}: {why}" for place, why in refused]
     lines += [f"DIFFERS  {console.printable(path)}" for path in replayed.differing]
     return "\n".join(lines)
@@ -137,14 +142,14 @@ def _summarise(replayed: Replayed, people: Identities, rounds: RoundsView, relea
 def _fold(name: str, people: Identities) -> StoredFold | None:
     """A new fold of the kind whose snapshots have this name."""
     from fedloop_privacy.ledger import Ledger
-    from fedloop_server.actions import State
+    from fedloop_server.rounds.actions import ServerState
 
     folds: dict[str, Callable[[], StoredFold]] = {
         "rounds": RoundsView,
         "releases": ReleasesView,
         "ledger": Ledger,
         "identities": Identities,
-        "server": lambda: State(requests.RUN_ID, people),
+        "server": lambda: ServerState(DEFAULT_RUN, people),
     }
     return folds[name]() if name in folds else None
 
@@ -172,9 +177,9 @@ def _same(log: EventLog, path: Path, fresh: StoredFold) -> bool:
 
 def _comparable(fold: StoredFold) -> object:
     """A fold's state as plain values. What has come from several partitions has no order there, nor have positions in it."""
-    from fedloop_server.actions import State
+    from fedloop_server.rounds.actions import ServerState
 
-    if isinstance(fold, State):
+    if isinstance(fold, ServerState):
         return [_comparable(each) for each in (fold.rounds, fold.releases, fold.ledger)]
     state = fold.to_state()
     found: object = (msgspec.json if isinstance(fold, Identities) else msgspec.msgpack).decode(state)
@@ -182,9 +187,7 @@ def _comparable(fold: StoredFold) -> object:
 
 
 def _known(type_name: str) -> bool:
-    from fedloop_events.types import TYPES
-
-    return type_name in {payload.type_name for payload in TYPES} or type_name == "io.fedloop.feedback.recorded.v1"
+    return types.newest(type_name) is not None
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import UsageError
-from fedloop_events.locations import Place
+from fedloop_events.locations import DeploymentLocation
 
 from fedloop_cli.evaluation import Evaluator
-from fedloop_cli.state import MODEL, Followed
+from fedloop_cli.state import Followed
 
 if TYPE_CHECKING:
-    from fedloop_server.metrics import MeteredLog
-    from fedloop_server.server import Server
+    from fedloop_server.rounds.loop import Server
+    from fedloop_server.telemetry.metrics import MeteredLog
 
 
 def serve(
     directory: Path,
-    place: Place,
+    place: DeploymentLocation,
     stop: threading.Event,
     *,
     rounds: int | None = None,
@@ -36,12 +36,12 @@ def serve(
     `on_event` is told of what is appended from now on. `metrics` is the address at which Prometheus finds it.
     Raises `FencedError` when another server has taken over.
     """
-    from fedloop_server.metrics import MeteredLog
-    from fedloop_server.server import Server
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
+    from fedloop_server.rounds.loop import Server
+    from fedloop_server.telemetry.metrics import MeteredLog
 
     deployment = open_deployment(directory, place)
-    spec = Followed(deployment.log).releases.models.get(MODEL)
+    spec = Followed(deployment.log).releases.models.get(types.DEFAULT_MODEL)
     if spec is None:
         raise UsageError(f"{directory} has no model", hint="run `fedloop server init` again, to its end")
     model_dir = Path(deployment.config.model_dir) if deployment.config.model_dir else None
@@ -55,7 +55,7 @@ def serve(
     server = Server(
         log,
         deployment.blobs,
-        deployment.author,
+        deployment.writer,
         deployment.config,
         evaluate=Evaluator(deployment.folder, spec, model_dir),
         on_event=news,
@@ -69,7 +69,7 @@ def serve(
 def _exposed(server: Server, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:
     if address is None:
         return nullcontext()
-    from fedloop_server import exposition, metrics
+    from fedloop_server.telemetry import exposition, metrics
 
     return exposition.exposed(metrics.registry(server, log), log, exposition.Address.parse(address))
 

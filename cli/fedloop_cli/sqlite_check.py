@@ -12,18 +12,18 @@ from typing import Any, Final
 import apsw
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogError, UsageError
-from fedloop_events.sqlite import STREAM
-from fedloop_events.sqlite_file import APPLICATION_ID, FORMAT
+from fedloop_events.logs.sqlite import STREAM
+from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT
 
 from fedloop_cli.sequences import At
-from fedloop_cli.verification import Check
+from fedloop_cli.verification import LogCheck
 
 _COLUMNS: Final = "position, topic, id, key, source, type, time, data, signature, appended_ms"
 _TYPES: Final = (int, str, bytes, str, str, str, int, bytes, str, int)
 
 
-def read(path: Path, check: Check) -> None:
-    """Check the file and give its events to `check`.
+def read(path: Path, check: LogCheck) -> None:
+    """LogCheck the file and give its events to `check`.
 
     Raises `UsageError` if it is absent, `LogError` if it is no log or cannot be read at all.
     """
@@ -47,7 +47,7 @@ def read(path: Path, check: Check) -> None:
         connection.close(force=True)
 
 
-def _row(row: tuple[Any, ...], end: int, check: Check) -> None:
+def _row(row: tuple[Any, ...], end: int, check: LogCheck) -> None:
     offset = row[0]
     if offset != end + 1:
         first = end + 1
@@ -73,7 +73,7 @@ def _open(path: Path) -> apsw.Connection:
     return connection
 
 
-def _check_schema(connection: apsw.Connection, check: Check) -> None:
+def _check_schema(connection: apsw.Connection, check: LogCheck) -> None:
     """Nothing may be there that computes or acts, but the two triggers that keep the log append-only. An index does neither."""
     known = {("table", "events"), ("trigger", "events_no_update"), ("trigger", "events_no_delete")}
     query = "SELECT type, name FROM sqlite_schema WHERE type != 'index'"

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fedloop_events import locations
-from fedloop_events.blobs import BlobStore, Identifiable
+from fedloop_events.blobs.store import BlobStore, Identifiable
 from fedloop_events.errors import UsageError
-from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog
-from fedloop_events.projections import Reader
-from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import ReleaseState, ReleasesView
+from fedloop_events.folds.rounds import RoundState, RoundsView
+from fedloop_events.logs.port import EventLog
 from msgspec import Struct
 
 from fedloop_cli import console
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MODEL: Final = "default"
 SERVER_KEY: Final = Path("server", "key.pem")
 OVER: Final = frozenset({"aborted", "published", "rejected"})
 """States of a round in which nothing more happens."""

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import msgspec
 from fedloop_events import envelope, locations, topics, types
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
-from fedloop_events.identities import Identities
-from fedloop_events.log import read_all
+from fedloop_events.folds.identities import Identities
+from fedloop_events.logs.port import read_all
 from msgspec import Struct
 
 from fedloop_cli import state
@@ -40,7 +40,7 @@ UNSEEN: Final = {
 NO_BLOBS: Final = "the blobs, for nothing says where they are (--blobs); "
 
 
-class Finding(Struct, frozen=True):
+class Fault(Struct, frozen=True):
     """One thing that is wrong, and where; None if it concerns no single event."""
 
     what: str
@@ -49,7 +49,7 @@ class Finding(Struct, frozen=True):
     stream: str | None = None
 
 
-class Report(Struct):
+class VerifyReport(Struct):
     """What was checked and found. `findings` are the first `MOST_FINDINGS`, `wrong` counts all."""
 
     log: str
@@ -70,11 +70,11 @@ class Report(Struct):
     """Authentic events under the id of an earlier one, with other bytes: the first counts. Two servers that decide the same at
     once leave them behind."""
     wrong: int = 0
-    findings: list[Finding] = []
+    findings: list[Fault] = []
     not_seen: str = _ALWAYS
 
 
-def verify(where: Where) -> Report:
+def verify(where: Where) -> VerifyReport:
     """Read the whole log and every blob that it names.
 
     Raises `UsageError` if there is no log, `LogError` if what is there is none, or cannot be read at all, and UnreachableError.
@@ -83,7 +83,7 @@ def verify(where: Where) -> Report:
 
     place = where.place
     scheme = locations.scheme_of(place.log)
-    check = Check(Report(place.log, not_seen=UNSEEN[scheme]), unique_ids=not scheme)
+    check = LogCheck(VerifyReport(place.log, not_seen=UNSEEN[scheme]), unique_ids=not scheme)
     if not scheme:
         sqlite_check.read(Path(place.log) / locations.LOG_FILE, check)
     else:
@@ -96,13 +96,13 @@ def verify(where: Where) -> Report:
     return check.end(place.blobs, lambda: state.open_blobs(where))
 
 
-class Check:
+class LogCheck:
     """Takes in events, those of each stream in their order and topic `clients` before what rests on it; finds what is wrong.
 
     With `unique_ids` an id that stands there twice is wrong.
     """
 
-    def __init__(self, report: Report, *, unique_ids: bool) -> None:
+    def __init__(self, report: VerifyReport, *, unique_ids: bool) -> None:
         self.report, self._unique_ids = report, unique_ids
         self._identities = Identities()
         self._topics: Counter[str] = Counter()
@@ -117,7 +117,7 @@ class Check:
         report = self.report
         report.wrong += 1
         if len(report.findings) < MOST_FINDINGS:
-            found = Finding(what) if at is None else Finding(what, at.offset, at.event_id, at.stream)
+            found = Fault(what) if at is None else Fault(what, at.offset, at.event_id, at.stream)
             report.findings.append(found)
 
     def event(self, record: Record) -> None:
@@ -164,14 +164,14 @@ class Check:
         return False
 
     def _take(self, record: Record, payload: types.Payload, at: At) -> None:
-        if isinstance(payload, types.ClientSaid):
+        if isinstance(payload, types.ClientEvent):
             self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at, self._order(record))
-        elif isinstance(payload, types.ServerSaid):
+        elif isinstance(payload, types.ServerEvent):
             self._epoch(payload, at)
         for ref in _blobs(payload):
             self._refs.setdefault(ref, at)
 
-    def _epoch(self, payload: types.ServerSaid, at: At) -> None:
+    def _epoch(self, payload: types.ServerEvent, at: At) -> None:
         latest = self._epochs.get(payload.run_id, 0)
         if isinstance(payload, types.EpochStarted):
             self._epochs[payload.run_id] = max(latest, payload.epoch)
@@ -183,7 +183,7 @@ class Check:
         elif payload.epoch < latest:
             self.report.stale += 1
 
-    def end(self, blobs: str | None, open_blobs: Callable[[], BlobStore]) -> Report:
+    def end(self, blobs: str | None, open_blobs: Callable[[], BlobStore]) -> VerifyReport:
         report = self.report
         self._sequences.end()
         report.by_topic = {topic: self._topics[topic] for topic in (*topics.ALL, "unknown") if topic in self._topics}
@@ -228,6 +228,6 @@ def _blobs(value: object) -> Iterator[types.BlobRef]:
             yield from _blobs(each)
 
 
-def as_document(report: Report) -> dict[str, Any]:
+def as_document(report: VerifyReport) -> dict[str, Any]:
     document: dict[str, Any] = msgspec.to_builtins(report)
     return document

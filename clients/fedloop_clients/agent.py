@@ -10,25 +10,25 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.locations import Place, check_blobs, locate, open_blobs, open_log
+from fedloop_events.folds.releases import ReleaseState
+from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import ModelSpec
-from fedloop_events.views import ReleaseState
 from fedloop_privacy.masking import MaskingError
 
 from fedloop_clients import enrolment
-from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, Response, Said, Thumb, check_text
+from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.following import Following
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
-from fedloop_clients.serving import Models
+from fedloop_clients.models import Models
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
-    from fedloop_events.flower import ClientAppCallable
+    from fedloop_events.flower.messages import ClientAppCallable
 
-    from fedloop_clients.answering import App
+    from fedloop_clients.instructions import App
 
 
 class Masks(Protocol):
@@ -53,7 +53,7 @@ class Agent:
         self,
         store: Store,
         identity: Identity,
-        place: Place,
+        place: DeploymentLocation,
         *,
         app: ClientAppCallable | None = None,
         masker: Masks | None = None,
@@ -66,7 +66,7 @@ class Agent:
         self._capture = Capture(store)
         self._models = Models(settings.model_dir)
         self._masker, self._app = masker, app
-        self._following = Following(identity.client_id, identity.server_key, store.kept(FOLLOWING))
+        self._following = DeviceView(identity.client_id, identity.server_key, store.kept(FOLLOWING))
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._running = 0
 
@@ -173,12 +173,12 @@ class Agent:
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
         """
-        said = Said(thumb, rating, label, correction, comment)
+        said = FeedbackInput(thumb, rating, label, correction, comment)
         spec = self._spec()
         if spec is None:
             self._read()
             spec = self._spec()
-        return self._capture.say(response_id, said, spec.labels if spec else (), feedback_id)
+        return self._capture.record(response_id, said, spec.labels if spec else (), feedback_id)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from fedloop_events.errors import TensorError
-from fedloop_events.flower import terms_of
+from fedloop_events.flower.messages import terms_of
 from fedloop_events.types import RoundOpened
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp

@@ -42,7 +42,7 @@ class Response(Struct, frozen=True):
     release: str
 
 
-class Said(Struct, frozen=True, omit_defaults=True):
+class FeedbackInput(Struct, frozen=True, omit_defaults=True):
     """What a user said of one response, as the user said it."""
 
     thumb: Thumb | None = None
@@ -69,7 +69,7 @@ class Unpublished(Struct, frozen=True):
     masked: MaskedText | None
     predicted: str
     release: str
-    said: Said
+    said: FeedbackInput
 
 
 class Capture:
@@ -103,13 +103,13 @@ class Capture:
             )
         return response_id
 
-    def say(self, response_id: str, said: Said, labels: Sequence[str], feedback_id: str | None = None) -> Feedback:
+    def record(self, response_id: str, said: FeedbackInput, labels: Sequence[str], feedback_id: str | None = None) -> Feedback:
         """Record feedback; it is durable when this returns.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. Raises
         `UnknownResponseError`, or `UsageError` if nothing is said or something of it is out of range.
         """
-        _check_said(said, labels)
+        _check_input(said, labels)
         feedback_id = _identifier("feedback_id", feedback_id)
         digest = hashlib.sha256(msgspec.json.encode((response_id, said))).digest()
         with self._store.transaction() as db:
@@ -143,7 +143,7 @@ class Capture:
             (limit,),
         )
         return [
-            Unpublished(feedback_id, response_id, text, _masked(masked), predicted, release, _decode_said(said))
+            Unpublished(feedback_id, response_id, text, _masked(masked), predicted, release, _decode_input(said))
             for feedback_id, response_id, text, masked, predicted, release, said in found
         ]
 
@@ -215,8 +215,8 @@ def check_text(name: str, text: str, most_chars: int) -> None:
         raise UsageError(f"{name} is not Unicode text: it holds half a surrogate pair")
 
 
-def _check_said(said: Said, labels: Sequence[str]) -> None:
-    if said == Said():
+def _check_input(said: FeedbackInput, labels: Sequence[str]) -> None:
+    if said == FeedbackInput():
         raise UsageError("the feedback says nothing", hint="give a thumb, rating, label, correction or comment")
     if said.thumb not in (None, "up", "down"):
         raise UsageError("thumb must be 'up' or 'down'")
@@ -228,7 +228,7 @@ def _check_said(said: Said, labels: Sequence[str]) -> None:
         check_text(name, text, MAX_REMARK_CHARS)
 
 
-def _remarks(said: Said) -> Iterator[tuple[str, str]]:
+def _remarks(said: FeedbackInput) -> Iterator[tuple[str, str]]:
     if said.correction is not None:
         yield "correction", said.correction
     if said.comment is not None:
@@ -246,7 +246,7 @@ def _check_label(label: str, labels: Sequence[str]) -> None:
         )
 
 
-def _target(predicted: str, said: Said, labels: Sequence[str]) -> tuple[str | None, int]:
+def _target(predicted: str, said: FeedbackInput, labels: Sequence[str]) -> tuple[str | None, int]:
     """The label that this feedback teaches (the one given, or the predicted one where the user was content with it), and how
     much it weighs beside other feedback on the response: 2 if it names a label, 1 if it judges the predicted one, else 0."""
     if said.label is not None:
@@ -272,5 +272,5 @@ def _masked(data: bytes | None) -> MaskedText | None:
     return None if data is None else msgspec.json.decode(data, type=MaskedText)
 
 
-def _decode_said(data: bytes) -> Said:
-    return msgspec.json.decode(data, type=Said)
+def _decode_input(data: bytes) -> FeedbackInput:
+    return msgspec.json.decode(data, type=FeedbackInput)

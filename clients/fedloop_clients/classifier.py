@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedloop_events import types
-from fedloop_events.flower import ClientAppCallable
+from fedloop_events.flower.messages import ClientAppCallable
 from flwr.app import Context, Message
 
 from fedloop_clients.capture import Capture
-from fedloop_clients.serving import Models
+from fedloop_clients.models import Models
 
 if TYPE_CHECKING:
     from fedloop_clients.model import EmbeddingClassifier

@@ -10,14 +10,14 @@ from typing import Final
 
 import msgspec
 from fedloop_events import types
-from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore, Identifiable
+from fedloop_events.blobs.store import BlobStore, Identifiable
 from fedloop_events.errors import NotAllowedError, UsageError
-from fedloop_events.identities import Client, Identities
-from fedloop_events.locations import Place, check_log, is_url, locate
-from fedloop_events.log import EventLog
-from fedloop_events.projections import Reader
+from fedloop_events.folds.identities import Client, Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.locations import DeploymentLocation, check_log, is_url, locate
+from fedloop_events.logs.port import EventLog
 from fedloop_events.signatures import SigningKey
+from fedloop_events.writer import EventWriter
 from msgspec import Struct
 
 from fedloop_clients import keys
@@ -46,7 +46,7 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     blobs: str | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> DeploymentLocation:
         """Where the deployment is."""
         return locate(None, self.location, self.blobs)
 
@@ -54,9 +54,9 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     def key(self) -> SigningKey:
         return SigningKey.from_private_bytes(self.signing_key)
 
-    def author(self, log: EventLog) -> Author:
+    def writer(self, log: EventLog) -> EventWriter:
         """Who signs what this device says."""
-        return Author(log, self.key)
+        return EventWriter(log, self.key)
 
     def introduce(self, *places: EventLog | BlobStore) -> None:
         """Ask as this device, wherever who asks must say so: gateways."""
@@ -115,9 +115,9 @@ def enrol(
             identity = msgspec.msgpack.decode(stored, type=Identity)
             _check_same(identity, known, client_id, epsilon, delta)
         identity.introduce(log)
-        author = identity.author(log)
-        enrolled = _enrolled(store, author, reader, identity.client_id)
-        if enrolled is None or enrolled.public_key != author.key.public_key:
+        writer = identity.writer(log)
+        enrolled = _enrolled(store, writer, reader, identity.client_id)
+        if enrolled is None or enrolled.public_key != writer.key.public_key:
             raise UsageError(
                 f"another device is enrolled as {identity.client_id}", hint="enrol under another client_id, with another store"
             )
@@ -140,10 +140,10 @@ def open_store(folder: Path) -> tuple[Store, Identity]:
     return store, msgspec.msgpack.decode(stored, type=Identity)
 
 
-def _enrolled(store: Store, author: Author, reader: Reader[Identities], client_id: str) -> Client | None:
+def _enrolled(store: Store, writer: EventWriter, reader: Reader[Identities], client_id: str) -> Client | None:
     """Whom the log has under this name, after it has been told."""
     try:
-        Outbox(store, author).flush(author.log)
+        Outbox(store, writer).flush(writer.log)
         reader.catch_up()
     except NotAllowedError:
         return None  # a gateway hears nobody who has the name without the key
@@ -151,15 +151,15 @@ def _enrolled(store: Store, author: Author, reader: Reader[Identities], client_i
 
 
 def _write(store: Store, identity: Identity, log: EventLog) -> None:
-    author = identity.author(log)
+    writer = identity.writer(log)
     with store.transaction():
         store.keep(_IDENTITY, msgspec.msgpack.encode(identity))
-        Outbox(store, author).add(
+        Outbox(store, writer).add(
             lambda seq: types.ClientEnrolled(
                 origin=identity.origin,
                 client_id=identity.client_id,
                 seq=seq,
-                public_key=author.key.public_key,
+                public_key=writer.key.public_key,
                 node_id=str(identity.node_id),
                 epsilon=identity.epsilon,
                 delta=identity.delta,

@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from fedloop_events import types
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import InvalidEventError, PolicyError, UnreachableError
-from fedloop_events.log import EventLog
+from fedloop_events.logs.port import EventLog
 from fedloop_events.masked import MaskedText
 from fedloop_privacy.masking import MaskingError
 from msgspec import Struct
 
 from fedloop_clients.capture import Capture, Unpublished
+from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity
-from fedloop_clients.following import Following
 from fedloop_clients.outbox import Outbox, SuspendedError
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
-    from fedloop_clients.answering import Answering, App
+    from fedloop_clients.instructions import App, InstructionHandler
 
 FOLLOWING: Final = "following"
 """Name of the followed state in the store."""
@@ -52,7 +52,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     packages.
     """
 
-    model: str = "default"
+    model: str = types.DEFAULT_MODEL
     model_dir: Path | None = None
     heartbeat_s: float = 30.0
     rounds_per_day: int = 48
@@ -87,7 +87,7 @@ class Status(Struct, frozen=True):
         return not (self.waiting or self.unsent)
 
 
-def read_status(identity: Identity, store: Store, following: Following, model: str, problem: str = "") -> Status:
+def read_status(identity: Identity, store: Store, following: DeviceView, model: str, problem: str = "") -> Status:
     """The status as of what `following` has read."""
     capture, me = Capture(store), identity.client_id
     counts, suspended, release = capture.counts(), following.ledger.suspended(me), following.releases.current(model)
@@ -120,24 +120,24 @@ class Loop:
         store: Store,
         log: EventLog,
         blobs: BlobStore,
-        following: Following,
+        following: DeviceView,
         reading: threading.Lock,
         mask: Callable[[str], MaskedText],
     ) -> None:
         self._identity, self._settings, self._store, self._log, self._blobs = identity, settings, store, log, blobs
         self._following, self._reading, self._mask = following, reading, mask
-        self._capture, self._outbox = Capture(store), Outbox(store, identity.author(log))
+        self._capture, self._outbox = Capture(store), Outbox(store, identity.writer(log))
         self._problem = ""
         self._news = True  # whether the log may hold what was not read
         self._seen: tuple[int, float] | None = None  # what the last heartbeat said, and when
 
     def run(self, app: App, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
         """See `Agent.run`."""
-        from fedloop_events.flower import TensorReader
+        from fedloop_events.blobs.reader import TensorReader
 
-        from fedloop_clients.answering import Answering
+        from fedloop_clients.instructions import InstructionHandler
 
-        answering = Answering(
+        answering = InstructionHandler(
             self._identity,
             self._store,
             self._outbox,
@@ -168,7 +168,7 @@ class Loop:
         self._capture.retry_failed()
         return True
 
-    def _pass(self, answering: Answering) -> None:
+    def _pass(self, answering: InstructionHandler) -> None:
         if self._outbox.flush(self._log) or self._news:
             self._catch_up(0.0)
         self._publish()

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
-from fedloop_events.author import Author
 from fedloop_events.envelope import Event
 from fedloop_events.errors import PolicyError
-from fedloop_events.log import EventLog
-from fedloop_events.types import ClientSaid
+from fedloop_events.logs.port import EventLog
+from fedloop_events.types import ClientEvent
+from fedloop_events.writer import EventWriter
 from msgspec import Struct
 
 from fedloop_clients.store import Store
@@ -39,17 +39,17 @@ class Mine(Struct, frozen=True):
 class Outbox:
     """The device's own events by sequence number: dense from 0, sent in order. Only one process at a time may send."""
 
-    def __init__(self, store: Store, author: Author) -> None:
-        self._store, self._author = store, author
+    def __init__(self, store: Store, writer: EventWriter) -> None:
+        self._store, self._writer = store, writer
 
-    def add(self, make: Callable[[int], ClientSaid]) -> Event:
+    def add(self, make: Callable[[int], ClientEvent]) -> Event:
         """Sign `make(seq)` and put it last, within the caller's transaction if there is one.
 
         Raises `InvalidEventError`, and adds nothing, if the event is too large.
         """
         with self._store.transaction() as db:
             seq = db.execute("SELECT coalesce(max(seq), -1) + 1 FROM outbox").fetchone()[0]
-            event = self._author.event(make(seq))
+            event = self._writer.event(make(seq))
             db.execute("INSERT INTO outbox VALUES (?, ?, ?)", (seq, event.id, _encode(event)))
         return event
 

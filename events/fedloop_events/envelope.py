@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import msgspec
 from msgspec import Struct
 
-from fedloop_events import types, upcast
+from fedloop_events import types
 from fedloop_events.errors import InvalidEventError
 from fedloop_events.topics import DECLARED
 
@@ -29,7 +29,8 @@ EVENT_ID: Final = re.compile("[0-9a-f]{32}")
 P = TypeVar("P", bound=types.Payload)
 
 _encoder = msgspec.json.Encoder()
-_decoders = {payload.type_name: msgspec.json.Decoder(payload) for payload in types.TYPES}
+_decoders = {name: msgspec.json.Decoder(payload) for name, payload in types.CURRENT.items()}
+_older_decoders = {name: msgspec.json.Decoder(older) for name, older in types.OLDER.items()}
 
 
 class Event(Struct, frozen=True, gc=False):
@@ -109,10 +110,17 @@ def decode(event: Event) -> types.Payload | None:
     try:
         if decoder is not None:
             return decoder.decode(event.data)
-        return upcast.decode(event.type, event.data)
+        older = _older_decoders.get(event.type)
+        return None if older is None else _newest(older.decode(event.data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # msgspec names the place and the expected type, never the value.
         raise InvalidEventError(f"event {event.id} is not a valid {event.type}: {error}") from None
+
+
+def _newest(payload: types.Payload | types.Older) -> types.Payload:
+    while isinstance(payload, types.Older):
+        payload = payload.upcast()
+    return payload
 
 
 def expect(event: Event, payload_type: type[P]) -> P:

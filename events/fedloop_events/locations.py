@@ -18,10 +18,10 @@ from urllib.parse import parse_qsl, quote
 import msgspec
 from msgspec import Struct
 
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import UsageError
-from fedloop_events.log import EventLog
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.logs.port import EventLog
+from fedloop_events.logs.sqlite import SqliteLog
 
 LOG_FILE: Final = "log.sqlite"
 BLOB_FOLDER: Final = "blobs"
@@ -44,7 +44,7 @@ _EXTRAS: Final = {
 """By scheme: the module that it takes, and the extra of the distribution that brings it."""
 
 
-class Place(Struct, frozen=True):
+class DeploymentLocation(Struct, frozen=True):
     """A deployment's log and blobs. `blobs` None: nothing says where they are, so only the log can be read."""
 
     log: str
@@ -58,7 +58,7 @@ class _Stored(Struct, frozen=True, forbid_unknown_fields=True):
     blobs: str | None = None
 
 
-def locate(directory: Path | None, log: str | Path | None = None, blobs: str | Path | None = None) -> Place:
+def locate(directory: Path | None, log: str | Path | None = None, blobs: str | Path | None = None) -> DeploymentLocation:
     """Where the deployment is that the folder `directory`, or the location of its log, names.
 
     A location that is given outweighs the folder's `deployment.toml`, which outweighs the folder itself; a folder given as `log`
@@ -80,10 +80,10 @@ def locate(directory: Path | None, log: str | Path | None = None, blobs: str | P
     assert found is not None
     found = check_log(found)
     found_blobs = str(blobs) if blobs is not None else stored.blobs or _default_blobs(found)
-    return Place(found, None if found_blobs is None else check_blobs(found_blobs))
+    return DeploymentLocation(found, None if found_blobs is None else check_blobs(found_blobs))
 
 
-def remembered(directory: Path, place: Place) -> str:
+def remembered(directory: Path, place: DeploymentLocation) -> str:
     """The text of the `deployment.toml` with which `directory` alone names `place`; "" if it needs none."""
     lines = []
     if place.log != str(directory):
@@ -103,13 +103,13 @@ def open_log(location: str | Path, *, create: bool = False) -> EventLog:
     scheme = scheme_of(location)
     _require(scheme)
     if scheme == "kafka":
-        from fedloop_events.kafka import KafkaLog
+        from fedloop_events.logs.kafka import KafkaLog
 
         return KafkaLog(location, create=create)
     if scheme:
         if create:
             raise UsageError("a gateway serves a log that is there already", hint="name the log itself")
-        from fedloop_events.gateway import GatewayLog
+        from fedloop_events.logs.http import GatewayLog
 
         return GatewayLog(location)
     path = Path(location) / LOG_FILE
@@ -121,7 +121,7 @@ def open_log(location: str | Path, *, create: bool = False) -> EventLog:
 
 
 def open_blobs(location: str | Path | None) -> BlobStore:
-    """The blob store at `location`, as `Place.blobs` names it.
+    """The blob store at `location`, as `DeploymentLocation.blobs` names it.
 
     Raises `UsageError` if nothing names it or the location is malformed.
     """

@@ -14,11 +14,10 @@ from typing import Any, Final
 
 import msgspec
 
-from fedloop_events import topics, types, upcast
+from fedloop_events import topics, types
 
 FOLDER: Final = Path(__file__).resolve().parent.parent
 _KAFKA_BINDING: Final = "0.5.0"
-_OLDER: Final = {"io.fedloop.feedback.recorded.v1": upcast.FeedbackRecordedV1}
 
 
 def json_schema(payload: type, type_name: str) -> dict[str, Any]:
@@ -33,7 +32,8 @@ def json_schema(payload: type, type_name: str) -> dict[str, Any]:
 
 def asyncapi() -> dict[str, Any]:
     """The AsyncAPI 3.0 document: channels are the topics, messages the event types in CloudEvents' binary mode."""
-    by_topic = {topic: [payload for payload in types.TYPES if payload.topic == topic] for topic in topics.ALL}
+    by_topic = {topic: {each.__name__: each for each in types.CURRENT.values() if each.topic == topic} for topic in topics.ALL}
+    messages = {name: payload for each in by_topic.values() for name, payload in each.items()}
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -45,9 +45,7 @@ def asyncapi() -> dict[str, Any]:
         "channels": {
             topic: {
                 "address": topic,
-                "messages": {
-                    payload.__name__: {"$ref": f"#/components/messages/{payload.__name__}"} for payload in by_topic[topic]
-                },
+                "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in by_topic[topic]},
                 "bindings": {"kafka": _binding(topics.DECLARED[topic])},
             }
             for topic in topics.ALL
@@ -58,7 +56,7 @@ def asyncapi() -> dict[str, Any]:
             for verb, action in (("append", "send"), ("read", "receive"))
         },
         "components": {
-            "messages": {payload.__name__: _message(payload) for payload in types.TYPES},
+            "messages": {name: _message(payload) for name, payload in messages.items()},
             "schemas": {"headers": _HEADERS},
         },
     }
@@ -77,7 +75,7 @@ def _binding(topic: topics.Topic) -> dict[str, Any]:
 
 def files() -> dict[Path, str]:
     """Every generated file, relative to `FOLDER`, with its text."""
-    named = {payload.type_name: payload for payload in types.TYPES} | _OLDER
+    named: dict[str, type] = {**types.CURRENT, **types.OLDER}
     made = {
         Path("schemas") / f"{name}.json": json.dumps(json_schema(payload, name), indent=2, ensure_ascii=False) + "\n"
         for name, payload in named.items()

@@ -36,6 +36,8 @@ class Topic(Struct, frozen=True):
     name: str
     partitions: int = 1
     retention_ms: int = KEPT
+    by_client: bool = False
+    """Whether a key is the client that an event is by, or about."""
 
     @property
     def settings(self) -> dict[str, str]:
@@ -54,12 +56,12 @@ DECLARED: Final[Mapping[str, Topic]] = MappingProxyType(
     {
         each.name: each
         for each in (
-            Topic(CLIENTS),
-            Topic(FEEDBACK, partitions=6, retention_ms=90 * _DAY_MS),
+            Topic(CLIENTS, by_client=True),
+            Topic(FEEDBACK, partitions=6, retention_ms=90 * _DAY_MS, by_client=True),
             Topic(ROUNDS),
-            Topic(UPDATES, partitions=6),
+            Topic(UPDATES, partitions=6, by_client=True),
             Topic(RELEASES),
-            Topic(AUDIT),
+            Topic(AUDIT, by_client=True),
             Topic(QUARANTINE, retention_ms=14 * _DAY_MS),
         )
     }

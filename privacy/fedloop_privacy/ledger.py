@@ -43,7 +43,7 @@ class Suspension(Struct, frozen=True):
     event_id: str
 
 
-class Refusal(Struct, frozen=True):
+class BudgetRefusal(Struct, frozen=True):
     """A stable code, one sentence, and, if it is the budget that ends, what the whole would cost."""
 
     reason: Reason
@@ -107,7 +107,7 @@ class Ledger:
         """`epsilon` if the client spent `mechanism` on top."""
         return accounting.epsilon([*self.spent(client_id), mechanism], delta)
 
-    def check(self, client_id: str, mechanism: Mechanism | None, budget: float | None, delta: float) -> Refusal | None:
+    def check(self, client_id: str, mechanism: Mechanism | None, budget: float | None, delta: float) -> BudgetRefusal | None:
         """Why the client may not spend `mechanism` (None: a round without differential privacy), or None if it may.
 
         `budget` is the epsilon it enrolled with; None allows everything, also rounds without differential privacy. Raises
@@ -118,7 +118,7 @@ class Ledger:
         if budget is None:
             return None
         if mechanism is None:
-            return Refusal("no-budget", "no budget is enough for a round without differential privacy")
+            return BudgetRefusal("no-budget", "no budget is enough for a round without differential privacy")
         return _over(self.would_be(client_id, mechanism, delta), budget)
 
     def check_update(
@@ -129,7 +129,7 @@ class Ledger:
         mechanism: Mechanism | None,
         budget: float | None,
         delta: float,
-    ) -> Refusal | None:
+    ) -> BudgetRefusal | None:
         """Why an update does not count, or None if it does.
 
         Its spend must stand in the ledger under `spend_seq`, for this instruction, with exactly the round's `mechanism`, and
@@ -141,10 +141,10 @@ class Ledger:
             return self.check(client_id, None, budget, delta)
         spends = self._account(client_id).spends
         if spend_seq is None or not 0 <= spend_seq < len(spends):
-            return Refusal("spend-missing", "the update names no spend that the client has recorded")
+            return BudgetRefusal("spend-missing", "the update names no spend that the client has recorded")
         spend = spends[spend_seq]
         if spend.instruction_id != instruction_id or spend.mechanism != mechanism:
-            return Refusal("mechanism-mismatch", "the recorded spend is not for this instruction under the round's terms")
+            return BudgetRefusal("mechanism-mismatch", "the recorded spend is not for this instruction under the round's terms")
         if budget is None:
             return None
         return _over(accounting.epsilon([each.mechanism for each in spends[: spend_seq + 1]], delta), budget)
@@ -197,11 +197,11 @@ def _continues(account: _Account, payload: BudgetSpent) -> bool:
     return payload.spend_seq == len(account.spends) and payload.previous == head
 
 
-def _suspended() -> Refusal:
-    return Refusal("client-suspended", "the client's chain of spends was forked or torn")
+def _suspended() -> BudgetRefusal:
+    return BudgetRefusal("client-suspended", "the client's chain of spends was forked or torn")
 
 
-def _over(would_be: float, budget: float) -> Refusal | None:
+def _over(would_be: float, budget: float) -> BudgetRefusal | None:
     if would_be <= budget:
         return None
-    return Refusal("budget-exceeded", f"epsilon would be {would_be:.3f} of {budget:g}", would_be)
+    return BudgetRefusal("budget-exceeded", f"epsilon would be {would_be:.3f} of {budget:g}", would_be)

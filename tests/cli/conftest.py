@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from fedloop_events import types
-from fedloop_events.locations import Place
-from fedloop_events.tensors import Array
+from fedloop_events.blobs.tensors import Array
+from fedloop_events.locations import DeploymentLocation
 from fedloop_server.config import ServerConfig
-from fedloop_server.setup import Deployment, create_deployment
+from fedloop_server.deployment import Deployment, create_deployment
 
 
 class Ended(NamedTuple):
@@ -63,7 +63,7 @@ def release_arrays(labels: int = 2, width: int = 3) -> dict[str, Array]:
     }
 
 
-def deploy(directory: Path, place: Place | None = None) -> Deployment:
+def deploy(directory: Path, place: DeploymentLocation | None = None) -> Deployment:
     """A deployment without a real base model: its log can be read, and rounds can be asked for."""
     spec = types.ModelSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
     return create_deployment(directory, spec, release_arrays(), ServerConfig(), place)
@@ -74,7 +74,7 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The folder of a deployment whose log is in it, or on Kafka."""
     directory = tmp_path / "deployment"
     on_kafka = request.param == "kafka"
-    place = Place(request.getfixturevalue("kafka_url"), str(directory / "blobs")) if on_kafka else None
+    place = DeploymentLocation(request.getfixturevalue("kafka_url"), str(directory / "blobs")) if on_kafka else None
     deploy(directory, place).log.close()
     return directory
 
@@ -82,7 +82,7 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def deployment_on_kafka(kafka_url: str, tmp_path: Path) -> Path:
     directory = tmp_path / "deployment"
-    deploy(directory, Place(kafka_url, str(directory / "blobs"))).log.close()
+    deploy(directory, DeploymentLocation(kafka_url, str(directory / "blobs"))).log.close()
     return directory
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from brokers import Cluster
-from fedloop_events.locations import Place
+from fedloop_events.locations import DeploymentLocation
 
 from .conftest import Fedloop, deploy
 
@@ -85,7 +85,7 @@ def test_what_the_users_role_does_not_allow_is_refused_with_status_4(
     made = fedloop("init", "kafka", "--log", admin, "--into", tmp_path, "--create-user", f"auditor:{user}")
     assert made.status == 0, made.err
     directory = tmp_path / "deployment"
-    deploy(directory, Place(admin, str(directory / "blobs"))).log.close()
+    deploy(directory, DeploymentLocation(admin, str(directory / "blobs"))).log.close()
     auditor = f"kafka://{secure_kafka.bootstrap}/{prefix}?config={tmp_path / user}.properties"
     assert fedloop("log", "verify", directory, "--log", auditor).status == 0
     ended = fedloop("round", "start", directory, "--log", auditor, "--json")
@@ -182,13 +182,13 @@ def test_a_configuration_file_is_read_strictly(fedloop: Fedloop, deployment: Pat
 def test_terminal_escapes_in_data_are_shown_and_not_obeyed(fedloop: Fedloop, deployment: Path) -> None:
     from fedloop_cli import requests
     from fedloop_events import ids, types
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
 
     opened = open_deployment(deployment)
     request = types.RoundRequested(
-        origin=requests._known(opened.author).origin, run_id="main", request_id=f"q-{ids.new_id()}", reason="\x1b]0;x\x07\u202e"
+        origin=requests._known(opened.writer).origin, run_id="main", request_id=f"q-{ids.new_id()}", reason="\x1b]0;x\x07\u202e"
     )
-    opened.author.say(request)
+    opened.writer.append(request)
     ended = fedloop("log", "tail", deployment, "-n", "1")
     assert "\x1b" not in ended.out
     assert "\u202e" not in ended.out

@@ -14,13 +14,14 @@ from fedloop_cli import requests, verification
 from fedloop_cli.options import Where
 from fedloop_cli.sequences import At, Sequences
 from fedloop_events import ids, locations, topics, types
-from fedloop_events.author import Author
-from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog, read_all
-from fedloop_events.projections import Reader, Snapshots
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.folds.snapshots import Snapshots
+from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
-from fedloop_events.views import RoundsView
-from fedloop_server.setup import open_deployment
+from fedloop_events.writer import EventWriter
+from fedloop_server.deployment import open_deployment
 
 from .conftest import Fedloop
 
@@ -29,33 +30,33 @@ def opened(directory: Path) -> EventLog:
     return locations.open_log(locations.locate(directory).log)
 
 
-def enrol(log: EventLog, client_id: str) -> tuple[Author, str]:
+def enrol(log: EventLog, client_id: str) -> tuple[EventWriter, str]:
     identities = Identities()
     Reader(log, identities).catch_up()
-    author = Author(log, SigningKey.generate())
+    writer = EventWriter(log, SigningKey.generate())
     node_id = str(1000 + len(identities.clients))
-    author.say(
+    writer.append(
         types.ClientEnrolled(
             origin=identities.origin,
             client_id=client_id,
             seq=0,
-            public_key=author.key.public_key,
+            public_key=writer.key.public_key,
             node_id=node_id,
             epsilon=8.0,
             delta=1e-5,
         )
     )
-    return author, identities.origin
+    return writer, identities.origin
 
 
 def fill(directory: Path) -> Path:
     """Two clients that were seen twice, and a request for rounds."""
     deployment = open_deployment(directory)
     for name in ("one", "two"):
-        author, origin = enrol(deployment.log, name)
+        writer, origin = enrol(deployment.log, name)
         for seq in (1, 2):
-            author.say(types.ClientSeen(origin=origin, client_id=name, seq=seq, examples_at_least=4))
-    requests.request_rounds(deployment.author, 2, "test")
+            writer.append(types.ClientSeen(origin=origin, client_id=name, seq=seq, examples_at_least=4))
+    requests.request_rounds(deployment.writer, 2, "test")
     deployment.log.close()
     return directory
 
@@ -70,7 +71,7 @@ def busy_anywhere(anywhere: Path) -> Path:
     return fill(anywhere)
 
 
-def verify(directory: Path) -> verification.Report:
+def verify(directory: Path) -> verification.VerifyReport:
     return verification.verify(Where(directory, locations.locate(directory)))
 
 
@@ -140,9 +141,9 @@ def test_a_check_that_fails_ends_with_1_and_names_the_offset(fedloop: Fedloop, b
 
 
 def test_through_a_gateway_the_servers_key_sees_the_same(fedloop: Fedloop, busy_anywhere: Path) -> None:
-    author, origin = enrol(opened(busy_anywhere), "three")
-    author.say(types.TextMasked(origin=origin, client_id="three", seq=1, feedback_id="f", counts={"PERSON": 1}))
-    author.say(types.ClientSeen(origin=origin, client_id="three", seq=2, examples_at_least=4))
+    writer, origin = enrol(opened(busy_anywhere), "three")
+    writer.append(types.TextMasked(origin=origin, client_id="three", seq=1, feedback_id="f", counts={"PERSON": 1}))
+    writer.append(types.ClientSeen(origin=origin, client_id="three", seq=2, examples_at_least=4))
     command = [sys.executable, "-m", "fedloop_cli.main", "gateway", str(busy_anywhere), "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
         assert gateway.stdout is not None
@@ -161,26 +162,26 @@ def test_an_event_by_a_key_that_is_not_its_authors_is_found(busy_anywhere: Path)
     log = opened(busy_anywhere)
     identities = Identities()
     Reader(log, identities).catch_up()
-    stranger = Author(log, SigningKey.generate())
-    stranger.say(types.ClientSeen(origin=identities.origin, client_id="one", seq=3, examples_at_least=1024))
+    stranger = EventWriter(log, SigningKey.generate())
+    stranger.append(types.ClientSeen(origin=identities.origin, client_id="one", seq=3, examples_at_least=1024))
     *_, said = read_all(log, (topics.CLIENTS,))
     report = verify(busy_anywhere)
     assert [(each.event_id, each.stream, each.offset) for each in report.findings] == [(said.id, said.stream, said.offset)]
 
 
 def test_a_sequence_number_that_is_used_again_is_found(busy_anywhere: Path) -> None:
-    author, origin = enrol(opened(busy_anywhere), "three")
+    writer, origin = enrol(opened(busy_anywhere), "three")
     for seq in (1, 1):
-        author.say(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
+        writer.append(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
     assert [finding.what for finding in verify(busy_anywhere).findings] == [
         "three used its sequence number 1 again, or events changed places"
     ]
 
 
 def test_an_event_that_is_missing_is_found_by_the_numbers_around_it(busy_anywhere: Path) -> None:
-    author, origin = enrol(opened(busy_anywhere), "three")
+    writer, origin = enrol(opened(busy_anywhere), "three")
     for seq in (1, 4):
-        author.say(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
+        writer.append(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
     assert [finding.what for finding in verify(busy_anywhere).findings] == ["2 events of three before this one are missing"]
 
 
@@ -209,14 +210,14 @@ def test_two_authentic_events_under_one_id_are_counted_and_a_forged_one_is_wrong
     fedloop: Fedloop, deployment_on_kafka: Path
 ) -> None:
     deployment = open_deployment(deployment_on_kafka)
-    log, author = deployment.log, deployment.author
-    origin, identifier = requests._known(author).origin, ids.new_id()
+    log, writer = deployment.log, deployment.writer
+    origin, identifier = requests._known(writer).origin, ids.new_id()
     one, other = (types.RoundRequested(origin=origin, run_id="main", request_id="q-1", reason=each) for each in ("one", "other"))
-    for event in (author.event(one, id=identifier), author.event(other, id=identifier)):
+    for event in (writer.event(one, id=identifier), writer.event(other, id=identifier)):
         log.append([event])
     found = fedloop("log", "verify", deployment_on_kafka, "--json").document
     assert (found["verified"], found["rivals"], found["events"]) == (True, 1, 6)
-    log.append([Author(log, SigningKey.generate()).event(other, id=identifier)])
+    log.append([EventWriter(log, SigningKey.generate()).event(other, id=identifier)])
     ended = fedloop("log", "verify", deployment_on_kafka)
     assert ended.status == 1
     assert "WRONG  offset rounds-0:3:" in ended.out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from fedloop_events.locations import Place
+from fedloop_events.locations import DeploymentLocation
 from moto.server import ThreadedMotoServer
 
 from .conftest import Fedloop, deploy
@@ -29,7 +29,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_deployment_keeps_its_blobs_in_s3_and_they_are_checked_there(fedloop: Fedloop, s3: str, tmp_path: Path) -> None:
     directory = tmp_path / "deployment"
-    deploy(directory, Place(str(directory), "s3://bank/here")).log.close()
+    deploy(directory, DeploymentLocation(str(directory), "s3://bank/here")).log.close()
     assert (directory / "deployment.toml").read_text() == 'blobs = "s3://bank/here"\n'
     found = fedloop("log", "verify", directory, "--json").document
     assert (found["verified"], found["blobs"]) == (True, 1)

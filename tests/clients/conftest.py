@@ -9,15 +9,16 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from fedloop_events import tensors, types
-from fedloop_events.author import Author
+from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.envelope import decode
-from fedloop_events.flower import content_sha256
+from fedloop_events.flower.records import content_sha256
 from fedloop_events.locations import BLOB_FOLDER, open_blobs, open_log
-from fedloop_events.log import read_all
+from fedloop_events.logs.port import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef, Content, Mechanism, RoundOpened
+from fedloop_events.writer import EventWriter
 from fedloop_privacy.masking import MaskingError
 
 P = TypeVar("P", bound=types.Payload)
@@ -43,16 +44,16 @@ class Deployment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log, self.blobs = open_log(folder, create=True), open_blobs(folder / BLOB_FOLDER)
-        self.server = Author(self.log, SigningKey.generate())
-        self.server.say(types.DeploymentCreated(origin=ORIGIN, public_key=self.server.key.public_key))
+        self.server = EventWriter(self.log, SigningKey.generate())
+        self.server.append(types.DeploymentCreated(origin=ORIGIN, public_key=self.server.key.public_key))
         self.rounds = self.releases = 0
 
     def register(self) -> None:
         spec = types.ModelSpec(
             base_model="none", base_sha256="0" * 64, labels=LABELS, rank=1, alpha=1.0, targets=["query"], layers=1
         )
-        self.server.say(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
-        self.server.say(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
+        self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
+        self.server.append(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
 
     def put(self) -> BlobRef:
         """The blob of the next release."""
@@ -67,7 +68,7 @@ class Deployment:
         published = types.ReleasePublished(
             origin=ORIGIN, model="default", epoch=1, release=release, number=self.releases, blob=blob
         )
-        self.server.say(proposed, published)
+        self.server.append(proposed, published)
         self.base, self.base_release = blob, release
         self.releases += 1
         return release
@@ -121,12 +122,12 @@ class Deployment:
             round_id=opened.round_id if opened else None,
             ttl_s=ttl_s,
         )
-        return self.server.say(sent)[0].id
+        return self.server.append(sent)[0].id
 
     def ask(self, client_id: str, mechanism: Mechanism | None = MECHANISM) -> str:
         """Open a round for one client; the id of its instruction."""
         opened = self.opened(client_id, mechanism=mechanism)
-        self.server.say(opened)
+        self.server.append(opened)
         return self.instruct(client_id, opened)
 
     def said(self, kind: type[P]) -> list[P]:

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fedloop_clients import Agent, loop
-from fedloop_clients.following import LogChangedError
+from fedloop_clients.device_view import LogChangedError
 from fedloop_clients.loop import RevokedError, Settings, Status
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.store import StoreError
 from fedloop_events import types
-from fedloop_events.author import Author
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.identities import Identities
-from fedloop_events.log import Position
-from fedloop_events.projections import Reader
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.port import Position
 from fedloop_events.signatures import SigningKey
+from fedloop_events.writer import EventWriter
 
 if TYPE_CHECKING:
     from clients.conftest import Deployment, DigitMasker
@@ -179,7 +179,7 @@ def test_what_the_device_says_is_numbered_densely_and_signed(deployment: Deploym
     for _ in range(3):
         give(agent)
     agent.run(until=settled)
-    said = [*deployment.said(types.ClientSaid)]
+    said = [*deployment.said(types.ClientEvent)]
     assert [each.seq for each in said] == list(range(len(said)))
     reader = Reader(deployment.log, Identities(), identities=Identities())
     reader.catch_up()
@@ -256,7 +256,7 @@ def test_a_process_killed_while_it_publishes_publishes_once(
     with Agent.open(store_dir, masker=masker) as again:
         again.run(until=settled)
     assert len(deployment.said(types.FeedbackRecorded)) == len(deployment.said(types.TextMasked)) == 1
-    said = deployment.said(types.ClientSaid)
+    said = deployment.said(types.ClientEvent)
     assert [each.seq for each in said] == list(range(len(said)))
 
 
@@ -285,9 +285,9 @@ def test_the_release_in_force_is_the_logs(deployment: Deployment, agent: Agent) 
     first, second = deployment.base_release, deployment.release()
     assert agent.record("hello", "loan").release == second
     rolled_back = types.ReleaseRolledBack(origin="test.example", model="default", release=first, withdrawn=second, reason="worse")
-    Author(deployment.log, SigningKey.generate()).say(rolled_back)
+    EventWriter(deployment.log, SigningKey.generate()).append(rolled_back)
     assert agent.record("hello", "loan").release == second
-    deployment.server.say(rolled_back)
+    deployment.server.append(rolled_back)
     assert agent.record("hello", "loan").release == first
 
 
@@ -295,10 +295,10 @@ def test_without_a_release_there_is_nothing_to_predict_with(tmp_path: Path, stor
     from fedloop_events.locations import open_log
 
     log = open_log(tmp_path / "empty", create=True)
-    server = Author(log, SigningKey.generate())
+    server = EventWriter(log, SigningKey.generate())
     with pytest.raises(UsageError, match="no deployment"):
         Agent.enrol(tmp_path / "empty", store_dir, key_from="file")
-    server.say(types.DeploymentCreated(origin="o", public_key=server.key.public_key))
+    server.append(types.DeploymentCreated(origin="o", public_key=server.key.public_key))
     with Agent.enrol(tmp_path / "empty", store_dir, key_from="file") as agent:
         with pytest.raises(UsageError, match="no release"):
             agent.predict("hello")
@@ -311,7 +311,7 @@ def test_without_a_release_there_is_nothing_to_predict_with(tmp_path: Path, stor
 
 
 def test_a_revoked_device_stops(deployment: Deployment, agent: Agent) -> None:
-    deployment.server.say(types.ClientRevoked(origin="test.example", client_id="phone", reason="lost"))
+    deployment.server.append(types.ClientRevoked(origin="test.example", client_id="phone", reason="lost"))
     with pytest.raises(RevokedError):
         agent.run(until=settled)
 
@@ -331,7 +331,7 @@ def test_a_store_from_a_backup_goes_on_where_the_log_is(
     recorded = deployment.said(types.FeedbackRecorded)
     assert [each.text.text for each in recorded] == ["kept", "lost with the store", "new"]
     assert [each.feedback_id for each in recorded].count(kept) == 1
-    said = deployment.said(types.ClientSaid)
+    said = deployment.said(types.ClientEvent)
     assert [each.seq for each in said] == list(range(len(said)))
 
 
@@ -357,7 +357,7 @@ def test_a_device_whose_store_was_copied_stops_when_both_have_spoken(
         assert reached.wait(30)
         from fedloop_clients.outbox import Outbox
 
-        clone = Outbox(other._store, other.identity.author(deployment.log))
+        clone = Outbox(other._store, other.identity.writer(deployment.log))
         clone.add(lambda seq: types.ClientSeen(origin="test.example", client_id="phone", seq=seq, examples_at_least=0))
         clone.flush(deployment.log)
         running.join(30)

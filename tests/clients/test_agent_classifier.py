@@ -10,7 +10,8 @@ import pytest
 from clients.conftest import ORIGIN, Deployment
 from fedloop_clients import Agent
 from fedloop_clients.model import Arrays, EmbeddingClassifier, describe
-from fedloop_events import tensors, types
+from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef, Mechanism
 from msgspec.structs import replace
 
@@ -26,8 +27,8 @@ class Classified(Deployment):
 
     def register(self) -> None:
         self.model = EmbeddingClassifier(describe(list(TEXTS)), device="cpu")
-        self.server.say(types.ModelRegistered(origin=ORIGIN, model="default", spec=self.model.spec))
-        self.server.say(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
+        self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=self.model.spec))
+        self.server.append(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
 
     def put(self) -> BlobRef:
         return self.blobs.put(tensors.encode(self.arrays))
@@ -63,7 +64,7 @@ def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_pa
             opened = replace(
                 classified.opened(agent.identity.client_id, mechanism=mechanism), kind=kind, upload=upload, max_upload_bytes=10**7
             )
-            classified.server.say(opened)
+            classified.server.append(opened)
             instruction = classified.instruct(agent.identity.client_id, opened)
             agent.run(until=lambda status: sum(status.answers.values()) == classified.rounds and status.settled)
             update = classified.said(types.UpdateSubmitted)[-1]

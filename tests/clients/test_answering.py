@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from fedloop_clients import Agent
-from fedloop_clients.answering import Answering
+from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.loop import Settings, Status
 from fedloop_clients.outbox import SuspendedError
-from fedloop_events import tensors, types
-from fedloop_events.author import Author
+from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.envelope import Event
 from fedloop_events.errors import UnreachableError
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import Mechanism
+from fedloop_events.writer import EventWriter
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
@@ -157,7 +158,7 @@ def test_a_round_without_privacy_is_declined_by_a_device_with_a_budget(
     deployment.ask("phone", None)
     deployment.instruct("phone", None)
     opened = deployment.opened("phone")
-    deployment.server.say(opened)
+    deployment.server.append(opened)
     deployment.instruct("phone", opened, message_type="evaluate")
     agent.run(until=answered(3))
     assert declined(deployment) == ["not-private"] * 3
@@ -201,10 +202,10 @@ def test_only_a_release_of_the_log_is_trained_on(deployment: Deployment, enrol: 
         replace(deployment.opened("phone"), model="other"),
         deployment.opened("tablet"),
     ):
-        deployment.server.say(opened)
+        deployment.server.append(opened)
         deployment.instruct("phone", opened)
     opened = deployment.opened("phone")
-    deployment.server.say(opened)
+    deployment.server.append(opened)
     deployment.instruct("phone", opened, base=crafted)
     agent.run(until=answered(4))
     assert (declined(deployment), trainer.count()) == (["wrong-base", "wrong-base", "not-in-cohort", "wrong-base"], 0)
@@ -225,7 +226,7 @@ def test_a_base_that_has_not_arrived_is_waited_for_without_spending(deployment: 
 
 def test_what_the_server_did_not_say_is_not_heard(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent = enrol(epsilon=None)
-    real, deployment.server = deployment.server, Author(deployment.log, SigningKey.generate())
+    real, deployment.server = deployment.server, EventWriter(deployment.log, SigningKey.generate())
     deployment.instruct("phone", None)
     deployment.server = real
     deployment.instruct("tablet", None)
@@ -235,12 +236,12 @@ def test_what_the_server_did_not_say_is_not_heard(deployment: Deployment, enrol:
 
 def test_a_fenced_server_is_not_heard(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent = enrol()
-    deployment.server.say(types.EpochStarted(origin="test.example", epoch=2, run_id="main", server_id="s2"))
+    deployment.server.append(types.EpochStarted(origin="test.example", epoch=2, run_id="main", server_id="s2"))
     deployment.ask("phone")
     agent.run(until=passes(2))
     assert trainer.count() == 0
     opened = deployment.opened("phone", epoch=2)
-    deployment.server.say(opened)
+    deployment.server.append(opened)
     deployment.instruct("phone", opened)
     agent.run(until=answered())
     assert trainer.count() == 1
@@ -255,12 +256,12 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
         deployment.opened("phone"),
     )
     for opened in (closed, aborted, late):
-        deployment.server.say(opened)
+        deployment.server.append(opened)
         deployment.instruct("phone", opened)
-    deployment.server.say(short)
+    deployment.server.append(short)
     deployment.instruct("phone", short, ttl_s=1e-6)
     said = {"origin": "test.example", "epoch": 1, "run_id": "main"}
-    deployment.server.say(
+    deployment.server.append(
         types.RoundClosed(**said, step=1, accepted=[], round_id=closed.round_id),  # type: ignore[arg-type]
         types.RoundAborted(**said, round_id=aborted.round_id, reason="quorum"),  # type: ignore[arg-type]
     )
@@ -358,7 +359,7 @@ def test_wherever_it_is_killed_a_device_pays_once_and_at_most_one_result_leaves(
         elif point == "while it trains":
             trainer.fatal = True
         else:
-            Answering._submit = die  # type: ignore[method-assign,assignment]
+            InstructionHandler._submit = die  # type: ignore[method-assign,assignment]
         enrol().run(until=answered())
 
     assert in_child(work) == -9
@@ -370,7 +371,7 @@ def test_wherever_it_is_killed_a_device_pays_once_and_at_most_one_result_leaves(
     assert len(deployment.said(types.BudgetSpent)) == 1
     updates = deployment.said(types.UpdateSubmitted)
     assert (len(updates), declined(deployment)) == ((1, []) if outcome == "submitted" else (0, ["interrupted"]))
-    said = deployment.said(types.ClientSaid)
+    said = deployment.said(types.ClientEvent)
     assert [each.seq for each in said] == list(range(len(said)))
     # A later round goes on as if nothing had happened, and the ledger's chain is whole.
     deployment.ask("phone")
@@ -435,7 +436,7 @@ def test_a_spend_that_another_copy_makes_at_the_same_time_stops_the_device_befor
                 instruction_id=instruction,
                 mechanism=Mechanism(1.0, 3.0, 1.0, 1, 1.0),
             )
-            append(log, [agent.identity.author(deployment.log).event(other)])
+            append(log, [agent.identity.writer(deployment.log).event(other)])
         append(log, events)
 
     monkeypatch.setattr(type(deployment.log), "append", raced)

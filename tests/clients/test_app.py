@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from fedloop_clients.app import ARRAYS, METRICS, client_app
 from fedloop_clients.model import EmbeddingClassifier, describe
-from fedloop_events import envelope, tensors
-from fedloop_events.blobs import BlobStore
+from fedloop_events import envelope
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.reader import TensorReader
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
-from fedloop_events.flower import Declined, TensorReader, new_context, serve_instruction
+from fedloop_events.flower.messages import Declined, new_context, serve_instruction
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened
 from msgspec import structs
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fedloop_clients.model import Arrays, EmbeddingClassifier, ModelError, describe, locate, sha256
-from fedloop_events import tensors
+from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ModelSpec
 from msgspec.structs import replace

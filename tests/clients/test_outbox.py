@@ -11,12 +11,12 @@ import pytest
 from fedloop_clients.outbox import BATCH, Mine, Outbox, SuspendedError
 from fedloop_clients.store import Store
 from fedloop_events import topics as all_topics
-from fedloop_events.author import Author
 from fedloop_events.envelope import Event, decode
 from fedloop_events.errors import InvalidEventError, UnreachableError
-from fedloop_events.log import START, Batch, Position
+from fedloop_events.logs.port import START, Batch, Position
 from fedloop_events.signatures import SigningKey
-from fedloop_events.types import ClientSaid, TextMasked
+from fedloop_events.types import ClientEvent, TextMasked
+from fedloop_events.writer import EventWriter
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -50,7 +50,7 @@ class ListLog:
         found = []
         for event in self.events.values():
             payload = decode(event)
-            assert isinstance(payload, ClientSaid)
+            assert isinstance(payload, ClientEvent)
             found.append(Mine(payload.seq, event.id))
         return found
 
@@ -75,7 +75,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.store = Store.create(self.folder / "store.db", bytes(32))
-        self.outbox = Outbox(self.store, Author(self.log, self.key))
+        self.outbox = Outbox(self.store, EventWriter(self.log, self.key))
         self.outbox.reconcile(self.log.mine())
 
     @rule()
@@ -147,7 +147,7 @@ test_every_event_is_in_the_log_once = OutboxMachine.TestCase
 
 
 def outbox_at(path: Path, log: ListLog, key: SigningKey) -> Outbox:
-    return Outbox(Store.create(path, bytes(32)), Author(log, key))
+    return Outbox(Store.create(path, bytes(32)), EventWriter(log, key))
 
 
 def test_a_store_from_a_backup_takes_its_numbers_from_the_log(tmp_path: Path) -> None:

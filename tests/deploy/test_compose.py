@@ -15,8 +15,8 @@ import yaml
 from compose_run import MissingError
 from devices import World
 from fedloop_cli import composing
-from fedloop_server import metrics
-from fedloop_server.metrics import MeteredLog
+from fedloop_server.telemetry import metrics
+from fedloop_server.telemetry.metrics import MeteredLog
 
 ROOT: Final = Path(__file__).parents[2]
 FILE: Final = ROOT / "docker-compose.yml"

@@ -12,7 +12,7 @@ import compose_run
 import pytest
 from fedloop_cli import composing, main
 from fedloop_events.errors import UsageError
-from fedloop_events.kafka.settings import Settings
+from fedloop_events.logs.kafka.settings import KafkaSettings
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,11 +90,11 @@ def test_started_twice_at_once_both_go_by_the_same_secrets(tmp_path: Path) -> No
 def test_each_user_has_its_own_login_and_the_administrator_comes_by_certificate(tmp_path: Path) -> None:
     kept = composing.compose(tmp_path).secrets
     for user in composing.USERS:
-        settings = Settings.parse(f"kafka://kafka:9092/fedloop?config={kept / user / 'kafka.properties'}")
+        settings = KafkaSettings.parse(f"kafka://kafka:9092/fedloop?config={kept / user / 'kafka.properties'}")
         assert settings.properties["sasl.username"] == user
         assert settings.properties["security.protocol"] == "SASL_SSL"
         assert (kept / "operator/users" / f"{user}.properties").read_bytes() == (kept / user / "kafka.properties").read_bytes()
-    admin = Settings.parse(f"kafka://kafka:9094/fedloop?config={kept / 'operator' / 'kafka.properties'}").properties
+    admin = KafkaSettings.parse(f"kafka://kafka:9094/fedloop?config={kept / 'operator' / 'kafka.properties'}").properties
     assert admin["security.protocol"] == "SSL"
     assert not any("password" in key for key in admin)
     context = ssl.create_default_context(cafile=str(kept / "ca" / "ca.pem"))

@@ -22,11 +22,11 @@ from fedloop_cli.main import run
 from fedloop_clients.agent import Agent
 from fedloop_events import types
 from fedloop_events.errors import UnreachableError
-from fedloop_events.kafka import KafkaLog, rights
-from fedloop_events.kafka.rights import User
-from fedloop_events.kafka.settings import Settings
+from fedloop_events.logs.kafka import KafkaLog, rights
+from fedloop_events.logs.kafka.rights import User
+from fedloop_events.logs.kafka.settings import KafkaSettings
 from fedloop_server.config import ServerConfig
-from fedloop_server.setup import create_deployment
+from fedloop_server.deployment import create_deployment
 from gateway.harness import serving
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
@@ -180,7 +180,7 @@ def test_a_development_broker_works_and_its_openness_is_named(doctor: Doctor, lo
 
 def test_topics_that_are_absent_or_otherwise_than_declared_fail(doctor: Doctor, log: str, kafka: str) -> None:
     said(doctor("--log", f"{log}-absent")[1], "fail", "there is no log")
-    name = f"{Settings.parse(log).prefix}.clients"
+    name = f"{KafkaSettings.parse(log).prefix}.clients"
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.create_partitions([NewPartitions(name, 2)])[name].result(30)
     said(doctor("--log", log)[1], "fail", f"{name} has 2 partitions, not 1")
@@ -200,7 +200,7 @@ def agent(secure_kafka: Cluster, tmp_path_factory: pytest.TempPathFactory) -> st
     bare = f"kafka://{secure_kafka.bootstrap}/doctor"
     admin = f"{bare}?config={secure_kafka.properties()}"
     KafkaLog(admin, create=True).close()
-    (granted,) = rights.grant(Settings.parse(admin), [User("agent", "doctor-agent")], tmp_path_factory.mktemp("users"))
+    (granted,) = rights.grant(KafkaSettings.parse(admin), [User("agent", "doctor-agent")], tmp_path_factory.mktemp("users"))
     return f"{bare}?config={granted.properties}"
 
 

@@ -34,9 +34,9 @@ from fedloop_cli.main import run
 from fedloop_events import ids, topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import NotAllowedError, PolicyError, UnreachableError, UsageError
-from fedloop_events.kafka import KafkaLog, rights
-from fedloop_events.kafka.rights import ROLES, Operation, User
-from fedloop_events.kafka.settings import Settings
+from fedloop_events.logs.kafka import KafkaLog, rights
+from fedloop_events.logs.kafka.rights import ROLES, Operation, User
+from fedloop_events.logs.kafka.settings import KafkaSettings
 
 ANSWER_S: Final = 30.0
 DENIED: Final = frozenset(
@@ -67,7 +67,7 @@ def event(topic: str) -> Event:
 
 
 def admin_of(url: str) -> AdminClient:
-    return AdminClient(Settings.parse(url).client())
+    return AdminClient(KafkaSettings.parse(url).client())
 
 
 def allowed(attempt: Callable[[], object]) -> bool:
@@ -172,7 +172,7 @@ def test_it_is_refused_with_an_error_that_names_the_topic(urls: Urls, role: str,
 
 @pytest.mark.parametrize("role", [role for role in ROLES if role != "operator"])
 def test_nobody_has_transactions_and_servers_alone_consumer_groups(urls: Urls, role: str) -> None:
-    settings = Settings.parse(urls[role])
+    settings = KafkaSettings.parse(urls[role])
     producer = Producer({**settings.client(), "transactional.id": "mine"})
     with pytest.raises(KafkaException) as raised:
         producer.init_transactions(ANSWER_S)
@@ -244,7 +244,7 @@ def entries(secure_kafka: Cluster, name: str) -> set[AclBinding]:
 
 
 def test_making_a_user_again_changes_nothing(secure_kafka: Cluster, urls: Urls, tmp_path: Path) -> None:
-    settings, user = Settings.parse(urls["admin"]), User("agent", f"{PREFIX}-again")
+    settings, user = KafkaSettings.parse(urls["admin"]), User("agent", f"{PREFIX}-again")
     (first,) = rights.grant(settings, [user], tmp_path)
     before, password = entries(secure_kafka, user.name), first.properties.read_bytes()
     (second,) = rights.grant(settings, [user], tmp_path)
@@ -259,7 +259,7 @@ def test_making_a_user_again_changes_nothing(secure_kafka: Cluster, urls: Urls, 
 def test_another_role_takes_the_old_one_s_rights_and_leaves_what_is_not_this_log_s(
     secure_kafka: Cluster, urls: Urls, tmp_path: Path
 ) -> None:
-    settings, name = Settings.parse(urls["admin"]), f"{PREFIX}-moved"
+    settings, name = KafkaSettings.parse(urls["admin"]), f"{PREFIX}-moved"
     (made,) = rights.grant(settings, [User("operator", name)], tmp_path)
     denied = AclBinding(
         ResourceType.TOPIC,
@@ -282,7 +282,7 @@ def test_another_role_takes_the_old_one_s_rights_and_leaves_what_is_not_this_log
 
 
 def test_a_user_whose_file_is_lost_is_refused_and_keeps_its_password(urls: Urls, tmp_path: Path) -> None:
-    settings, user = Settings.parse(urls["admin"]), User("agent", f"{PREFIX}-lost")
+    settings, user = KafkaSettings.parse(urls["admin"]), User("agent", f"{PREFIX}-lost")
     (made,) = rights.grant(settings, [user], tmp_path / "one")
     with pytest.raises(UsageError, match="the cluster has a user"):
         rights.grant(settings, [user], tmp_path / "two")
@@ -290,7 +290,7 @@ def test_a_user_whose_file_is_lost_is_refused_and_keeps_its_password(urls: Urls,
 
 
 def test_the_administrator_s_own_name_and_one_name_twice_are_refused(urls: Urls, tmp_path: Path) -> None:
-    settings = Settings.parse(urls["admin"])
+    settings = KafkaSettings.parse(urls["admin"])
     for users in ([User("agent", "admin")], [User("agent", "x"), User("auditor", "x")]):
         with pytest.raises(UsageError, match="second role"):
             rights.grant(settings, users, tmp_path)
@@ -304,7 +304,7 @@ def test_a_user_is_written_as_role_and_name(text: str) -> None:
 
 def test_users_are_not_made_where_no_rights_are_checked(kafka_url: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="TLS alone"):
-        rights.grant(Settings.parse(kafka_url), [User("agent", "x")], tmp_path)
+        rights.grant(KafkaSettings.parse(kafka_url), [User("agent", "x")], tmp_path)
 
 
 def test_an_agent_cannot_make_users(
@@ -317,7 +317,7 @@ def test_an_agent_cannot_make_users(
 
 
 def test_a_user_whose_making_was_cut_off_is_made_whole(secure_kafka: Cluster, urls: Urls, tmp_path: Path) -> None:
-    settings, user = Settings.parse(urls["admin"]), User("agent", f"{PREFIX}-cut")
+    settings, user = KafkaSettings.parse(urls["admin"]), User("agent", f"{PREFIX}-cut")
     rights._write(tmp_path / f"{user.name}.properties", settings, user.name, "drawn-before-the-crash")
     (made,) = rights.grant(settings, [user], tmp_path)
     assert made.properties.read_text().count("drawn-before-the-crash") == 1

@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedloop_events import flower
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.reader import TensorReader
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import TensorError
-from fedloop_events.flower import BlobArray, ContentError, ContentWriter, TensorReader, Unstored, from_content, to_content
+from fedloop_events.flower.messages import new_context, pack_state, unpack_state
+from fedloop_events.flower.records import (
+    BlobArray,
+    ContentError,
+    ContentWriter,
+    Unstored,
+    content_sha256,
+    from_content,
+    to_content,
+    view,
+)
 from fedloop_events.types import Content
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
@@ -62,7 +72,7 @@ def test_each_numpy_call_gives_memory_of_the_callers_own(blobs: BlobStore) -> No
     array.numpy()[:] = 1
     assert not array.numpy().any()
     with pytest.raises(ValueError, match="read-only"):
-        flower.view(array)[:] = 1
+        view(array)[:] = 1
 
 
 def test_fortran_order_is_the_same_array(blobs: BlobStore) -> None:
@@ -114,21 +124,21 @@ def test_arrays_that_are_not_numpys_are_an_error(blobs: BlobStore) -> None:
 def test_the_hash_of_a_decision_covers_type_destination_and_content() -> None:
     content = Content(configs={"config": {"lr": 0.1, "n": 1}})
     reordered = Content(configs={"config": {"n": 1, "lr": 0.1}})
-    assert flower.content_sha256("train", "c", content) == flower.content_sha256("train", "c", reordered)
+    assert content_sha256("train", "c", content) == content_sha256("train", "c", reordered)
     others = {
-        flower.content_sha256("evaluate", "c", content),
-        flower.content_sha256("train", "d", content),
-        flower.content_sha256("train", "c", Content(configs={"config": {"lr": 0.2, "n": 1}})),
+        content_sha256("evaluate", "c", content),
+        content_sha256("train", "d", content),
+        content_sha256("train", "c", Content(configs={"config": {"lr": 0.2, "n": 1}})),
     }
-    assert len(others | {flower.content_sha256("train", "c", content)}) == 4
+    assert len(others | {content_sha256("train", "c", content)}) == 4
 
 
 def test_a_contexts_state_survives_a_restart() -> None:
-    context = flower.new_context(1, 2, {"partition": 3})
+    context = new_context(1, 2, {"partition": 3})
     context.state["secret"] = ConfigRecord({"key": b"\x00\xff"})
     context.state["weights"] = ArrayRecord({"a": Array(np.arange(3))})
-    other = flower.new_context(1, 2)
-    flower.unpack_state(other, flower.pack_state(context))
+    other = new_context(1, 2)
+    unpack_state(other, pack_state(context))
     assert other.state == context.state
 
 

@@ -10,7 +10,7 @@ import samples
 from fedloop_events import envelope, types
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError, SignatureError
-from fedloop_events.identities import Identities
+from fedloop_events.folds.identities import Identities
 from fedloop_events.types import Payload
 
 

@@ -19,12 +19,14 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError, LogError, UnreachableError, UsageError
-from fedloop_events.kafka import KafkaLog, codec, fetching
-from fedloop_events.kafka.settings import Settings
-from fedloop_events.kafka.sharing import SharedReader
-from fedloop_events.log import START, Position, read_all
-from fedloop_events.projections import Reader, Snapshots
-from fedloop_events.views import ReleasesView, RoundsView
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.folds.snapshots import Snapshots
+from fedloop_events.logs.kafka import KafkaLog, codec, fetching
+from fedloop_events.logs.kafka.settings import KafkaSettings
+from fedloop_events.logs.kafka.sharing import SharedReader
+from fedloop_events.logs.port import START, Position, read_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,11 +50,11 @@ def test_a_location_is_brokers_prefix_and_a_file_of_properties(tmp_path: Path) -
     file.write_text(
         "# the agent's\nsecurity.protocol=SASL_SSL\nsasl.mechanism = SCRAM-SHA-512\nsasl.username=a\nsasl.password=b=c\n\n"
     )
-    settings = Settings.parse(f"kafka://one.example:9092,two.example:9093/bank?config={file}")
+    settings = KafkaSettings.parse(f"kafka://one.example:9092,two.example:9093/bank?config={file}")
     assert (settings.bootstrap, settings.topic("rounds")) == ("one.example:9092,two.example:9093", "bank.rounds")
     assert settings.client()["sasl.password"] == "b=c"
-    assert Settings.parse("kafka://127.0.0.1:9092").prefix == "fedloop"
-    assert Settings.parse("kafka://[::1]:9092").bootstrap == "[::1]:9092"
+    assert KafkaSettings.parse("kafka://127.0.0.1:9092").prefix == "fedloop"
+    assert KafkaSettings.parse("kafka://[::1]:9092").bootstrap == "[::1]:9092"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_a_location_is_brokers_prefix_and_a_file_of_properties(tmp_path: Path) -
 )
 def test_a_location_that_is_malformed_or_unsafe_is_refused_without_its_secret(url: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Settings.parse(url)
+        KafkaSettings.parse(url)
     assert "secret" not in f"{caught.value.message}{caught.value.cause}{caught.value.hint}"
 
 
@@ -96,7 +98,7 @@ def test_a_location_that_is_malformed_or_unsafe_is_refused_without_its_secret(ur
 def test_properties_that_would_weaken_the_connection_are_refused(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "p").write_text(text)
     with pytest.raises(UsageError, match=said) as caught:
-        Settings.parse(f"kafka://127.0.0.1:9092/p?config={tmp_path / 'p'}")
+        KafkaSettings.parse(f"kafka://127.0.0.1:9092/p?config={tmp_path / 'p'}")
     assert "hunter" not in f"{caught.value.message}{caught.value.cause}{caught.value.hint}"
 
 

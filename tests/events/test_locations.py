@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fedloop_events import locations
 from fedloop_events.errors import UsageError
-from fedloop_events.locations import Place, locate
+from fedloop_events.locations import DeploymentLocation, locate
 
 KAFKA = "kafka://one:9093,two:9093/bank"
 
@@ -23,23 +23,23 @@ def write(directory: Path, text: str) -> Path:
 
 def test_a_folder_holds_its_own_log_and_blobs_unless_it_says_otherwise(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    assert locate(plain) == locate(None, plain) == Place(str(plain), str(plain / "blobs"))
+    assert locate(plain) == locate(None, plain) == DeploymentLocation(str(plain), str(plain / "blobs"))
     there = write(tmp_path / "there", f'log = "{KAFKA}"\nblobs = "kept"\n')
-    assert locate(there) == locate(None, str(there)) == Place(KAFKA, str(there / "kept"))
+    assert locate(there) == locate(None, str(there)) == DeploymentLocation(KAFKA, str(there / "kept"))
     only = write(tmp_path / "only", 'blobs = "s3://bucket/bank"\n')
-    assert locate(only) == Place(str(only), "s3://bucket/bank")
+    assert locate(only) == DeploymentLocation(str(only), "s3://bucket/bank")
 
 
 def test_what_is_given_outweighs_the_folders_file_one_by_one(tmp_path: Path) -> None:
     there = write(tmp_path / "there", f'log = "{KAFKA}"\nblobs = "s3://bucket/bank"\n')
-    assert locate(there, "kafka://three:9093") == Place("kafka://three:9093", "s3://bucket/bank")
-    assert locate(there, None, "/elsewhere") == Place(KAFKA, "/elsewhere")
-    assert locate(there, "https://gate") == Place("https://gate", "https://gate")
+    assert locate(there, "kafka://three:9093") == DeploymentLocation("kafka://three:9093", "s3://bucket/bank")
+    assert locate(there, None, "/elsewhere") == DeploymentLocation(KAFKA, "/elsewhere")
+    assert locate(there, "https://gate") == DeploymentLocation("https://gate", "https://gate")
 
 
 def test_blobs_go_with_the_gateway_and_kafka_has_none(tmp_path: Path) -> None:
-    assert locate(None, "https://gate:8443") == Place("https://gate:8443", "https://gate:8443")
-    assert locate(None, KAFKA) == Place(KAFKA, None)
+    assert locate(None, "https://gate:8443") == DeploymentLocation("https://gate:8443", "https://gate:8443")
+    assert locate(None, KAFKA) == DeploymentLocation(KAFKA, None)
     with pytest.raises(UsageError, match="nothing says where the blobs are"):
         locations.open_blobs(locate(None, KAFKA).blobs)
 
@@ -60,17 +60,17 @@ def test_files_that_a_location_names_become_absolute(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_remembers_a_place_names_it_also_after_it_was_moved(tmp_path: Path) -> None:
     for place in (
-        Place(KAFKA, str(tmp_path / "here" / "blobs")),
-        Place(KAFKA, "s3://bucket/a-b"),
-        Place(str(tmp_path / "here"), str(tmp_path / 'odd "folder" \\')),
+        DeploymentLocation(KAFKA, str(tmp_path / "here" / "blobs")),
+        DeploymentLocation(KAFKA, "s3://bucket/a-b"),
+        DeploymentLocation(str(tmp_path / "here"), str(tmp_path / 'odd "folder" \\')),
     ):
         here = write(tmp_path / "here", locations.remembered(tmp_path / "here", place))
         assert locate(here) == place
     assert locations.remembered(here, locate(tmp_path / "here")) == (here / locations.PLACE_FILE).read_text()
-    write(here, locations.remembered(here, Place(KAFKA, str(here / "blobs"))))
+    write(here, locations.remembered(here, DeploymentLocation(KAFKA, str(here / "blobs"))))
     moved = here.rename(tmp_path / "moved")
-    assert locate(moved) == Place(KAFKA, str(moved / "blobs"))
-    assert locations.remembered(moved, Place(str(moved), str(moved / "blobs"))) == ""
+    assert locate(moved) == DeploymentLocation(KAFKA, str(moved / "blobs"))
+    assert locations.remembered(moved, DeploymentLocation(str(moved), str(moved / "blobs"))) == ""
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ import samples
 from fedloop_events import ids, topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError
-from fedloop_events.kafka import KafkaLog
-from fedloop_events.log import START, EventLog, Position, read_all
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.logs.kafka import KafkaLog
+from fedloop_events.logs.port import START, EventLog, Position, read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from gateway import contract
 
 Open = Callable[[], EventLog]

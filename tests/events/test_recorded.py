@@ -9,10 +9,10 @@ import msgspec
 import samples
 from fedloop_events import envelope
 from fedloop_events.envelope import Record
-from fedloop_events.identities import Identities
-from fedloop_events.log import read_all
-from fedloop_events.projections import Reader
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import FeedbackRecorded, Payload
 
 RECORDED = Path(__file__).parent / "recorded"

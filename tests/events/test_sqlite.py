@@ -12,8 +12,8 @@ import samples
 from fedloop_events import topics
 from fedloop_events.errors import LogError, UnreachableError, UsageError
 from fedloop_events.locations import open_blobs, open_log
-from fedloop_events.log import START, read_all
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.logs.port import START, read_all
+from fedloop_events.logs.sqlite import SqliteLog
 
 
 def fill(path: Path, count: int = 3) -> SqliteLog:
@@ -174,7 +174,7 @@ def test_a_forked_child_opens_the_file_anew(tmp_path: Path) -> None:
 
 
 def test_small_topics_are_read_through_the_index(tmp_path: Path) -> None:
-    from fedloop_events.sqlite import _query
+    from fedloop_events.logs.sqlite import _query
 
     log = fill(tmp_path / "log")
     with log._reading() as connection:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedloop_events import tensors
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import TensorError
-from fedloop_events.tensors import TensorSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp

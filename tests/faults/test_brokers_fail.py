@@ -22,7 +22,7 @@ from faults.cluster import CutCluster
 from faults.nemesis import Happened, Nemesis, schedule
 from faults.workers import TOPICS, Task
 from fedloop_events import topics
-from fedloop_events.kafka import KafkaLog, codec
+from fedloop_events.logs.kafka import KafkaLog, codec
 
 ACKNOWLEDGED: Final = 100_000
 PRODUCERS: Final = ("p1", "p2", "p3", "p4")

@@ -18,16 +18,16 @@ from devices import CONFIG, SPEC, World, evaluate, initial_arrays
 from fedloop_events import ids, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import FencedError
-from fedloop_events.identities import Identities
-from fedloop_events.kafka import KafkaLog
-from fedloop_events.locations import Place
-from fedloop_events.log import read_all
-from fedloop_events.projections import Reader
-from fedloop_events.views import RoundsView
-from fedloop_server import actions
-from fedloop_server.rebuild import rebuild
-from fedloop_server.server import Server
-from fedloop_server.setup import create_deployment, open_deployment
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.locations import DeploymentLocation
+from fedloop_events.logs.kafka import KafkaLog
+from fedloop_events.logs.port import read_all
+from fedloop_server.deployment import create_deployment, open_deployment
+from fedloop_server.rounds import actions
+from fedloop_server.rounds.loop import Server
+from fedloop_server.rounds.rebuild import rebuild
 
 CLIENTS: Final = ("ann", "bob", "cem")
 ANSWER_S: Final = 60.0
@@ -40,8 +40,10 @@ class KafkaWorld(World):
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.config, self.devices = folder, CONFIG, {}
-        self.deployment = create_deployment(folder, SPEC, initial_arrays(), CONFIG, Place(url, str(folder / "blobs")))
-        self.log, self.blobs, self.author = self.deployment.log, self.deployment.blobs, self.deployment.author
+        self.deployment = create_deployment(
+            folder, SPEC, initial_arrays(), CONFIG, DeploymentLocation(url, str(folder / "blobs"))
+        )
+        self.log, self.blobs, self.writer = self.deployment.log, self.deployment.blobs, self.deployment.writer
         for name in CLIENTS:
             self.device(name)
 
@@ -83,8 +85,8 @@ def test_a_replaced_server_stops_and_what_it_still_decides_counts_for_nothing(wo
         origin = opened.origin
         aborted = types.RoundAborted(origin, old.epoch, "main", "r0001", "operator")
         second = msgspec.structs.replace(opened, round_id="r0002", number=2)
-        world.log.append([world.author.event(aborted, id=ids.derived_id(origin, "main", "r0001", "aborted"))])
-        world.log.append([world.author.event(second, id=ids.derived_id(origin, "main", "round", 2))])
+        world.log.append([world.writer.event(aborted, id=ids.derived_id(origin, "main", "r0001", "aborted"))])
+        world.log.append([world.writer.event(second, id=ids.derived_id(origin, "main", "round", 2))])
         assert world.rounds.stale == 2
         with world.serving():
             until_idle(new)
@@ -138,7 +140,7 @@ def test_a_server_that_sleeps_through_its_replacement_wakes_up_fenced(world: Kaf
 
 def _serve(folder: Path) -> None:
     deployment = open_deployment(folder)
-    server = Server(deployment.log, deployment.blobs, deployment.author, deployment.config, evaluate=evaluate)
+    server = Server(deployment.log, deployment.blobs, deployment.writer, deployment.config, evaluate=evaluate)
     try:
         server.run()
     except FencedError:

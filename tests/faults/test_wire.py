@@ -17,10 +17,10 @@ from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, NewTopic
 from fedloop_events import topics, types
 from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record
 from fedloop_events.errors import InvalidEventError, LogError, UnreachableError
-from fedloop_events.identities import Identities
-from fedloop_events.kafka import KafkaLog, codec
-from fedloop_events.log import START, EventLog, Position, read_all
-from fedloop_events.projections import Reader
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.kafka import KafkaLog, codec
+from fedloop_events.logs.port import START, EventLog, Position, read_all
 
 ANSWER_S: Final = 30.0
 

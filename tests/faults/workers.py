@@ -21,9 +21,9 @@ from faults.checker import Call, Mark, Seen
 from fedloop_events import envelope, ids, topics, types
 from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import UnreachableError
-from fedloop_events.kafka import KafkaLog
-from fedloop_events.log import START, Position
-from fedloop_events.projections import Reader
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.kafka import KafkaLog
+from fedloop_events.logs.port import START, Position
 from msgspec import Struct
 
 TOPICS: Final = (topics.CLIENTS, topics.FEEDBACK, topics.ROUNDS, topics.UPDATES)

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import samples
 from fedloop_events import topics
-from fedloop_events.gateway import GatewayLog
-from fedloop_events.log import START, Batch, EventLog, Position
+from fedloop_events.logs.http import GatewayLog
+from fedloop_events.logs.port import START, Batch, EventLog, Position
 from gateway.harness import Served, serving
 
 CLIENTS = ("device-0", "device-1", "device-2")

@@ -15,13 +15,13 @@ import httpx
 import samples
 import uvicorn
 from fedloop_cli.certificates import make_ca
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Event
-from fedloop_events.gateway import GatewayLog, cloudevents, signing
-from fedloop_events.log import EventLog
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.logs.http import GatewayLog, cloudevents, signing
+from fedloop_events.logs.port import EventLog
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server.gateway import Limits, create_app, problems
-from fedloop_server.gateway.serving import Server, listen, settings
+from fedloop_server.gateway.listening import GatewayServer, listen, settings
 
 
 class Served:
@@ -40,7 +40,7 @@ class Served:
         self._ready = threading.Event()
         self._raw: Raw | None = None
         config = uvicorn.Config(self.app, **settings((issued.certificate, issued.key)))
-        self._server = Server(config, self.app, lambda address: self._ready.set())
+        self._server = GatewayServer(config, self.app, lambda address: self._ready.set())
         self._thread = threading.Thread(target=self._server.run, args=([self._listening],), daemon=True)
 
     def start(self) -> None:

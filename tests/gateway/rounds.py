@@ -6,8 +6,8 @@ from typing import Any
 
 import samples
 from fedloop_events import types
-from fedloop_events.blobs import BlobStore
-from fedloop_events.log import EventLog
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.logs.port import EventLog
 from fedloop_events.types import AcceptedUpdate, BlobRef, Content, Exclusion
 
 SHA = "a" * 64

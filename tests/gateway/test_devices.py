@@ -16,14 +16,14 @@ from fedloop_clients import Agent
 from fedloop_clients.enrolment import Identity
 from fedloop_clients.loop import RevokedError, Status
 from fedloop_events import types
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import decode
 from fedloop_events.errors import NotAllowedError, UnreachableError, UsageError
-from fedloop_events.locations import Place
-from fedloop_events.log import EventLog, read_all
-from fedloop_events.views import RoundsView
-from fedloop_server.server import Server
-from fedloop_server.setup import create_deployment
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.locations import DeploymentLocation
+from fedloop_events.logs.port import EventLog, read_all
+from fedloop_server.deployment import create_deployment
+from fedloop_server.rounds.loop import Server
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from gateway.harness import Served
@@ -118,7 +118,7 @@ def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
         deployment.ask("phone")
         agent.run(until=lambda status: bool(status.answers))
         assert agent.status().spends == 2
-    numbers = [payload.seq for record in read_all(deployment.log) if isinstance(payload := decode(record), types.ClientSaid)]
+    numbers = [payload.seq for record in read_all(deployment.log) if isinstance(payload := decode(record), types.ClientEvent)]
     assert sorted(numbers) == list(range(len(numbers)))
 
 
@@ -133,7 +133,7 @@ def test_a_name_that_is_taken_is_refused(deployment: Deployment, served: Served,
 def test_a_device_that_is_revoked_stops(deployment: Deployment, served: Served, tmp_path: Path) -> None:
     with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker()) as agent:
         agent.run(until=settled)
-        deployment.server.say(
+        deployment.server.append(
             types.ClientRevoked(origin=deployment.said(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
         )
         with pytest.raises((RevokedError, NotAllowedError)):
@@ -153,7 +153,7 @@ def test_an_older_store_which_knows_nothing_of_blobs_still_opens() -> None:
     }
     identity = msgspec.msgpack.decode(msgspec.msgpack.encode(older), type=Identity)
     assert identity.blobs is None
-    assert identity.place == Place("/deployment", "/deployment/blobs")
+    assert identity.place == DeploymentLocation("/deployment", "/deployment/blobs")
 
 
 def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: 
             agent._log.end()
 
 
-def _rounds(folder: Path, place: Place | None) -> None:
+def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
     """Two rounds of three devices, whose server stands beside the log and who themselves stand behind the gateway."""
     deployment = create_deployment(folder / "deployment", SPEC, initial_arrays(), CONFIG, place)
     with gateway(deployment.log, deployment.blobs, folder) as served:
@@ -181,9 +181,9 @@ def _rounds(folder: Path, place: Place | None) -> None:
         for thread in threads:
             thread.start()
         try:
-            server = Server(deployment.log, deployment.blobs, deployment.author, CONFIG, evaluate=evaluate)
+            server = Server(deployment.log, deployment.blobs, deployment.writer, CONFIG, evaluate=evaluate)
             origin = agents[0].identity.origin
-            deployment.author.say(types.RoundRequested(origin, "main", "q1", 2))
+            deployment.writer.append(types.RoundRequested(origin, "main", "q1", 2))
             assert server.run(rounds=2) == 2
         finally:
             stop.set()
@@ -208,4 +208,4 @@ def test_rounds_run_with_devices_behind_the_gateway(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rounds_run_on_kafka_with_devices_behind_the_gateway(tmp_path: Path, kafka_url: str) -> None:
-    _rounds(tmp_path, Place(kafka_url, str(tmp_path / "blobs")))
+    _rounds(tmp_path, DeploymentLocation(kafka_url, str(tmp_path / "blobs")))

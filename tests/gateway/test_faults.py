@@ -26,10 +26,10 @@ from fedloop_events.errors import (
     UnreachableError,
     UsageError,
 )
-from fedloop_events.gateway import GatewayLog, transport
 from fedloop_events.locations import open_log
-from fedloop_events.log import START, Batch, Position, read_all
-from fedloop_events.sqlite import SqliteLog
+from fedloop_events.logs.http import GatewayLog, transport
+from fedloop_events.logs.port import START, Batch, Position, read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server.gateway import Limits
 from gateway.harness import Raw, Served, code, provision, serving
 

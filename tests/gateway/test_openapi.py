@@ -12,7 +12,7 @@ import pytest
 import requests
 import samples
 import schemathesis
-from fedloop_events.gateway import signing
+from fedloop_events.logs.http import signing
 from fedloop_server.gateway import Limits, describing
 from gateway.harness import Served, serving
 from hypothesis import HealthCheck, settings

@@ -13,12 +13,12 @@ import httpx
 import msgspec
 import pytest
 import samples
-from fedloop_events.gateway import cloudevents, signing
-from fedloop_events.log import read_all
+from fedloop_events.logs.http import cloudevents, signing
+from fedloop_events.logs.port import read_all
 from fedloop_server.gateway import Limits
 from fedloop_server.gateway.bodies import is_deeper
 from fedloop_server.gateway.limits import Buckets, Nonces, Quota
-from fedloop_server.gateway.serving import HEADER_TIMEOUT_S
+from fedloop_server.gateway.listening import HEADER_TIMEOUT_S
 from gateway.harness import Served, code, serving
 
 BATCH = {"content-type": cloudevents.BATCH_TYPE}
@@ -202,7 +202,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_request_that_never_comes_is_not_waited_for(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedloop_server.gateway import serving as module
+    from fedloop_server.gateway import listening as module
 
     assert HEADER_TIMEOUT_S < 30
     monkeypatch.setattr(module, "HEADER_TIMEOUT_S", 0.2)

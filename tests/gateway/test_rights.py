@@ -11,8 +11,8 @@ import samples
 from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, NotAllowedError
-from fedloop_events.gateway import cloudevents
-from fedloop_events.log import START, read_all
+from fedloop_events.logs.http import cloudevents
+from fedloop_events.logs.port import START, read_all
 from fedloop_events.types import BlobRef
 from fedloop_server.gateway import describing
 from fedloop_server.gateway.limits import Limits

@@ -11,7 +11,7 @@ import pytest
 import samples
 from fedloop_events import signatures
 from fedloop_events.errors import SignatureError
-from fedloop_events.gateway import signing
+from fedloop_events.logs.http import signing
 from http_message_signatures import HTTPMessageSigner, HTTPMessageVerifier, HTTPSignatureKeyResolver
 from http_message_signatures.algorithms import ED25519
 

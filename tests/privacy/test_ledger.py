@@ -11,7 +11,7 @@ from fedloop_events import envelope, topics
 from fedloop_events.envelope import Record
 from fedloop_events.types import BudgetSpent, Mechanism, Payload, TextMasked
 from fedloop_privacy import accounting
-from fedloop_privacy.ledger import Ledger, Refusal, spend_sha256
+from fedloop_privacy.ledger import BudgetRefusal, Ledger, spend_sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +190,7 @@ def test_all_rounds_of_a_plan_are_accepted_and_one_more_is_not() -> None:
     assert reason(ledger.check("ada", sums, 8.0, DELTA)) == "budget-exceeded"
 
 
-def reason(refusal: Refusal | None) -> str | None:
+def reason(refusal: BudgetRefusal | None) -> str | None:
     return None if refusal is None else refusal.reason
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fedloop_events import tensors
-from fedloop_events.blobs import BlobStore
-from fedloop_events.flower import TensorReader
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.reader import TensorReader
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened, UpdateSubmitted
-from fedloop_server.admission import Admission, Terms, distance, inconsistent
+from fedloop_server.flower.admission import Admission, ExpectedReply, distance, inconsistent
 from numpy.typing import NDArray
 
 MECHANISM = Mechanism(sampling_rate=0.1, noise_multiplier=1.0, clip_norm=1.0, steps=10, divisor=32.0)
@@ -34,7 +34,7 @@ UPDATE = UpdateSubmitted(
     origin="o", client_id="c", seq=1, run_id="main", instruction_id="1" * 32, content=Content(), round_id="r0001",
     base_release="0000-x", mechanism=MECHANISM, spend_seq=0,
 )  # fmt: skip
-TERMS = Terms(tensors.specs(BASE), OPENED, BASE)
+TERMS = ExpectedReply(tensors.specs(BASE), OPENED, BASE)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def blobs(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path)
 
 
-def check(blobs: BlobStore, update: UpdateSubmitted, terms: Terms = TERMS, **admission: Any) -> str | None:
+def check(blobs: BlobStore, update: UpdateSubmitted, terms: ExpectedReply = TERMS, **admission: Any) -> str | None:
     refusal = Admission(**admission).check(update, SENT, terms, TensorReader(blobs))
     return refusal and refusal.reason
 
@@ -141,7 +141,7 @@ def test_a_hostile_tensor_file_is_refused(blobs: BlobStore, name: str) -> None:
     ref = blobs.put(HOSTILE[name]())
     opened = msgspec.structs.replace(OPENED, max_upload_bytes=10**6)
     update = msgspec.structs.replace(UPDATE, content=Content(arrays={"arrays": ref}))
-    assert check(blobs, update, Terms(TERMS.specs, opened, BASE)) in ("wrong-tensors", "wrong-size")
+    assert check(blobs, update, ExpectedReply(TERMS.specs, opened, BASE)) in ("wrong-tensors", "wrong-size")
 
 
 def test_the_size_is_checked_before_a_byte_is_fetched(blobs: BlobStore) -> None:
@@ -163,10 +163,10 @@ def test_an_absent_blob_and_changed_bytes_are_told_apart(blobs: BlobStore, tmp_p
 
 def test_replies_without_tensors_hold_none(blobs: BlobStore) -> None:
     plain = msgspec.structs.replace(UPDATE, round_id=None, base_release=None, mechanism=None, spend_seq=None)
-    assert check(blobs, plain, Terms()) is None
+    assert check(blobs, plain, ExpectedReply()) is None
     with_arrays = msgspec.structs.replace(plain, content=submitted(blobs).content)
-    assert check(blobs, with_arrays, Terms()) == "wrong-records"
-    assert check(blobs, plain, Terms(TERMS.specs)) == "wrong-records"
+    assert check(blobs, with_arrays, ExpectedReply()) == "wrong-records"
+    assert check(blobs, plain, ExpectedReply(TERMS.specs)) == "wrong-records"
 
 
 def test_no_refusal_repeats_what_the_update_holds(blobs: BlobStore) -> None:

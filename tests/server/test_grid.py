@@ -14,11 +14,10 @@ from pathlib import Path
 import fleet
 import numpy as np
 import pytest
-from fedloop_events import sqlite
 from fedloop_events.envelope import Event
 from fedloop_events.errors import FencedError, UsageError
-from fedloop_events.log import read_all
-from fedloop_events.simulated import SimulatedClient
+from fedloop_events.logs import sqlite
+from fedloop_events.logs.port import read_all
 from fedloop_events.types import (
     InstructionSent,
     NodesListed,
@@ -28,11 +27,11 @@ from fedloop_events.types import (
     UpdateRefused,
     UpdateSubmitted,
 )
-from fedloop_server import grid as grid_module
-from fedloop_server.admission import Admission
-from fedloop_server.grid import LogGrid
-from fedloop_server.journal import ReplayError
-from fedloop_server.strategies import Durable
+from fedloop_server.flower import grid as grid_module
+from fedloop_server.flower.admission import Admission
+from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.journal import ReplayError
+from fedloop_server.flower.strategies import Durable
 from fleet import Deployment, as_bytes, initial_arrays, regression_app, serving
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -43,6 +42,7 @@ from flwr.serverapp.strategy import (
     Krum,
     Strategy,
 )
+from simulated import SimulatedClient
 
 fork = multiprocessing.get_context("fork")
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -374,7 +374,7 @@ def test_only_the_addressed_client_is_heard_and_only_once(deployment: Deployment
     other = UpdateSubmitted(
         origin=fleet.ORIGIN, client_id="client-1", seq=1, run_id=fleet.RUN, instruction_id=pushed, content=update.content
     )
-    clients[1]._author.say(other)
+    clients[1]._writer.append(other)
     content = RecordDict({"m": MetricRecord({"x": 1})})
     second = UpdateSubmitted(
         origin=fleet.ORIGIN,
@@ -384,7 +384,7 @@ def test_only_the_addressed_client_is_heard_and_only_once(deployment: Deployment
         instruction_id=pushed,
         content=grid._writer.content(content),
     )
-    clients[0]._author.say(second, second)
+    clients[0]._writer.append(second, second)
     (reply,) = grid.pull_messages([pushed])
     assert reply.has_content()
     assert {(each.client_id, each.reason) for each in deployment.of(UpdateRefused)} == {("client-0", "duplicate")}

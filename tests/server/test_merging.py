@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fedloop_events import tensors
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import BlobError, TensorError
-from fedloop_events.tensors import TensorSpec
 from fedloop_events.types import AcceptedUpdate, BlobRef, Mechanism, RoundOpened
-from fedloop_server import merging
-from fedloop_server.merging import MergeError, merge, total, upload_specs, weighted_mean
+from fedloop_server.aggregation import merging
+from fedloop_server.aggregation.merging import MergeError, merge, total, upload_specs, weighted_mean
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import HealthCheck, given, settings

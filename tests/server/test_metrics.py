@@ -16,11 +16,12 @@ from fedloop_events import topics, types
 from fedloop_events.envelope import encode
 from fedloop_events.errors import UsageError
 from fedloop_events.ids import new_id
-from fedloop_events.log import read_all
-from fedloop_server import actions, exposition, metrics
-from fedloop_server.exposition import Address
-from fedloop_server.metrics import MeteredLog
-from fedloop_server.server import Server
+from fedloop_events.logs.port import read_all
+from fedloop_server.rounds import actions
+from fedloop_server.rounds.loop import Server
+from fedloop_server.telemetry import exposition, metrics
+from fedloop_server.telemetry.exposition import Address
+from fedloop_server.telemetry.metrics import MeteredLog
 from prometheus_client.parser import text_string_to_metric_families
 
 Samples = dict[tuple[str, str], float]
@@ -128,7 +129,7 @@ def test_forged_events_revoked_and_late_clients_are_counted(tmp_path: Path, stac
     world = World(tmp_path / "deployment")
     ann = world.device("ann")
     world.device("bob")
-    world.author.say(types.ClientRevoked(ann.origin, "bob", "lost"))
+    world.writer.append(types.ClientRevoked(ann.origin, "bob", "lost"))
     forged = types.RoundRequested(ann.origin, "main", "forged")
     world.log.append([encode(forged, id=new_id(), time_s=0)])
     served = serve(world, stack)

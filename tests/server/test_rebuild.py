@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from devices import World
 from fedloop_events import locations, types
-from fedloop_events.author import Author
 from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
-from fedloop_server import registry
-from fedloop_server.rebuild import RebuildError, rebuild
+from fedloop_events.writer import EventWriter
+from fedloop_server.rounds import registry
+from fedloop_server.rounds.rebuild import RebuildError, rebuild
 from msgspec.structs import replace
 
 
@@ -94,14 +94,14 @@ def made_up(world: World, change: Callable[[types.RoundClosed], types.RoundClose
         accepted = world.rounds.rounds["r0002"].closed
         assert accepted is not None
         closed = change(replace(accepted, round_id="r0003", step=99, epoch=server.epoch))
-    world.author.say(closed)
+    world.writer.append(closed)
     blob = accepted.accepted[0].blob
     assert blob is not None
     proposed = types.ReleaseProposed(
         origin, "default", server.epoch, "0003-made-up", 3, blob, "r0003", opened.base_release, "ffa",
         [each.update_id for each in closed.accepted],
     )  # fmt: skip
-    world.author.say(proposed, types.ReleasePublished(origin, "default", server.epoch, "0003-made-up", 3, blob))
+    world.writer.append(proposed, types.ReleasePublished(origin, "default", server.epoch, "0003-made-up", 3, blob))
     assert registry.current(world.releases, "default").release == "0003-made-up"
     return world
 
@@ -112,9 +112,9 @@ def test_updates_of_another_round_are_no_proof(world: World) -> None:
 
 
 def test_an_update_that_no_client_signed_is_no_proof(world: World) -> None:
-    stranger = Author(world.log, SigningKey.generate())
+    stranger = EventWriter(world.log, SigningKey.generate())
     forged = replace(world.payloads(types.UpdateSubmitted)[0], round_id="r0003", seq=77)
-    update_id = stranger.say(forged)[0].id
+    update_id = stranger.append(forged)[0].id
     changed = made_up(
         world, lambda closed: replace(closed, accepted=[replace(closed.accepted[0], update_id=update_id), *closed.accepted[1:]])
     )
@@ -133,7 +133,7 @@ def test_other_bytes_than_the_merge_gives_are_not_identical(world: World) -> Non
     assert opened is not None
     other = opened.base
     origin = world.devices["ann"].origin
-    world.author.say(
+    world.writer.append(
         types.ReleaseProposed(
             origin, "default", server.epoch, "0003-swapped", 3, other, "r0003", opened.base_release, "ffa",
             [each.update_id for each in closed.accepted],

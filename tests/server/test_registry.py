@@ -8,9 +8,9 @@ import pytest
 from devices import World
 from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
-from fedloop_events.log import EventLog
-from fedloop_events.views import Evaluation, ReleasesView
-from fedloop_server import registry
+from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.logs.port import EventLog
+from fedloop_server.rounds import registry
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world
 
 def test_a_rollback_is_signed_counts_once_and_can_be_taken_back(world: World) -> None:
     zero, first, second = world.releases.releases
-    said = registry.roll_back(world.author, release=zero, reason="worse in the field")
+    said = registry.roll_back(world.writer, release=zero, reason="worse in the field")
     assert (said.release, said.withdrawn) == (zero, second)
     releases = world.releases
     assert registry.current(releases, "default").release == zero
     assert (releases.releases[second].withdrawn, releases.releases[second].reason) == (True, "worse in the field")
     assert not releases.releases[first].withdrawn
     with pytest.raises(UsageError, match="in force already"):
-        registry.roll_back(world.author, release=zero, reason="again")
-    registry.roll_back(world.author, release=second, reason="it was the network")
+        registry.roll_back(world.writer, release=zero, reason="again")
+    registry.roll_back(world.writer, release=second, reason="it was the network")
     assert registry.current(world.releases, "default").release == second
     assert not world.releases.releases[second].withdrawn
 
@@ -80,14 +80,14 @@ def test_only_a_published_release_comes_back(world: World) -> None:
     origin = world.devices["ann"].origin
     blob = registry.current(world.releases, "default").blob
     epoch = world.rounds.epoch
-    world.author.say(
+    world.writer.append(
         types.ReleaseProposed(origin, "default", epoch, "0003-bad", 3, blob),
         types.ReleaseRejected(origin, "default", epoch, "0003-bad", "less-accurate"),
     )
     with pytest.raises(UsageError, match="never published"):
-        registry.roll_back(world.author, release="0003-bad", reason="why not")
+        registry.roll_back(world.writer, release="0003-bad", reason="why not")
     with pytest.raises(UsageError, match="no release"):
-        registry.roll_back(world.author, release="0007-nothing", reason="why not")
+        registry.roll_back(world.writer, release="0007-nothing", reason="why not")
 
 
 def test_a_rollback_that_crosses_a_new_release_changes_nothing(world: World) -> None:
@@ -102,15 +102,15 @@ def test_a_rollback_that_crosses_a_new_release_changes_nothing(world: World) -> 
             self.read, self.end, self.close = log.read, log.end, log.close
 
         def append(self, events: object) -> None:
-            world.author.say(
+            world.writer.append(
                 types.ReleaseProposed(origin, "default", epoch, "0003-new", 3, blob),
                 types.ReleasePublished(origin, "default", epoch, "0003-new", 3, blob),
             )
             world.log.append(events)  # type: ignore[arg-type]
 
-    author = type(world.author)(Crossing(world.log), world.author.key)
+    writer = type(world.writer)(Crossing(world.log), world.writer.key)
     with pytest.raises(PolicyError, match="nothing was rolled back"):
-        registry.roll_back(author, release=zero, reason="worse in the field")
+        registry.roll_back(writer, release=zero, reason="worse in the field")
     assert registry.current(world.releases, "default").release == "0003-new"
     assert not world.releases.releases[second].withdrawn
 

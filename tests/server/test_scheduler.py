@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from devices import CONFIG, World
 from fedloop_events import envelope, types
-from fedloop_events.identities import Client, Place
+from fedloop_events.folds.identities import Client, RecordPosition
 from fedloop_events.types import Exclusion, Mechanism
 from fedloop_privacy import accounting
 from fedloop_server.config import MAX_COHORT, ServerConfig
-from fedloop_server.planner import Planner
-from fedloop_server.scheduler import Eligibility, bounded, draw, eligible
+from fedloop_server.rounds.planner import Planner
+from fedloop_server.rounds.scheduler import Eligibility, bounded, draw, eligible
 from msgspec.structs import replace
 
-PLACE = Place("log", 1, 0)
+PLACE = RecordPosition("log", 1, 0)
 NOW_MS = 1_000_000
 GAUSS = Mechanism(sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1.0, steps=1, divisor=1.0)
 

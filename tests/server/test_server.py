@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from devices import CONFIG, OPEN_CONFIG, Behaviour, World
 from devices import evaluate as half
-from fedloop_events import ids, tensors, topics, types
+from fedloop_events import ids, topics, types
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Event
 from fedloop_events.errors import FencedError
-from fedloop_events.log import START, Batch, EventLog, Position
-from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluation
-from fedloop_server import actions, registry
+from fedloop_events.folds.releases import Evaluation
+from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_server.config import ServerConfig
-from fedloop_server.rebuild import rebuild
-from fedloop_server.server import Server
-from fedloop_server.setup import open_deployment
+from fedloop_server.deployment import open_deployment
+from fedloop_server.rounds import actions, registry
+from fedloop_server.rounds.loop import Server
+from fedloop_server.rounds.rebuild import rebuild
 from msgspec.structs import replace
 
 CLIENTS = ("ann", "bob", "cem")
@@ -129,7 +130,7 @@ def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_t
 
     world.request(1, "q2")
 
-    server = Server(world.log, world.blobs, world.author, world.config, evaluate=half, on_event=watch)
+    server = Server(world.log, world.blobs, world.writer, world.config, evaluate=half, on_event=watch)
     thread = threading.Thread(target=server.run, args=(stop,))
     thread.start()
     assert seen.wait(20)  # in the middle of a round that nobody answers
@@ -226,7 +227,7 @@ def test_the_appends_of_two_rounds_are_those_that_crashes_are_tried_at(world: Wo
 
 def _serve_in_a_process(folder: Path, config: ServerConfig) -> None:
     deployment = open_deployment(folder)
-    Server(deployment.log, deployment.blobs, deployment.author, config, evaluate=half).run()
+    Server(deployment.log, deployment.blobs, deployment.writer, config, evaluate=half).run()
 
 
 def test_a_server_process_killed_in_the_middle_of_a_round_is_replaced(world: World, tmp_path: Path) -> None:
@@ -269,10 +270,10 @@ def test_a_server_that_another_one_replaced_stops_and_what_it_still_says_counts_
     # What it had on its way when it was fenced, under the very id that the new one will need.
     origin = world.payloads(types.DeploymentCreated)[0].origin
     aborted = types.RoundAborted(origin, old.epoch, "main", "r0001", "operator")
-    world.log.append([world.author.event(aborted, id=ids.derived_id(origin, "main", "r0001", "aborted"))])
+    world.log.append([world.writer.event(aborted, id=ids.derived_id(origin, "main", "r0001", "aborted"))])
     [opened] = world.payloads(types.RoundOpened)
     again = replace(opened, round_id="r0002", number=2)
-    world.log.append([world.author.event(again, id=ids.derived_id(origin, "main", "round", 2))])
+    world.log.append([world.writer.event(again, id=ids.derived_id(origin, "main", "round", 2))])
     assert world.rounds.stale == 2
     with world.serving():
         until_idle(new)
@@ -331,7 +332,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(tmp_path: Path) -> Non
     for name, epsilon, examples in (("ann", 8.0, 64), ("bob", 8.0, 64), ("cem", 8.0, 0), ("dan", 0.5, 64), ("eve", 8.0, 64)):
         world.device(name, epsilon=epsilon, examples=examples)
     origin = world.devices["ann"].origin
-    world.author.say(types.ClientRevoked(origin, "eve", "lost"))
+    world.writer.append(types.ClientRevoked(origin, "eve", "lost"))
     world.request(1)
     with world.serving():
         until_idle(world.server())
@@ -349,7 +350,7 @@ def test_a_client_whose_ledger_was_forked_is_left_out(world: World) -> None:
     with world.serving():
         until_idle(world.server())
     spent = next(each for each in world.payloads(types.BudgetSpent) if each.client_id == "ann")
-    world.devices["ann"].author.say(replace(spent, seq=99, instruction_id="f" * 32))
+    world.devices["ann"].writer.append(replace(spent, seq=99, instruction_id="f" * 32))
     world.request(1, "q2")
     with world.serving():
         until_idle(world.server())
@@ -434,7 +435,7 @@ def test_after_a_rollback_the_next_round_starts_from_the_release_in_force(world:
     with world.serving():
         until_idle(world.server())
         _, first, second = world.releases.releases
-        registry.roll_back(world.author, release=first, reason="worse in the field")
+        registry.roll_back(world.writer, release=first, reason="worse in the field")
         assert registry.current(world.releases, "default").release == first
         world.request(1, "q2")
         until_idle(world.server())
@@ -452,7 +453,7 @@ def test_a_round_whose_base_was_rolled_back_meanwhile_makes_no_release(world: Wo
     zero = next(iter(world.releases.releases))
     while not isinstance(server.step(), actions.OpenRound):
         pass
-    registry.roll_back(world.author, release=zero, reason="worse in the field")
+    registry.roll_back(world.writer, release=zero, reason="worse in the field")
     with world.serving():
         until_idle(server)
     aborted = world.rounds.rounds["r0002"].aborted
@@ -468,7 +469,7 @@ def test_a_candidate_whose_base_was_rolled_back_is_rejected(world: World) -> Non
         server.run(rounds=1)
         while not isinstance(server.step(), actions.ProposeRelease):
             pass
-    registry.roll_back(world.author, release=next(iter(world.releases.releases)), reason="worse in the field")
+    registry.roll_back(world.writer, release=next(iter(world.releases.releases)), reason="worse in the field")
     until_idle(server)
     assert [each.reason for each in world.releases.releases.values() if each.status == "rejected"] == ["stale-base"]
 

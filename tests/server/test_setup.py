@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from devices import CONFIG, SPEC, initial_arrays
 from fedloop_events import types
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, UsageError
-from fedloop_events.identities import Identities
-from fedloop_events.locations import Place
-from fedloop_events.log import read_all
-from fedloop_events.projections import Reader
-from fedloop_events.sqlite import SqliteLog
-from fedloop_events.views import ReleasesView
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.locations import DeploymentLocation
+from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server import config as configuration
-from fedloop_server.setup import create_deployment, open_deployment
+from fedloop_server.deployment import create_deployment, open_deployment
 from msgspec.structs import replace
 
 
@@ -40,7 +40,7 @@ def check_whole(folder: Path) -> None:
     identities = Identities()
     reader = Reader(deployment.log, ReleasesView(), identities=identities)
     reader.catch_up()
-    assert (reader.refused, identities.server_key) == (0, deployment.author.key.public_key)
+    assert (reader.refused, identities.server_key) == (0, deployment.writer.key.public_key)
     current = reader.fold.current("default")
     assert current is not None
     assert (current.number, deployment.blobs.exists(current.blob)) == (0, True)
@@ -59,7 +59,7 @@ def test_made_again_it_stays_as_it_is_and_keeps_what_the_operator_changed(tmp_pa
     first = create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
     (tmp_path / "server" / "server.toml").write_text(configuration.dump(replace(CONFIG, quorum=1)))
     second = create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
-    assert second.author.key.public_key == first.author.key.public_key
+    assert second.writer.key.public_key == first.writer.key.public_key
     assert second.config.quorum == 1
     assert len(list(read_all(second.log))) == 4
 
@@ -73,7 +73,7 @@ def test_killed_at_any_step_it_is_made_whole_the_second_time(
 ) -> None:
     """The steps: each file that appears (before and after), the blob, the events."""
     left = calls
-    place = Place(str(tmp_path / "log"), str(tmp_path / "blobs")) if elsewhere else None
+    place = DeploymentLocation(str(tmp_path / "log"), str(tmp_path / "blobs")) if elsewhere else None
 
     def dying(function: object) -> object:
         def call(*args: object, **kwargs: object) -> object:
@@ -101,17 +101,19 @@ def test_killed_at_any_step_it_is_made_whole_the_second_time(
 
 
 def test_on_kafka_it_is_made_once_and_its_folder_remembers_where(tmp_path: Path, kafka_url: str) -> None:
-    place = Place(kafka_url, str(tmp_path / "d" / "blobs"))
+    place = DeploymentLocation(kafka_url, str(tmp_path / "d" / "blobs"))
     for _ in range(2):
         create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, place).log.close()
         check_whole(tmp_path / "d")
     with pytest.raises(UsageError, match="another folder"):
-        create_deployment(tmp_path / "e", SPEC, initial_arrays(), CONFIG, Place(kafka_url, str(tmp_path / "e" / "blobs")))
+        create_deployment(
+            tmp_path / "e", SPEC, initial_arrays(), CONFIG, DeploymentLocation(kafka_url, str(tmp_path / "e" / "blobs"))
+        )
     assert not (tmp_path / "e").exists()
 
 
 def test_a_log_has_one_deployment_and_a_deployment_one_log(tmp_path: Path) -> None:
-    logs = [Place(str(tmp_path / name), str(tmp_path / "blobs")) for name in ("log", "other")]
+    logs = [DeploymentLocation(str(tmp_path / name), str(tmp_path / "blobs")) for name in ("log", "other")]
     create_deployment(tmp_path / "d", SPEC, initial_arrays(), CONFIG, logs[0]).log.close()
     with pytest.raises(UsageError, match="holds a deployment already"):
         create_deployment(tmp_path / "e", SPEC, initial_arrays(), CONFIG, logs[0])
@@ -121,7 +123,7 @@ def test_a_log_has_one_deployment_and_a_deployment_one_log(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="is not the one of the deployment"):
         open_deployment(tmp_path / "d", replace(logs[1], log=str(tmp_path / "third")))
     with pytest.raises(UsageError, match="nothing says where the blobs"):
-        create_deployment(tmp_path / "g", SPEC, initial_arrays(), CONFIG, Place("kafka://127.0.0.1:1/x", None))
+        create_deployment(tmp_path / "g", SPEC, initial_arrays(), CONFIG, DeploymentLocation("kafka://127.0.0.1:1/x", None))
 
 
 def test_it_is_not_made_over_something_else(tmp_path: Path) -> None:

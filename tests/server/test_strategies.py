@@ -8,13 +8,13 @@ import fleet
 import msgspec
 import numpy as np
 import pytest
-from fedloop_events import tensors
+from fedloop_events.blobs import tensors
 from fedloop_events.errors import UsageError
 from fedloop_events.types import InstructionSent, Mechanism, RoundClosed, RoundOpened, UpdateSubmitted
-from fedloop_server.grid import LogGrid
-from fedloop_server.journal import start_epoch
-from fedloop_server.merging import merge
-from fedloop_server.strategies import Durable, FederatedLora
+from fedloop_server.aggregation.merging import merge
+from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.journal import start_epoch
+from fedloop_server.flower.strategies import Durable, FederatedLora
 from fleet import Deployment, as_bytes, regression_app, serving
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -73,8 +73,8 @@ def open_round(deployment: Deployment, *, quorum: int = 3, upload: list[str] = F
 
 
 def round_grid(deployment: Deployment, opened: RoundOpened) -> LogGrid:
-    epoch = start_epoch(deployment.log, deployment.author, run_id="main", server_id="server")
-    return LogGrid(deployment.log, deployment.blobs, deployment.author, run_id="main", epoch=epoch, round=opened)
+    epoch = start_epoch(deployment.log, deployment.writer, run_id="main", server_id="server")
+    return LogGrid(deployment.log, deployment.blobs, deployment.writer, run_id="main", epoch=epoch, round=opened)
 
 
 class NamesItsBase:
@@ -82,8 +82,8 @@ class NamesItsBase:
 
     def __init__(self, deployment: Deployment, number: int, upload: list[str]) -> None:
         self.client = deployment.client(number, shifting_app(upload))
-        say = self.client._author.say
-        self.client._author.say = lambda *payloads: say(  # type: ignore[method-assign]
+        append = self.client._writer.append
+        self.client._writer.append = lambda *payloads: append(  # type: ignore[method-assign]
             *(
                 msgspec.structs.replace(payload, base_release="0000-x") if isinstance(payload, UpdateSubmitted) else payload
                 for payload in payloads

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 from fedloop_events import types
 from fedloop_events.envelope import Record
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.rounds import MAX_REPLIES_EACH, RoundsView
 from fedloop_events.ids import derived_id
 from fedloop_events.types import BlobRef
-from fedloop_events.views import MAX_REPLIES_EACH, ReleasesView, RoundsView
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 from fedloop_cli import console, options
 
 if TYPE_CHECKING:
-    from fedloop_events.identities import Client
+    from fedloop_events.folds.identities import Client
     from fedloop_privacy.ledger import Ledger
 
 app = options.group(help="Read the privacy ledger.")

@@ -37,7 +37,7 @@ def gateway(
         raise UsageError("a gateway stands before a log, not before a gateway", hint="name the log itself with --log")
     try:
         from fedloop_server.gateway import create_app
-        from fedloop_server.gateway.serving import serve
+        from fedloop_server.gateway.listening import serve
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the gateway needs the package {error.name}, which is not installed", hint="pip install 'fedloop[gateway]'"

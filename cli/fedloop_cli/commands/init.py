@@ -31,14 +31,14 @@ def kafka(
     a user who is given another role loses the rights of the old one.
     """
     from fedloop_events.errors import UsageError
-    from fedloop_events.kafka import KafkaLog, rights
-    from fedloop_events.kafka.settings import Settings
+    from fedloop_events.logs.kafka import KafkaLog, rights
+    from fedloop_events.logs.kafka.settings import KafkaSettings
 
     location = options.given()[0]
     if location is None:
         raise UsageError("nothing says which cluster", hint="name it with --log kafka://HOST:PORT/PREFIX?config=FILE")
     users = [rights.User.parse(each) for each in create_user or ()]
-    settings = Settings.parse(location)
+    settings = KafkaSettings.parse(location)
     granted = rights.grant(settings, users, into) if users else []
     KafkaLog(location, create=True).close()
     rows = [

@@ -12,7 +12,7 @@ from fedloop_cli import console, options
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
 
-    from fedloop_cli.verification import Report
+    from fedloop_cli.verification import VerifyReport
 
 app = options.group(help="Read the log, check it, replay it.")
 
@@ -32,7 +32,7 @@ def tail(
 
     from fedloop_events import topics
     from fedloop_events.errors import UsageError
-    from fedloop_events.log import START, read_all
+    from fedloop_events.logs.port import START, read_all
 
     from fedloop_cli import state
 
@@ -113,11 +113,13 @@ def _line(record: Record) -> str:
     kind = record.type.removeprefix("io.fedloop.")
     text = record.data.decode(errors="backslashreplace")
     shown = text if len(text) <= 160 or not sys.stdout.isatty() else text[:159] + "…"
-    head = f"{console.place(record.stream, record.offset):>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
+    head = (
+        f"{console.position(record.stream, record.offset):>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
+    )
     return f"{head}  {console.printable(record.key):20}  {console.printable(shown)}"
 
 
-def _report(report: Report) -> str:
+def _report(report: VerifyReport) -> str:
     lines = [
         console.fields(
             {
@@ -134,7 +136,7 @@ def _report(report: Report) -> str:
         "",
     ]
     for finding in report.findings:
-        where = "" if finding.offset is None else f"offset {console.place(finding.stream, finding.offset)}: "
+        where = "" if finding.offset is None else f"offset {console.position(finding.stream, finding.offset)}: "
         lines.append(f"WRONG  {where}{console.printable(finding.what)}")
     if report.wrong > len(report.findings):
         lines.append(f"WRONG  and {report.wrong - len(report.findings):,} more")

@@ -37,7 +37,7 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
 @app.command(cls=options.Command)
 def show(where: options.Deployment, release: Release, json: options.Json = False) -> None:
     """Show one release and its lineage: back to release 0, with each update that went in."""
-    from fedloop_server import registry
+    from fedloop_server.rounds import registry
 
     from fedloop_cli import state
 
@@ -64,7 +64,7 @@ def rebuild(
     """Merge a release (the one in force, unless another is named) again from release 0 and the updates in the log, and compare
     the bytes. Exit status 1 if they differ.
     """
-    from fedloop_server.rebuild import rebuild as rebuild_release
+    from fedloop_server.rounds.rebuild import rebuild as rebuild_release
 
     from fedloop_cli import state
 
@@ -95,9 +95,9 @@ def rollback(
     json: options.Json = False,
 ) -> None:
     """Put an earlier release in force again."""
-    from fedloop_server import registry
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
+    from fedloop_server.rounds import registry
 
-    event = registry.roll_back(open_deployment(home.directory, home.place).author, release=release, reason=reason)
+    event = registry.roll_back(open_deployment(home.directory, home.place).writer, release=release, reason=reason)
     text = f"{event.release} is in force again; {event.withdrawn} is withdrawn"
     console.show({"release": event.release, "withdrawn": event.withdrawn, "reason": event.reason}, text, as_json=json)

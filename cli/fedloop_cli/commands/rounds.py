@@ -28,12 +28,12 @@ def start(
     json: options.Json = False,
 ) -> None:
     """Ask the server for rounds. It opens them when it runs and enough clients are there."""
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
 
     from fedloop_cli.requests import request_rounds
 
     deployment = open_deployment(home.directory, home.place)
-    request_id = request_rounds(deployment.author, rounds, reason)
+    request_id = request_rounds(deployment.writer, rounds, reason)
     if wait:
         console.note(f"requested {rounds} as {request_id}; waiting")
         _wait(home, request_id, json, timeout_s)

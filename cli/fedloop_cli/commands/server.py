@@ -92,7 +92,7 @@ def run(
 
     with stoppable() as stop:
         ended = serving.serve(
-            home.directory, home.place, stop.event, rounds=rounds, until_idle=until_idle, on_event=_say, metrics=metrics
+            home.directory, home.place, stop.event, rounds=rounds, until_idle=until_idle, on_event=_note, metrics=metrics
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:
@@ -107,15 +107,15 @@ def revoke(
     json: options.Json = False,
 ) -> None:
     """Hear a client no more: from here on nothing it says counts."""
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
 
     from fedloop_cli import requests
 
-    requests.revoke(open_deployment(home.directory, home.place).author, client, reason)
+    requests.revoke(open_deployment(home.directory, home.place).writer, client, reason)
     console.show({"client_id": client, "reason": reason}, f"{client} is revoked", as_json=json)
 
 
-def _say(record: Record, payload: Payload) -> None:
+def _note(record: Record, payload: Payload) -> None:
     from fedloop_cli import serving
 
     line = serving.describe(payload)

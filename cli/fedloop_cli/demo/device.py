@@ -31,7 +31,7 @@ REPORT_EVERY: Final = 10
 WAIT_TIMEOUT_S: Final = 300.0
 
 
-class Terms(Struct, frozen=True):
+class DeviceSettings(Struct, frozen=True):
     """Who this device is."""
 
     log: str
@@ -58,7 +58,7 @@ class Progress(Struct, frozen=True):
     unmasked: int = 0
 
 
-def main(terms: Terms, channel: socket.socket, masker: Masker) -> None:
+def main(terms: DeviceSettings, channel: socket.socket, masker: Masker) -> None:
     from fedloop_clients.agent import Agent
 
     with Agent.enrol(

@@ -17,7 +17,7 @@ from msgspec import Struct
 HOST: Final = "127.0.0.1"
 
 
-class Terms(Struct, frozen=True):
+class GatewaySettings(Struct, frozen=True):
     """Log and blobs, the port, and the gateway's certificate and key."""
 
     log: str
@@ -27,8 +27,8 @@ class Terms(Struct, frozen=True):
     key: str
 
 
-def prepare(place: locations.Place, folder: Path) -> tuple[Terms, str]:
-    """Terms of a gateway before `place`, its certificate in `folder`, and where devices find it, in all its lives."""
+def prepare(place: locations.DeploymentLocation, folder: Path) -> tuple[GatewaySettings, str]:
+    """GatewaySettings of a gateway before `place`, its certificate in `folder`, and where devices find it, in all its lives."""
     from fedloop_cli.certificates import make_ca
 
     authority = make_ca(folder)
@@ -36,13 +36,13 @@ def prepare(place: locations.Place, folder: Path) -> tuple[Terms, str]:
     with closing(socket.socket()) as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
-    terms = Terms(place.log, place.blobs, port, str(issued.certificate), str(issued.key))
+    terms = GatewaySettings(place.log, place.blobs, port, str(issued.certificate), str(issued.key))
     return terms, f"https://{HOST}:{port}?ca={quote(str(authority.certificate.absolute()))}"
 
 
-def main(terms: Terms, channel: socket.socket) -> None:
+def main(terms: GatewaySettings, channel: socket.socket) -> None:
     from fedloop_server.gateway import create_app
-    from fedloop_server.gateway.serving import serve
+    from fedloop_server.gateway.listening import serve
 
     def watch() -> None:
         channel.recv(1)

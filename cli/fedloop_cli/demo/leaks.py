@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 from fedloop_events import locations
-from fedloop_events.blobs import BlobStore
-from fedloop_events.log import EventLog, read_all
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import BlobRef
 
 SHORTEST: Final = 4

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 MAX_ORDER_BYTES: Final = 65_536
 LOADED: Final = (
-    "fedloop_clients.answering",
+    "fedloop_clients.instructions",
     "fedloop_clients.classifier",
-    "fedloop_server.server",
+    "fedloop_server.rounds.loop",
     "opacus.accountants.analysis.prv",
     "scipy.optimize",
     "scipy.special",
@@ -84,12 +84,12 @@ def _become(order: Order, channel: int, masker: Masker) -> NoReturn:
         if order.role == "device":
             from fedloop_cli.demo import device
 
-            terms = msgspec.json.decode(order.terms, type=device.Terms)
+            terms = msgspec.json.decode(order.terms, type=device.DeviceSettings)
             device.main(terms, socket.socket(fileno=channel), masker)
         elif order.role == "gateway":
             from fedloop_cli.demo import gateway
 
-            gateway.main(msgspec.json.decode(order.terms, type=gateway.Terms), socket.socket(fileno=channel))
+            gateway.main(msgspec.json.decode(order.terms, type=gateway.GatewaySettings), socket.socket(fileno=channel))
         else:
             from fedloop_cli.demo import server
 

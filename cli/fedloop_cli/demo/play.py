@@ -65,7 +65,7 @@ class Scene:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def say(self, what: str) -> None:
+    def note(self, what: str) -> None:
         self.events.append(f"{self.seconds:6.1f} s  {what}")
 
 
@@ -91,7 +91,7 @@ def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
             scene.doing = f"round {number + 1}"
             request = _request(scene, number + 1)
             _until(scene, children, partial(_ended, scene, request), refresh)
-            _tell(scene, request)
+            _note_rounds(scene, request)
         scene.doing = "ending the processes"
         refresh()
     return [file for child in children for file in child.files]
@@ -135,9 +135,9 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
                 place = _gateway(scene, nursery, children, printed)
             for name in scene.devices:
                 store = scene.directory / "devices" / name
-                terms = device.Terms(place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA)
-                hear = partial(_hear, scene, name)
-                children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, hear))
+                terms = device.DeviceSettings(place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA)
+                receive = partial(_receive, scene, name)
+                children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, receive))
             yield children
         except BaseException:
             for child in children:
@@ -154,7 +154,7 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
             nursery.end()
 
 
-def _gateway(scene: Scene, nursery: Nursery, children: list[Child], printed: Path) -> locations.Place:
+def _gateway(scene: Scene, nursery: Nursery, children: list[Child], printed: Path) -> locations.DeploymentLocation:
     """Start a gateway, one of `children`, and wait until it listens; where the devices find log and blobs."""
     terms, location = gateway.prepare(scene.where.place, scene.directory / "gateway")
     listens = threading.Event()
@@ -163,10 +163,10 @@ def _gateway(scene: Scene, nursery: Nursery, children: list[Child], printed: Pat
     )
     if not listens.wait(START_TIMEOUT_S):
         raise UnreachableError("the gateway does not listen", hint=f"see {printed / 'gateway.err'}")
-    return locations.Place(location, location)
+    return locations.DeploymentLocation(location, location)
 
 
-def _hear(scene: Scene, name: str, line: bytes) -> None:
+def _receive(scene: Scene, name: str, line: bytes) -> None:
     try:
         progress = msgspec.json.decode(line, type=device.Progress)
     except msgspec.MsgspecError:
@@ -185,7 +185,7 @@ def _until(scene: Scene, children: list[Child], done: Callable[[], bool], refres
         for child in children:
             if child.look():
                 scene.ready.discard(child.name)
-                scene.say(f"{child.name} was gone: started again as process {child.pid}")
+                scene.note(f"{child.name} was gone: started again as process {child.pid}")
         now = (dict(scene.progress), scene.followed.log.end())
         if now != seen:
             seen, deadline = now, time.monotonic() + STALL_TIMEOUT_S
@@ -203,11 +203,11 @@ def _published(scene: Scene, wave: int) -> bool:
 
 
 def _request(scene: Scene, number: int) -> str:
-    from fedloop_server.setup import open_deployment
+    from fedloop_server.deployment import open_deployment
 
     deployment = open_deployment(scene.directory, scene.where.place)
     try:
-        return requests.request_rounds(deployment.author, 1, f"demo, round {number}")
+        return requests.request_rounds(deployment.writer, 1, f"demo, round {number}")
     finally:
         deployment.log.close()
 
@@ -222,10 +222,10 @@ def _rounds_of(scene: Scene, request_id: str) -> list[state.RoundSummary]:
     return [state.summarise(scene.followed, each) for each in found if each.request_id == request_id]
 
 
-def _tell(scene: Scene, request_id: str) -> None:
+def _note_rounds(scene: Scene, request_id: str) -> None:
     for each in _rounds_of(scene, request_id):
         accuracy = f"accuracy {each.accuracy:.3f}" if each.accuracy is not None else each.reason
-        scene.say(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
+        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
 
 
 def stage(directory: Path | None, log: str | None, blobs: str | None) -> Where:

@@ -91,7 +91,7 @@ class Child:
     def send(self, line: bytes) -> None:
         """Say a line to it; a later life of it is told everything again."""
         self._sent.append(line)
-        self._say(line)
+        self._note(line)
 
     def look(self) -> bool:
         """Start it again if it has ended; whether it had. Raises `FedloopError` if it does not stay up."""
@@ -104,7 +104,7 @@ class Child:
         self._channel.close()
         self._start()
         for line in self._sent:
-            self._say(line)
+            self._note(line)
         return True
 
     def end(self) -> None:
@@ -129,7 +129,7 @@ class Child:
         self._reader = threading.Thread(target=self._read, args=(self._channel,), daemon=True)
         self._reader.start()
 
-    def _say(self, line: bytes) -> None:
+    def _note(self, line: bytes) -> None:
         with suppress(OSError):  # it has been killed: `look` starts it again, and says everything again
             self._channel.sendall(line + b"\n")
 

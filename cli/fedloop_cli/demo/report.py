@@ -10,7 +10,8 @@ import msgspec
 from fedloop_events import locations, topics, types
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
-from fedloop_events.log import EventLog, read_all
+from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.types import DEFAULT_MODEL
 from msgspec import Struct
 
 from fedloop_cli import console, state, verification
@@ -29,7 +30,7 @@ class Checks(Struct):
     budgets_kept: bool
 
 
-class Report(Struct):
+class DemoReport(Struct):
     """Everything that the demo says at its end."""
 
     log: str
@@ -56,21 +57,21 @@ class Report(Struct):
         return rounds and checks.log_verified and checks.rebuilt_identical and checks.budgets_kept
 
 
-def report(scene: Scene) -> Report:
+def report(scene: Scene) -> DemoReport:
     """Check everything. What the processes printed, and this demo itself, is in the deployment's folder and searched with it."""
     where, why = scene.where, []
     log = state.open_log(where)
     followed = state.Followed(log)
     verified = verification.verify(where)
-    why += [f"log, offset {console.place(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
+    why += [f"log, offset {console.position(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
     identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
     ledger = state.open_ledger(log, followed.identities)
     budgets = [budget_of(ledger, client) for _, client in sorted(followed.identities.clients.items())]
     found = _leaks(scene, log)
-    current = followed.releases.current(state.MODEL)
+    current = followed.releases.current(DEFAULT_MODEL)
     first = next(iter(followed.releases.releases.values()), None)
-    made = Report(
+    made = DemoReport(
         where.place.log if locations.is_url(where.place.log) else str(Path(where.place.log) / locations.LOG_FILE),
         str(scene.directory),
         [state.summarise(followed, each) for each in followed.rounds.rounds.values()],
@@ -92,7 +93,7 @@ def report(scene: Scene) -> Report:
     return made
 
 
-def as_document(report: Report) -> dict[str, Any]:
+def as_document(report: DemoReport) -> dict[str, Any]:
     """What `fedloop demo --json` prints."""
     return {
         "log": report.log,
@@ -127,7 +128,7 @@ def as_document(report: Report) -> dict[str, Any]:
     }
 
 
-def as_text(report: Report) -> str:
+def as_text(report: DemoReport) -> str:
     """The same for a person."""
     parts = [_rounds(report), _clients(report), _masking(report), _checks(report)]
     accuracy = f"accuracy {_figure(report.baseline_accuracy)} before, {_figure(report.final_accuracy)} after"
@@ -136,7 +137,7 @@ def as_text(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _rounds(report: Report) -> str:
+def _rounds(report: DemoReport) -> str:
     heads = ["round", "kind", "took part", "accuracy", "release", "seconds", "up", "down", "excluded"]
     rows = [
         [
@@ -155,7 +156,7 @@ def _rounds(report: Report) -> str:
     return "ROUNDS\n" + console.table(heads, rows, empty="none")
 
 
-def _clients(report: Report) -> str:
+def _clients(report: DemoReport) -> str:
     heads = ["device", "messages", "epsilon spent", "budget", "delta"]
     rows = [
         [
@@ -170,14 +171,14 @@ def _clients(report: Report) -> str:
     return "DEVICES\n" + console.table(heads, rows)
 
 
-def _masking(report: Report) -> str:
+def _masking(report: DemoReport) -> str:
     total: Counter[str] = Counter()
     for counts in report.masked.values():
         total.update(counts)
     return "MASKED\n" + console.table(["type", "spans"], total.most_common(), empty="nothing was found to mask")
 
 
-def _checks(report: Report) -> str:
+def _checks(report: DemoReport) -> str:
     checks, planted = report.checks, sum(report.planted.values())
     leaked = sum(checks.leaks.values())
     if not planted:
@@ -210,7 +211,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _rebuilt(where: Where, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
-    from fedloop_server.rebuild import rebuild
+    from fedloop_server.rounds.rebuild import rebuild
 
     if not any(each.round_id for each in followed.releases.releases.values()):
         return False, "no round made a release that could be rebuilt"

@@ -21,10 +21,10 @@ def main(directory: Path, channel: socket.socket) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    serving.serve(directory, locations.locate(directory), stop, on_event=_say)
+    serving.serve(directory, locations.locate(directory), stop, on_event=_note)
 
 
-def _say(record: Record, payload: Payload) -> None:
+def _note(record: Record, payload: Payload) -> None:
     line = serving.describe(payload)
     if line:
         print(line, flush=True)

@@ -16,10 +16,10 @@ from urllib.parse import parse_qsl
 
 from fastapi import FastAPI
 from fedloop_events import topics
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import BlobError, FedloopError
-from fedloop_events.gateway import cloudevents
-from fedloop_events.log import EventLog, Position
+from fedloop_events.logs.http import cloudevents
+from fedloop_events.logs.port import EventLog, Position
 from fedloop_events.types import BlobRef
 from msgspec import Struct
 from starlette.requests import Request

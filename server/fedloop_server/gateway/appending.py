@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedloop_events import envelope, signatures, types
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError, SignatureError
-from fedloop_events.gateway import cloudevents
+from fedloop_events.logs.http import cloudevents
 
 from fedloop_server.gateway.bodies import is_deeper
 from fedloop_server.gateway.callers import Caller

@@ -8,8 +8,8 @@ from typing import Final
 
 from fedloop_events import signatures
 from fedloop_events.errors import SignatureError
-from fedloop_events.gateway import signing
-from fedloop_events.gateway.signing import Claim
+from fedloop_events.logs.http import signing
+from fedloop_events.logs.http.signing import Claim
 from msgspec import Struct
 from starlette.requests import Request
 

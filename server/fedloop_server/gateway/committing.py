@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fedloop_events.envelope import Event
 from fedloop_events.errors import FedloopError, InvalidEventError, NotAllowedError
-from fedloop_events.log import EventLog
+from fedloop_events.logs.port import EventLog
 
 from fedloop_server.gateway.problems import Problem
 

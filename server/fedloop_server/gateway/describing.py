@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fedloop_events import topics
 from fedloop_events.envelope import CONTENT_TYPE, SPECVERSION
-from fedloop_events.gateway import cloudevents, signing
+from fedloop_events.logs.http import cloudevents, signing
 
 from fedloop_server.gateway.limits import Limits
 from fedloop_server.gateway.problems import CODES, MEDIA_TYPE, PREFIX

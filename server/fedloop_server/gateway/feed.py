@@ -17,8 +17,8 @@ from typing import Final
 from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import FedloopError, InvalidEventError, UsageError
-from fedloop_events.identities import Identities
-from fedloop_events.log import START, Batch, EventLog, Position, read_all
+from fedloop_events.folds.identities import Identities
+from fedloop_events.logs.port import START, Batch, EventLog, Position, read_all
 from msgspec import Struct
 
 from fedloop_server.gateway.limits import Limits

@@ -9,10 +9,10 @@ from typing import Final
 
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
-from fedloop_events.gateway import cloudevents
-from fedloop_events.log import Position
+from fedloop_events.logs.http import cloudevents
+from fedloop_events.logs.port import Position
 
-from fedloop_server.gateway.visibility import EVERYONE, Audience
+from fedloop_server.gateway.visibility import EVERYONE, Clients
 
 _OVERHEAD_BYTES: Final = 1_000
 _PER_READER_BYTES: Final = 100
@@ -23,7 +23,7 @@ class Entry:
 
     __slots__ = ("_wire", "audience", "number", "record")
 
-    def __init__(self, record: Record, audience: Audience) -> None:
+    def __init__(self, record: Record, audience: Clients) -> None:
         self.record, self.audience = record, audience
         self.number = 0
         self._wire: bytes | None = None

@@ -1,4 +1,4 @@
-"""Who may see what: every event and every blob, by whom it concerns. What is not listed here nobody sees but the server.
+"""Who may see what: every event by the audience that its type states, every blob by whom it concerns.
 
 A device sees what it needs to follow the deployment: its own events, how a round that it was chosen for opened and ended, its own
 instructions, and the releases. Of other devices it sees what a signed event that concerns it too says of them, and nothing else.
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-from fedloop_events import envelope, topics, types
+from fedloop_events import envelope, types
 from fedloop_events.envelope import Event
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.topics import DECLARED
+from fedloop_events.types import Audience
 
 EVERYONE: Final = frozenset({"*"})
 NOBODY: Final[frozenset[str]] = frozenset()
-Audience = frozenset[str]
+Clients = frozenset[str]
 """The clients that may see an event, or `EVERYONE` who is enrolled. The server sees all."""
 
-_OWN: Final = frozenset({topics.CLIENTS, topics.FEEDBACK, topics.UPDATES, topics.AUDIT})
-"""Topics whose key is the client that an event is by, or about."""
-_FOR_EVERYONE: Final = (types.DeploymentCreated, types.EpochStarted, types.RoundRequested, types.ReleaseSaid)
 _MAX_ROUNDS: Final = 10_000
 _MAX_BLOBS: Final = 200_000
 
@@ -29,38 +28,39 @@ class Visibility:
     """What the server's events say about who sees what. `learn` takes them in order, once each or again."""
 
     def __init__(self) -> None:
-        self._cohorts: OrderedDict[tuple[str, str], Audience] = OrderedDict()
+        self._cohorts: OrderedDict[tuple[str, str], Clients] = OrderedDict()
         self._released: dict[str, None] = {}
         self._personal: OrderedDict[tuple[str, str], None] = OrderedDict()
 
-    def audience(self, event: Event) -> Audience:
+    def audience(self, event: Event) -> Clients:
         """Who may see `event`, which may be anything that stands in the log."""
-        if event.topic in _OWN and event.type != types.DeploymentCreated.type_name:
-            return frozenset({event.key})
-        if event.topic not in {topics.CLIENTS, topics.ROUNDS, topics.RELEASES}:
+        stated = types.newest(event.type)
+        if stated is None:
+            # What only a newer program knows is its own client's at least, where the key names one.
+            return frozenset({event.key}) if event.topic in DECLARED and DECLARED[event.topic].by_client else NOBODY
+        if stated.topic != event.topic:
             return NOBODY
+        match stated.audience:
+            case Audience.NOBODY:
+                return NOBODY
+            case Audience.SUBJECT:
+                return frozenset({event.key})
+            case _:
+                return self._of(event)
+
+    def _of(self, event: Event) -> Clients:
         try:
             payload = envelope.decode(event)
         except InvalidEventError:
             return NOBODY
-        if payload is None or payload.topic != event.topic:
+        if payload is None:
             return NOBODY
-        return self._of(payload)
-
-    def _of(self, payload: types.Payload) -> Audience:
-        match payload:
-            case types.InstructionSent():
-                return frozenset({payload.client_id})
-            case types.RoundOpened():
-                return frozenset(payload.cohort)
-            case types.RoundClosed():
-                named = {each.client_id for each in payload.excluded} | {each.client_id for each in payload.accepted}
-                return self._cohorts.get((payload.run_id, payload.round_id or ""), NOBODY) | named
-            case types.RoundAborted():
-                named = {each.client_id for each in payload.excluded}
-                return self._cohorts.get((payload.run_id, payload.round_id), frozenset(named))
-            case _:
-                return EVERYONE if isinstance(payload, _FOR_EVERYONE) else NOBODY
+        if payload.audience is Audience.EVERYONE:
+            return EVERYONE
+        cohort = NOBODY
+        if payload.audience is Audience.COHORT and isinstance(payload, types.ServerEvent):
+            cohort = self._cohorts.get((payload.run_id, getattr(payload, "round_id", None) or ""), NOBODY)
+        return cohort.union(payload.named)
 
     def learn(self, payload: types.Payload) -> None:
         """Take in what the server has said; whether it was the server is for the caller to know."""
@@ -88,5 +88,5 @@ class Visibility:
         return sha256 in self._released or (client_id, sha256) in self._personal
 
 
-def visible(audience: Audience, client_id: str) -> bool:
+def visible(audience: Clients, client_id: str) -> bool:
     return audience is EVERYONE or client_id in audience

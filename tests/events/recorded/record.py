@@ -12,8 +12,8 @@ import msgspec
 import samples
 from fedloop_events import envelope, ids, signatures
 from fedloop_events.envelope import Event
-from fedloop_events.sqlite import SqliteLog
-from fedloop_events.upcast import FeedbackRecordedV1
+from fedloop_events.logs.sqlite import SqliteLog
+from fedloop_events.types import FeedbackRecordedV1
 
 
 def feedback_v1(number: int, score: int) -> Event:

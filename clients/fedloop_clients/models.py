@@ -1,0 +1,62 @@
+"""The device's models in memory: made when first needed, each holding one release at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.types import BlobRef, ModelSpec
+
+if TYPE_CHECKING:
+    from fedloop_clients.model import EmbeddingClassifier
+
+MAX_RELEASE_BYTES: Final = 1 << 30
+
+
+class Held:
+    """A model, and the release that it holds."""
+
+    def __init__(self, model: EmbeddingClassifier) -> None:
+        self.model = model
+        self._release = ""
+
+    def load(self, blob: BlobRef, blobs: BlobStore) -> EmbeddingClassifier:
+        """The model with the release in `blob`, whose hash is checked. Raises `BlobError` or `TensorError`."""
+        if self._release != blob.sha256:
+            self._release = ""
+            self.model.load(tensors.decode(blobs.get(blob, max_bytes=MAX_RELEASE_BYTES)))
+            self._release = blob.sha256
+        return self.model
+
+
+class Models:
+    """Models of one spec, lent one to each thread that asks: predicting does not wait for training.
+
+    A model is not safe for concurrent use, and shares what it has computed for a text between training and predicting; so the
+    idle one is lent first, and a second one is made only when both happen at once.
+    """
+
+    def __init__(self, model_dir: Path | None) -> None:
+        self._model_dir = model_dir
+        self._idle: list[Held] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrowed(self, spec: ModelSpec) -> Iterator[Held]:
+        """A model of `spec`. Raises `ModelError` if its base is not on this machine."""
+        with self._lock:
+            held = self._idle.pop() if self._idle else None
+        if held is None or held.model.spec != spec:
+            from fedloop_clients.model import EmbeddingClassifier
+
+            held = Held(EmbeddingClassifier(spec, model_dir=self._model_dir))
+        try:
+            yield held
+        finally:
+            with self._lock:
+                self._idle.append(held)

@@ -1,0 +1,1 @@
+"""Content-addressed blobs: their stores, and the tensors in them."""

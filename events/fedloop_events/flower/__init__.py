@@ -1,0 +1,1 @@
+"""Flower's records and messages as events."""

@@ -1,0 +1,220 @@
+"""What the rounds and the releases of a deployment are: folds over the topics `rounds` with `updates`, and `releases`.
+
+What the server decided counts once: the first event of each decision, if its epoch is the latest one at its place in the log.
+A fold changes its state in place; what it hands out is for reading only.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import msgspec
+from msgspec import Struct
+
+from fedloop_events import topics, types
+from fedloop_events.envelope import Record
+
+MAX_REPLIES_EACH = 4
+"""Replies of one client to one round that are kept in view; what a client says beyond them changes nothing."""
+
+
+class RoundRequest(Struct):
+    """Somebody wants `rounds` rounds; `numbers` are those that were opened, or given up, for it."""
+
+    request_id: str
+    rounds: int
+    requested_ms: int
+    reason: str = ""
+    numbers: list[int] = []
+    given_up: bool = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether a further round is to be opened for it."""
+        return not self.given_up and len(self.numbers) < self.rounds
+
+
+class RoundState(Struct):
+    """One round. `opened` is None only for a round that was given up before it opened. Times are the log's own, in ms."""
+
+    round_id: str
+    number: int
+    request_id: str
+    opened: types.RoundOpened | None = None
+    closed: types.RoundClosed | None = None
+    aborted: types.RoundAborted | None = None
+    opened_ms: int = 0
+    closed_ms: int = 0
+    ended_ms: int = 0
+    """When it was closed or aborted, whichever came last; 0 while it is open."""
+    instructed: dict[str, str] = {}
+    """Instruction by client."""
+    bytes_down: int = 0
+    """Tensor bytes that the instructions ask clients to load."""
+    replies: dict[str, list[str]] = {}
+    """Updates by client, in the order of the log."""
+    declined: dict[str, str] = {}
+    """Reason by client."""
+    refused: dict[str, types.UpdateRefused] = {}
+    """By update."""
+
+    @property
+    def state(self) -> Literal["open", "closed", "aborted"]:
+        if self.aborted is not None:
+            return "aborted"
+        return "open" if self.closed is None else "closed"
+
+    @property
+    def participants(self) -> list[str]:
+        """The clients whose updates count; none for a round that was aborted."""
+        return [] if self.closed is None or self.aborted is not None else [update.client_id for update in self.closed.accepted]
+
+    @property
+    def excluded(self) -> dict[str, types.Exclusion]:
+        """By client: why it did not count, the last reason that was given for it."""
+        parts = (self.opened, self.closed, self.aborted)
+        return {each.client_id: each for part in parts if part is not None for each in part.excluded}
+
+    @property
+    def bytes_up(self) -> int:
+        """Tensor bytes of the updates that were accepted."""
+        return sum(update.blob.size_bytes for update in self.closed.accepted if update.blob) if self.closed else 0
+
+
+class RoundsView(Struct):
+    """The epochs, requests and rounds of one run.
+
+    Rests on order within the topic `rounds` and one run alone. Requests are served in the order of the log, so a round that is
+    aborted before it opens belongs to the oldest pending request, and ends it.
+    """
+
+    topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
+    version: ClassVar[int] = 1
+
+    run_id: str = types.DEFAULT_RUN
+    epoch: int = 0
+    """0 until a server has started."""
+    server_id: str = ""
+    epoch_ms: int = 0
+    """When the epoch started, by the log's own clock."""
+    requests: dict[str, RoundRequest] = {}
+    rounds: dict[str, RoundState] = {}
+    unanswered: dict[str, tuple[str, str]] = {}
+    """Updates to rounds that have ended, neither accepted nor refused yet: round and client by update."""
+    stale: int = 0
+    """How many decisions of fenced servers, which count for nothing, there are."""
+    _open: str = ""
+    _queue: dict[str, None] = {}  # the pending requests, oldest first
+
+    @property
+    def next_number(self) -> int:
+        return len(self.rounds) + 1
+
+    @property
+    def pending(self) -> RoundRequest | None:
+        """The oldest request that wants a further round."""
+        return self.requests.get(next(iter(self._queue), ""))
+
+    @property
+    def open_round(self) -> RoundState | None:
+        """The round that clients are working on."""
+        return self.rounds.get(self._open)
+
+    @property
+    def last(self) -> RoundState | None:
+        return next(reversed(self.rounds.values()), None)
+
+    def apply(self, record: Record, payload: types.Payload) -> None:
+        if isinstance(payload, types.ClientEvent):
+            if getattr(payload, "run_id", None) == self.run_id:
+                self._reply(record, payload)
+        elif isinstance(payload, types.RoundRequested):
+            if payload.run_id == self.run_id and payload.request_id not in self.requests:
+                request = RoundRequest(payload.request_id, payload.rounds, record.appended_ms, payload.reason)
+                self.requests[request.request_id], self._queue[request.request_id] = request, None
+        elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
+            if isinstance(payload, types.EpochStarted):
+                if payload.epoch > self.epoch:
+                    self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
+            elif payload.epoch == self.epoch:
+                self._decided(record, payload)
+            else:
+                self.stale += 1
+
+    def _decided(self, record: Record, payload: types.ServerEvent) -> None:
+        match payload:
+            case types.RoundOpened():
+                self._opened(record, payload)
+            case types.RoundAborted():
+                self._aborted(record, payload)
+            case types.InstructionSent(round_id=str(round_id)) if round_id in self.rounds:
+                state = self.rounds[round_id]
+                if state.instructed.get(payload.client_id) == record.id:
+                    return
+                state.instructed[payload.client_id] = record.id
+                state.bytes_down += sum(blob.size_bytes for blob in payload.content.arrays.values())
+            case types.RoundClosed(round_id=str(round_id)) if round_id in self.rounds:
+                state = self.rounds[round_id]
+                if state.state == "open":
+                    state.closed, state.closed_ms = payload, record.appended_ms
+                    self._ended(record, state)
+            case types.UpdateRefused(round_id=str(round_id)) if round_id in self.rounds:
+                self.rounds[round_id].refused.setdefault(payload.update_id, payload)
+                self.unanswered.pop(payload.update_id, None)
+
+    def _opened(self, record: Record, opened: types.RoundOpened) -> None:
+        request = self.requests.get(opened.request_id)
+        if opened.round_id in self.rounds or opened.number != self.next_number or request is None or not request.pending:
+            return
+        self.rounds[opened.round_id] = RoundState(
+            opened.round_id, opened.number, opened.request_id, opened, opened_ms=record.appended_ms
+        )
+        self._open = opened.round_id
+        self._serve(request, opened.number)
+
+    def _aborted(self, record: Record, aborted: types.RoundAborted) -> None:
+        state = self.rounds.get(aborted.round_id)
+        if state is None and (request := self.pending) is not None:
+            state = RoundState(aborted.round_id, self.next_number, request.request_id)
+            self.rounds[aborted.round_id] = state
+            request.given_up = True
+            self._serve(request, state.number)
+        if state is not None and state.aborted is None:
+            state.aborted = aborted
+            self._ended(record, state)
+
+    def _serve(self, request: RoundRequest, number: int) -> None:
+        request.numbers.append(number)
+        if not request.pending:
+            del self._queue[request.request_id]
+
+    def _ended(self, record: Record, state: RoundState) -> None:
+        state.ended_ms = record.appended_ms
+        if self._open == state.round_id:
+            self._open = ""
+        accepted = {update.update_id for update in state.closed.accepted} if state.closed else set()
+        for client_id, update_id in ((client, each) for client, replies in state.replies.items() for each in replies):
+            if update_id not in accepted and update_id not in state.refused:
+                self.unanswered[update_id] = state.round_id, client_id
+
+    def _reply(self, record: Record, payload: types.ClientEvent) -> None:
+        state = self.rounds.get(getattr(payload, "round_id", None) or "")
+        if state is None:
+            return
+        if isinstance(payload, types.RoundDeclined):
+            state.declined.setdefault(payload.client_id, payload.reason)
+        elif isinstance(payload, types.UpdateSubmitted):
+            replies = state.replies.setdefault(payload.client_id, [])
+            if len(replies) >= MAX_REPLIES_EACH:
+                return
+            replies.append(record.id)
+            accepted = state.closed is not None and any(each.update_id == record.id for each in state.closed.accepted)
+            if state.state != "open" and not accepted and record.id not in state.refused:
+                self.unanswered[record.id] = state.round_id, payload.client_id
+
+    def to_state(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_state(cls, state: bytes) -> Self:
+        return msgspec.msgpack.decode(state, type=cls)

@@ -1,0 +1,199 @@
+"""Topic `rounds`: what a server decides about one run, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from fedloop_events import topics
+from fedloop_events.types.fields import (
+    BlobRef,
+    Content,
+    Count,
+    EventId,
+    Identifier,
+    Line,
+    Mechanism,
+    NodeId,
+    Positive,
+    Sha256,
+)
+from fedloop_events.types.payload import Audience, Payload, ServerEvent
+
+
+class EpochStarted(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A server process has taken over the run; every server of an earlier epoch is fenced."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.epoch.started.v1"
+    audience = Audience.EVERYONE
+
+    server_id: Identifier
+
+
+class RoundRequested(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Somebody wants `rounds` rounds."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.requested.v1"
+    audience = Audience.EVERYONE
+
+    run_id: Identifier
+    request_id: Identifier
+    rounds: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    reason: Line = ""
+
+    @property
+    def key(self) -> str:
+        return self.run_id
+
+
+class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Why a client did not count: a stable code, and one sentence without any content."""
+
+    client_id: Identifier
+    reason: Identifier
+    detail: Line = ""
+
+
+class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The terms of a round, before any device touches its data.
+
+    `kind` "sums" asks for one noisy sum of embeddings per class, "train" for an adapter update. `upload` names the tensors that
+    an update holds, with dtype and shape as in the base release. `mechanism` None is a round without differential privacy.
+    """
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.opened.v1"
+    audience = Audience.NAMED
+
+    round_id: Identifier
+    request_id: Identifier
+    number: Annotated[int, Meta(ge=1)]
+    model: Identifier
+    base_release: Identifier
+    base: BlobRef
+    kind: Literal["sums", "train"]
+    strategy: Identifier
+    cohort: list[Identifier]
+    quorum: Annotated[int, Meta(ge=1)]
+    deadline_s: Positive
+    upload: list[Line]
+    max_upload_bytes: Count
+    max_update_norm: Positive
+    mechanism: Mechanism | None = None
+    hyperparameters: dict[Line, float] = {}
+    excluded: list[Exclusion] = []
+    """Enrolled clients that the scheduler did not choose, and why."""
+
+    @property
+    def named(self) -> Iterable[str]:
+        return self.cohort
+
+
+class NodesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The nodes that a run saw at one step: an answer that a replay must give again."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.nodes.listed.v1"
+    audience = Audience.NOBODY
+
+    step: Count
+    node_ids: list[NodeId]
+    round_id: Identifier | None = None
+
+
+class InstructionSent(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a run to one client. Its event id is derived from (run, step), so that a replay sends nothing twice.
+
+    `content_sha256` covers what the strategy decided: type, destination and content, without times and ids.
+    """
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.instruction.sent.v1"
+    audience = Audience.NAMED
+
+    step: Count
+    client_id: Identifier
+    message_type: Line
+    content: Content
+    content_sha256: Sha256
+    round_id: Identifier | None = None
+    ttl_s: Positive = 43_200.0
+    group_id: Line = ""
+
+    @property
+    def named(self) -> Iterable[str]:
+        return (self.client_id,)
+
+
+class UpdateRefused(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A reply that was not accepted, and why; nothing of its content."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.update.refused.v1"
+    audience = Audience.NOBODY
+
+    client_id: Identifier
+    update_id: EventId
+    reason: Identifier
+    detail: Line = ""
+    round_id: Identifier | None = None
+
+
+class AcceptedUpdate(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One reply that counts: the event, the instruction it answers, its tensors, and its weight in the merge."""
+
+    client_id: Identifier
+    update_id: EventId
+    instruction_id: EventId
+    blob: BlobRef | None = None
+    weight: Positive = 1.0
+
+
+class RoundClosed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly the replies that count for one collecting step of a run, sorted by instruction; what comes later is late."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.closed.v1"
+    audience = Audience.COHORT
+
+    step: Count
+    accepted: list[AcceptedUpdate]
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+
+    @property
+    def named(self) -> Iterable[str]:
+        return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
+
+
+class ResultRecorded(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one step of a run computed, where computing it again could give something else: noise is drawn once."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.result.recorded.v1"
+    audience = Audience.NOBODY
+
+    step: Count
+    content: Content
+    round_id: Identifier | None = None
+
+
+class RoundAborted(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The round ended without a release, and why: fewer clients than its quorum is never a success."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.aborted.v1"
+    audience = Audience.COHORT
+
+    round_id: Identifier
+    reason: Identifier
+    detail: Line = ""
+    excluded: list[Exclusion] = []
+
+    @property
+    def named(self) -> Iterable[str]:
+        return [each.client_id for each in self.excluded]

@@ -1,0 +1,139 @@
+"""Merging updates: one pass over their blobs, in flat memory, with bytes that depend on nothing but the updates and their order.
+
+Every element is multiplied by its weight, then added to an accumulator of float32 or wider, update after update: two rounded
+operations that are the same on every CPU (a fused multiply-add is not) and for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import TensorSpec
+from fedloop_events.errors import FedloopError, TensorError
+from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
+from fedloop_privacy.sums import HEAD_SCALE, head_from_sums
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+BLOCK_BYTES: Final = 256 * 1024
+"""Fits into the second-level cache; larger than any header that is allowed."""
+_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
+
+class MergeError(FedloopError):
+    """There is nothing to merge, or nothing that can be."""
+
+
+def weighted_mean(
+    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec]
+) -> dict[str, NDArray[Any]]:
+    """The mean of `updates`, each by its weight, in their order: float32 arrays, float64 where the updates are.
+
+    With equal weights and float32 updates the bytes are those of Flower's FedAvg. Memory: the result and one block.
+
+    Raises MergeError without updates or with a weight that is not positive and finite, TensorError if a blob holds anything but
+    `specs`, BlobError if its bytes are wrong.
+    """
+    total = sum(weight for _, weight in updates)
+    if not updates or not all(weight > 0 for _, weight in updates) or not np.isfinite(total):
+        raise MergeError("a mean needs at least one update, and weights that are positive and finite")
+    return _accumulate(blobs, [(ref, weight / total) for ref, weight in updates], specs)
+
+
+def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
+    """The sum of `updates`, in their order; dtypes, memory and errors as for `weighted_mean`."""
+    if not updates:
+        raise MergeError("a sum needs at least one update")
+    return _accumulate(blobs, [(ref, 1.0) for ref in updates], specs)
+
+
+def merge(blobs: BlobStore, opened: RoundOpened, base: Arrays, accepted: Sequence[AcceptedUpdate]) -> dict[str, NDArray[Any]]:
+    """The release that a round makes of its accepted updates: a function of its arguments alone, so that anyone can repeat it.
+
+    `base` are the arrays of the round's base release. A round of kind "sums" turns the total of the noisy class sums into the
+    head (`head.weight` with rows of norm `head_scale`, `head.bias` zero); any other puts the mean of what was uploaded (FFA-LoRA,
+    arXiv 2403.12313: the B factors and the head; FedAvg: everything) in the place of the base's.
+
+    Raises MergeError, TensorError and BlobError as `weighted_mean` does.
+    """
+    updates = [(update.blob, update.weight) for update in accepted if update.blob is not None]
+    if len(updates) != len(accepted):
+        raise MergeError("an accepted update has no tensors")
+    specs = upload_specs(opened, base)
+    if opened.kind == "sums":
+        sums = total(blobs, [ref for ref, _ in updates], specs)["sums"]
+        head = head_from_sums(sums, opened.hyperparameters.get("head_scale", HEAD_SCALE))
+        merged = {"head.weight": head, "head.bias": np.zeros_like(base["head.bias"])}
+    else:
+        merged = weighted_mean(blobs, updates, specs)
+    return {name: merged.get(name, values) for name, values in base.items()}
+
+
+def upload_specs(opened: RoundOpened, base: Arrays) -> list[TensorSpec]:
+    """What an update of the round holds: the base's own tensors, or one sum for each class in the head's shape.
+
+    Raises TensorError if the base lacks one of them.
+    """
+    if opened.kind == "sums":
+        if "head.weight" not in base:
+            raise TensorError("the base release has no head.weight")
+        return [TensorSpec("sums", "F32", base["head.weight"].shape)]
+    if missing := [name for name in opened.upload if name not in base]:
+        raise TensorError(f"the base release has no {missing[0]}")
+    return tensors.specs({name: base[name] for name in opened.upload})
+
+
+def _accumulate(
+    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec]
+) -> dict[str, NDArray[Any]]:
+    dtype = _common_dtype(specs)
+    wide = np.promote_types(dtype, np.float32)
+    count = sum(spec.size_bytes for spec in specs) // dtype.itemsize
+    result, scratch = np.zeros(count, wide), np.empty(BLOCK_BYTES // dtype.itemsize + 1, wide)
+    for number, (ref, weight) in enumerate(updates):
+        at = 0
+        for values in _values(blobs, ref, specs, dtype):
+            part = result[at : at + values.size]
+            if number == 0:
+                np.multiply(values, wide.type(weight), out=part, dtype=wide)
+            else:
+                product = np.multiply(values, wide.type(weight), out=scratch[: values.size], dtype=wide)
+                np.add(part, product, out=part)
+            at += values.size
+    return _split(result, specs)
+
+
+def _values(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """The elements of a blob in blocks, in order, after its header has been checked; each block is valid until the next."""
+    rest = b""
+    for number, block in enumerate(blobs.blocks(ref, block_bytes=BLOCK_BYTES)):
+        if number == 0:
+            found, start = tensors.read_header(block, total_bytes=ref.size_bytes)
+            tensors.check(found, specs)
+            block = block[start:]
+        # Elements are cut only where another writer's header was not padded, or the file system gave less than asked for.
+        data = rest + bytes(block) if rest else block
+        whole = len(data) // dtype.itemsize * dtype.itemsize
+        rest = bytes(data[whole:])
+        for begin in range(0, whole, BLOCK_BYTES):
+            yield np.frombuffer(data[begin : min(begin + BLOCK_BYTES, whole)], dtype)
+
+
+def _common_dtype(specs: Sequence[TensorSpec]) -> np.dtype[Any]:
+    names = {spec.dtype for spec in specs}
+    if len(names) != 1 or (dtype := _DTYPES.get(min(names))) is None:
+        raise TensorError("tensors that are merged must all be F16, all F32 or all F64")
+    return dtype
+
+
+def _split(flat: NDArray[Any], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
+    arrays, at = {}, 0
+    for spec in specs:
+        size = int(np.prod(spec.shape, dtype=np.int64))
+        arrays[spec.name] = flat[at : at + size].reshape(spec.shape)
+        at += size
+    return arrays

@@ -1,0 +1,1 @@
+"""Flower over the event log: a grid that resumes, and what it lets through."""

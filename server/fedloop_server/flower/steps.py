@@ -1,0 +1,92 @@
+"""What one run, or one round of it, has decided so far, step by step: the fold that `LogGrid` replays."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedloop_events import topics
+from fedloop_events.envelope import Record
+from fedloop_events.types import (
+    EpochStarted,
+    InstructionSent,
+    NodesListed,
+    Payload,
+    ResultRecorded,
+    RoundClosed,
+    RoundDeclined,
+    ServerEvent,
+    UpdateRefused,
+    UpdateSubmitted,
+)
+from msgspec import Struct
+
+RunStep = NodesListed | InstructionSent | RoundClosed | ResultRecorded
+MAX_REPLIES_EACH: Final = 2
+"""Replies of one client to one instruction that are kept: the first counts, the second is evidence."""
+
+
+class Decision(Struct, frozen=True):
+    """A step as it was recorded: the event's id, when the log took it, and what it says."""
+
+    id: str
+    appended_ms: int
+    payload: RunStep
+
+
+class Reply(Struct, frozen=True):
+    """What a client answered; `id` is the event's."""
+
+    id: str
+    payload: UpdateSubmitted | RoundDeclined
+
+
+class RunSteps:
+    """Fold over `rounds` and `updates` of one run; with `round_id`, of that round alone.
+
+    A decision counts if its epoch is the latest one at its place in the log, and if it is the first of its kind at its step.
+    """
+
+    topics = (topics.ROUNDS, topics.UPDATES)
+
+    def __init__(self, run_id: str, round_id: str | None = None) -> None:
+        self.run_id, self.round_id = run_id, round_id
+        self.epoch = 0
+        self.server_id = ""
+        self.now_ms = 0
+        """The log's own clock, as of the last event read."""
+        self.decisions: dict[int, Decision] = {}
+        self.replies: dict[str, list[Reply]] = {}
+        """By instruction, in the order of the log."""
+        self.refused: dict[str, UpdateRefused] = {}
+        """By update."""
+        self._sent: set[str] = set()
+
+    def apply(self, record: Record, payload: Payload) -> None:
+        self.now_ms = max(self.now_ms, record.appended_ms)
+        if isinstance(payload, ServerEvent):
+            if payload.run_id == self.run_id:
+                self._decided(record, payload)
+        elif isinstance(payload, UpdateSubmitted | RoundDeclined) and payload.run_id == self.run_id:
+            self._replied(record, payload)
+
+    def _decided(self, record: Record, payload: ServerEvent) -> None:
+        if isinstance(payload, EpochStarted):
+            if payload.epoch > self.epoch:
+                self.epoch, self.server_id = payload.epoch, payload.server_id
+        elif payload.epoch != self.epoch or getattr(payload, "round_id", None) != self.round_id:
+            return
+        elif isinstance(payload, UpdateRefused):
+            self.refused.setdefault(payload.update_id, payload)
+        elif isinstance(payload, NodesListed | InstructionSent | RoundClosed | ResultRecorded):
+            self.decisions.setdefault(payload.step, Decision(record.id, record.appended_ms, payload))
+            if isinstance(payload, InstructionSent):
+                self._sent.add(record.id)
+
+    def _replied(self, record: Record, payload: UpdateSubmitted | RoundDeclined) -> None:
+        # In a round, what answers other rounds is not kept; whether the reply names the right round is for admission to check.
+        if self.round_id is not None and payload.round_id != self.round_id and payload.instruction_id not in self._sent:
+            return
+        replies = self.replies.setdefault(payload.instruction_id, [])
+        same_client = [each for each in replies if each.payload.client_id == payload.client_id]
+        if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
+            replies.append(Reply(record.id, payload))

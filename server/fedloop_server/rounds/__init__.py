@@ -1,0 +1,1 @@
+"""Rounds from request to release: what the server does next, and how it does it."""

@@ -1,0 +1,147 @@
+"""Rebuilding a release from the log: anyone with the log and the blobs can, without any key, and compare the bytes.
+
+It repeats what the server did with the function that the server used (`merging.merge`), on the updates that `RoundClosed` lists,
+and also checks what the server could have made up: that each of them was signed by the client it names, for this round, and
+names that very blob.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from fedloop_events import topics, types
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import Array
+from fedloop_events.envelope import Record
+from fedloop_events.errors import FedloopError, UsageError
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import ReleaseState, ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.logs.port import EventLog
+from fedloop_events.types import DEFAULT_MODEL
+from msgspec import Struct
+
+from fedloop_server.aggregation.merging import merge
+from fedloop_server.rounds import registry
+
+
+class RebuildError(FedloopError):
+    """The log does not say how the release was made, or says it of updates that it does not hold."""
+
+
+class RebuiltRelease(Struct, frozen=True):
+    """One release that was made again."""
+
+    release: str
+    published_sha256: str
+    rebuilt_sha256: str
+    clients: list[str]
+
+    @property
+    def identical(self) -> bool:
+        return self.published_sha256 == self.rebuilt_sha256
+
+
+class Rebuilt(Struct, frozen=True):
+    """What came of it; `steps` from the oldest release that was made again to the one that was asked for."""
+
+    release: str
+    steps: list[RebuiltRelease]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every byte of every step is the same."""
+        return all(step.identical for step in self.steps)
+
+    @property
+    def published_sha256(self) -> str:
+        return self.steps[-1].published_sha256
+
+    @property
+    def rebuilt_sha256(self) -> str:
+        return self.steps[-1].rebuilt_sha256
+
+
+class _Updates:
+    """Fold: what clients have signed."""
+
+    topics = (topics.UPDATES,)
+
+    def __init__(self) -> None:
+        self.submitted: dict[str, types.UpdateSubmitted] = {}
+
+    def apply(self, record: Record, payload: types.Payload) -> None:
+        if isinstance(payload, types.UpdateSubmitted):
+            self.submitted.setdefault(record.id, payload)
+
+
+def rebuild(
+    log: EventLog,
+    blobs: BlobStore,
+    release: str | None = None,
+    *,
+    model: str = DEFAULT_MODEL,
+    run_id: str = types.DEFAULT_RUN,
+    deep: bool = False,
+) -> Rebuilt:
+    """Make a release again (by default the one in force): from its base's blob, or with `deep` from release 0 on.
+
+    Raises `UsageError` for an unknown release or one that no round made, `RebuildError` if the log does not hold an update that
+    counted as its client signed it, `BlobError` if a blob is gone or its bytes are wrong.
+    """
+    identities = Identities()
+    releases = Reader(log, ReleasesView(), identities=identities)
+    rounds = Reader(log, RoundsView(run_id), identities=identities)
+    updates = Reader(log, _Updates(), identities=identities)
+    for reader in (releases, rounds, updates):
+        reader.catch_up()
+    name = registry.current(releases.fold, model).release if release is None else release
+    ancestors = registry.lineage(rounds.fold, releases.fold, name)
+    made = [releases.fold.releases[each.release] for each in ancestors if each.base_release is not None]
+    if not made:
+        raise UsageError(f"release {name} was made by no round: there is nothing to rebuild")
+    steps: list[RebuiltRelease] = []
+    arrays: Mapping[str, Array] | None = None
+    for state in reversed(made if deep else made[:1]):
+        step, arrays = _remake(state, arrays, blobs, rounds.fold, updates.fold.submitted, releases.fold)
+        steps.append(step)
+    return Rebuilt(name, steps)
+
+
+def _remake(
+    state: ReleaseState,
+    base: Mapping[str, Array] | None,
+    blobs: BlobStore,
+    rounds: RoundsView,
+    submitted: Mapping[str, types.UpdateSubmitted],
+    releases: ReleasesView,
+) -> tuple[RebuiltRelease, Mapping[str, Array]]:
+    """The step from `base`, which is None where the base's own blob is to be read."""
+    made = rounds.rounds.get(state.round_id or "")
+    if made is None or made.opened is None or made.closed is None:
+        raise RebuildError(f"the round that made release {state.release} is not in the log")
+    opened, accepted = made.opened, made.closed.accepted
+    known = releases.releases.get(opened.base_release)
+    if state.base_release != opened.base_release or known is None or known.blob != opened.base:
+        raise RebuildError(f"release {state.release} names another base than its round {opened.round_id}")
+    if state.updates != [each.update_id for each in accepted] or len(accepted) < opened.quorum:
+        raise RebuildError(f"release {state.release} names other updates than its round {opened.round_id} accepted")
+    for each in accepted:
+        _check_submitted(each, submitted.get(each.update_id), opened)
+    arrays = merge(blobs, opened, tensors.decode(blobs.get(opened.base)) if base is None else base, accepted)
+    digest = hashlib.sha256()
+    for chunk in tensors.encode(arrays):
+        digest.update(chunk)
+    clients = [each.client_id for each in accepted]
+    return RebuiltRelease(state.release, state.blob.sha256, digest.hexdigest(), clients), arrays
+
+
+def _check_submitted(accepted: types.AcceptedUpdate, update: types.UpdateSubmitted | None, opened: types.RoundOpened) -> None:
+    if update is None:
+        raise RebuildError(f"update {accepted.update_id}, which counted, is not in the log as {accepted.client_id} signed it")
+    same = (update.client_id, update.round_id, list(update.content.arrays.values()))
+    if same != (accepted.client_id, opened.round_id, [accepted.blob]) or update.client_id not in opened.cohort:
+        raise RebuildError(f"update {accepted.update_id} is not what {accepted.client_id} signed for round {opened.round_id}")
