@@ -72,7 +72,7 @@ def _round(writer: EventWriter, writers: list[EventWriter], names: list[str], se
     round_id, blob = f"r{number:04d}", types.BlobRef("0" * 64, 200_000)
     opened = types.RoundOpened(
         **common, round_id=round_id, request_id="all", number=number, model="default", base_release="0000-x", base=blob,
-        kind="train", strategy="ffa", cohort=names, quorum=2, deadline_s=60.0, upload=["head.weight"],
+        strategy="ffa", cohort=names, quorum=2, deadline_s=60.0, upload=["head.weight"],
         max_upload_bytes=1 << 20, max_update_norm=1e5,
     )  # fmt: skip
     content = types.Content(arrays={"arrays": blob})

@@ -113,7 +113,6 @@ class Federation:
             model="default",
             base_release="base",
             base=self._blobs.put(tensors.encode(release)),
-            kind=terms.kind,
             strategy=terms.strategy,
             cohort=[f"c{client}" for client in range(len(self.shares))],
             quorum=len(self.shares),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("events", "privacy", "clients", "server", "cli")
+PACKAGES = ("events", "privacy", "tasks", "clients", "server", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "torch.hub.load"}
 

@@ -88,7 +88,6 @@ class Deployment:
             model="default",
             base_release=self.base_release,
             base=self.base,
-            kind="train",
             strategy="ffa",
             cohort=list(cohort),
             quorum=1,

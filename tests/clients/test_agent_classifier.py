@@ -62,7 +62,10 @@ def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_pa
             ("train", [name for name in classified.arrays if name.endswith(".B")] + head, Mechanism(0.5, 2.0, 1.0, 2, 2.0)),
         ):
             opened = replace(
-                classified.opened(agent.identity.client_id, mechanism=mechanism), kind=kind, upload=upload, max_upload_bytes=10**7
+                classified.opened(agent.identity.client_id, mechanism=mechanism),
+                strategy=kind.replace("train", "ffa"),
+                upload=upload,
+                max_upload_bytes=10**7,
             )
             classified.server.append(opened)
             instruction = classified.instruct(agent.identity.client_id, opened)

@@ -49,7 +49,6 @@ def terms(model: EmbeddingClassifier, base: BlobRef, mechanism: Mechanism | None
         model="default",
         base_release="0000-0",
         base=base,
-        kind="train",
         strategy="ffa",
         cohort=["a"],
         quorum=1,

@@ -58,8 +58,7 @@ def opened(upload: Sequence[str], mechanism: Mechanism | None, **change: Any) ->
         model="default",
         base_release="0000-0",
         base=BlobRef("0" * 64, 1),
-        kind=change.pop("kind", "train"),
-        strategy="ffa",
+        strategy=change.pop("strategy", "ffa"),
         cohort=["a"],
         quorum=1,
         deadline_s=60.0,
@@ -136,21 +135,21 @@ def test_what_a_private_round_shows_does_not_depend_on_how_many_examples_there_a
 def test_sums_are_those_of_the_embeddings_of_each_class(model: EmbeddingClassifier, base: Arrays) -> None:
     rows = model.embed(TEXTS).astype(np.float64)
     expected = np.stack([rows[[label == name for label in TRUE]].sum(0) for name in LABELS])
-    exact = train(model, TEXTS, TRUE, opened([SUMS], None, kind="sums"))
+    exact = train(model, TEXTS, TRUE, opened([SUMS], None, strategy="sums"))
     assert list(exact) == [SUMS]
     np.testing.assert_allclose(exact[SUMS], expected, atol=1e-6)
     quiet = Mechanism(sampling_rate=1.0, noise_multiplier=1e-9, clip_norm=1.0, steps=1, divisor=1.0)
-    np.testing.assert_allclose(train(model, TEXTS, TRUE, opened([SUMS], quiet, kind="sums"))[SUMS], expected, atol=1e-6)
+    np.testing.assert_allclose(train(model, TEXTS, TRUE, opened([SUMS], quiet, strategy="sums"))[SUMS], expected, atol=1e-6)
     for n in (0, 5):
-        noisy = train(model, TEXTS[:n], TRUE[:n], opened([SUMS], replace(quiet, noise_multiplier=2.0), kind="sums"))[SUMS]
+        noisy = train(model, TEXTS[:n], TRUE[:n], opened([SUMS], replace(quiet, noise_multiplier=2.0), strategy="sums"))[SUMS]
         assert noisy.shape == (3, 384)
         assert noisy.dtype == np.float32
         assert 1.5 < np.std(noisy - (expected if n else 0)) < 2.5
 
 
-@pytest.mark.parametrize("kind", ["sums", "train"])
-def test_an_example_of_an_unknown_label_takes_no_part(model: EmbeddingClassifier, base: Arrays, kind: str) -> None:
-    terms = opened([SUMS] if kind == "sums" else ffa(model), None, kind=kind)
+@pytest.mark.parametrize("strategy", ["sums", "ffa"])
+def test_an_example_of_an_unknown_label_takes_no_part(model: EmbeddingClassifier, base: Arrays, strategy: str) -> None:
+    terms = opened([SUMS] if strategy == "sums" else ffa(model), None, strategy=strategy)
     known = train(model, TEXTS, TRUE, terms)
     model.load(base)
     with_unknown = train(model, ["unseen", *TEXTS], ["no such label", *TRUE], terms)
@@ -195,7 +194,7 @@ def test_terms_that_cannot_be_followed_are_refused(model: EmbeddingClassifier) -
     with pytest.raises(TermsError, match="5 texts and 4 labels"):
         train(model, TEXTS, TRUE[:4], opened(ffa(model), None))
     with pytest.raises(TermsError, match="sums"):
-        train(model, TEXTS, TRUE, opened(ffa(model), None, kind="sums"))
+        train(model, TEXTS, TRUE, opened(ffa(model), None, strategy="sums"))
     with pytest.raises(TensorError, match=r"no\.such"):
         train(model, TEXTS, TRUE, opened(["no.such"], NOISY))
     with pytest.raises(MechanismError):

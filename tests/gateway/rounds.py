@@ -25,7 +25,6 @@ def opened(*cohort: str, round_id: str = "r0001", base: BlobRef = SOME) -> types
         model="default",
         base_release="0000-x",
         base=base,
-        kind="train",
         strategy="ffa",
         cohort=list(cohort),
         quorum=1,

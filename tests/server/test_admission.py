@@ -23,7 +23,7 @@ GOOD = {"a": np.full((2, 3), 2, np.float32), "b": np.ones(2, np.float32)}
 """Its distance from the base is sqrt(8)."""
 OPENED = RoundOpened(
     origin="o", epoch=1, run_id="main", round_id="r0001", request_id="q", number=1, model="m", base_release="0000-x",
-    base=BlobRef("0" * 64, 1), kind="train", strategy="ffa", cohort=["c"], quorum=1, deadline_s=1.0, upload=["a", "b"],
+    base=BlobRef("0" * 64, 1), strategy="ffa", cohort=["c"], quorum=1, deadline_s=1.0, upload=["a", "b"],
     max_upload_bytes=1000, max_update_norm=3.0, mechanism=MECHANISM,
 )  # fmt: skip
 SENT = InstructionSent(

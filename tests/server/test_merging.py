@@ -136,8 +136,8 @@ def opened(kind: str, upload: list[str], **hyperparameters: float) -> RoundOpene
     return msgspec.convert(
         {
             "origin": "tests", "epoch": 1, "run_id": "main", "round_id": "r0001", "request_id": "q", "number": 1,
-            "model": "default", "base_release": "0000-x", "base": {"sha256": "0" * 64, "size_bytes": 1}, "kind": kind,
-            "strategy": "ffa", "cohort": [], "quorum": 1, "deadline_s": 1, "upload": upload, "max_upload_bytes": 10**6,
+            "model": "default", "base_release": "0000-x", "base": {"sha256": "0" * 64, "size_bytes": 1},
+            "strategy": kind, "cohort": [], "quorum": 1, "deadline_s": 1, "upload": upload, "max_upload_bytes": 10**6,
             "max_update_norm": 1e6, "hyperparameters": hyperparameters,
             "mechanism": Mechanism(1.0, 1.0, 1.0, 1, 1.0),
         },
@@ -152,11 +152,11 @@ def accepted(blobs: BlobStore, arrays: Arrays, weight: float = 1.0) -> AcceptedU
 @pytest.mark.parametrize("upload", [FFA, list(BASE)])
 def test_what_is_uploaded_replaces_the_base_and_the_rest_stays(blobs: BlobStore, upload: list[str]) -> None:
     updates = [{name: np.full_like(BASE[name], value) for name in upload} for value in (1, 2)]
-    merged = merge(blobs, opened("train", upload), BASE, [accepted(blobs, each) for each in updates])
+    merged = merge(blobs, opened("ffa", upload), BASE, [accepted(blobs, each) for each in updates])
     assert list(merged) == list(BASE), "a release keeps its order"
     for name, values in merged.items():
         np.testing.assert_array_equal(values, np.full_like(BASE[name], 1.5) if name in upload else BASE[name])
-    assert [spec.name for spec in upload_specs(opened("train", upload), BASE)] == upload
+    assert [spec.name for spec in upload_specs(opened("ffa", upload), BASE)] == upload
 
 
 def test_class_sums_become_the_head(blobs: BlobStore) -> None:
@@ -170,9 +170,9 @@ def test_class_sums_become_the_head(blobs: BlobStore) -> None:
 
 def test_an_update_without_tensors_or_a_base_without_the_upload_is_an_error(blobs: BlobStore) -> None:
     with pytest.raises(MergeError):
-        merge(blobs, opened("train", FFA), BASE, [AcceptedUpdate("c", "0" * 32, "0" * 32, None)])
+        merge(blobs, opened("ffa", FFA), BASE, [AcceptedUpdate("c", "0" * 32, "0" * 32, None)])
     with pytest.raises(TensorError):
-        merge(blobs, opened("train", ["absent"]), BASE, [])
+        merge(blobs, opened("ffa", ["absent"]), BASE, [])
 
 
 _SCRIPT = """

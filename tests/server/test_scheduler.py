@@ -93,7 +93,7 @@ def test_the_largest_round_fits_into_one_event() -> None:
     assert kept[-1] == Exclusion("z", "revoked")
     assert len(kept) > 100
     opened = types.RoundOpened(
-        "o" * 80, 1, "main", "r0001", "q" * 80, 1, "default", "x" * 80, types.BlobRef("0" * 64, 2**50), "train", "fedavg",
+        "o" * 80, 1, "main", "r0001", "q" * 80, 1, "default", "x" * 80, types.BlobRef("0" * 64, 2**50), "fedavg",
         cohort, 2, 1.0, [f"lora.{layer}.attention.self.query.{part}" for layer in range(24) for part in "AB" * 4],
         2**40, 1.0, GAUSS, {}, kept,
     )  # fmt: skip

@@ -61,7 +61,6 @@ def open_round(deployment: Deployment, *, quorum: int = 3, upload: list[str] = F
         model="default",
         base_release="0000-x",
         base=deployment.blobs.put(tensors.encode(BASE)),
-        kind="train",
         strategy="ffa",
         cohort=[f"client-{number}" for number in range(3)],
         quorum=quorum,

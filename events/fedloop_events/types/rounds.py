@@ -20,7 +20,7 @@ from fedloop_events.types.fields import (
     Positive,
     Sha256,
 )
-from fedloop_events.types.payload import Audience, Payload, ServerEvent
+from fedloop_events.types.payload import Audience, Older, Payload, ServerEvent
 
 
 class EpochStarted(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -61,14 +61,50 @@ class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The terms of a round, before any device touches its data.
 
-    `kind` "sums" asks for one noisy sum of embeddings per class, "train" for an adapter update. `upload` names the tensors that
-    an update holds, with dtype and shape as in the base release. `mechanism` None is a round without differential privacy.
+    `strategy` is the name of the program that the round runs, `upload` names the tensors that an update holds. `mechanism` None is
+    a round without differential privacy.
     """
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.round.opened.v1"
+    type_name = "io.fedloop.round.opened.v2"
     audience = Audience.NAMED
 
+    round_id: Identifier
+    request_id: Identifier
+    number: Annotated[int, Meta(ge=1)]
+    model: Identifier
+    base_release: Identifier
+    base: BlobRef
+    strategy: Identifier
+    cohort: list[Identifier]
+    quorum: Annotated[int, Meta(ge=1)]
+    deadline_s: Positive
+    upload: list[Line]
+    max_upload_bytes: Count
+    max_update_norm: Positive
+    mechanism: Mechanism | None = None
+    hyperparameters: dict[Line, float] = {}
+    excluded: list[Exclusion] = []
+    """Enrolled clients that the scheduler did not choose, and why."""
+
+    @property
+    def named(self) -> Iterable[str]:
+        return self.cohort
+
+    @property
+    def kind(self) -> Literal["sums", "train"]:
+        return "sums" if self.strategy == "sums" else "train"
+
+
+class RoundOpenedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: `kind` "sums" or "train" beside `strategy`, which says the same."""
+
+    type_name = "io.fedloop.round.opened.v1"
+    becomes = RoundOpened
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
     round_id: Identifier
     request_id: Identifier
     number: Annotated[int, Meta(ge=1)]
@@ -86,11 +122,9 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     mechanism: Mechanism | None = None
     hyperparameters: dict[Line, float] = {}
     excluded: list[Exclusion] = []
-    """Enrolled clients that the scheduler did not choose, and why."""
 
-    @property
-    def named(self) -> Iterable[str]:
-        return self.cohort
+    def upcast(self) -> RoundOpened:
+        return RoundOpened(**{name: getattr(self, name) for name in self.__struct_fields__ if name != "kind"})
 
 
 class NodesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -242,7 +242,6 @@ class Server:
             model=self.model,
             base_release=current.release,
             base=current.blob,
-            kind=terms.kind,
             strategy=terms.strategy,
             cohort=drawn.clients,
             quorum=self.config.quorum,
