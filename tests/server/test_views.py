@@ -53,7 +53,7 @@ def requested(request_id: str = "q1", rounds: int = 1, run_id: str = "main") -> 
 
 def opened(number: int, *, at_epoch: int = 1, request_id: str = "q1", run_id: str = "main") -> types.RoundOpened:
     return types.RoundOpened(
-        ORIGIN, at_epoch, run_id, f"r{number}", request_id, number, "default", "x", BLOB, "train", "ffa", ["ann", "bob"], 1, 1.0,
+        ORIGIN, at_epoch, run_id, f"r{number}", request_id, number, "default", "x", BLOB, "ffa", ["ann", "bob"], 1, 1.0,
         [], 1, 1.0, excluded=[types.Exclusion("cem", "revoked")],
     )  # fmt: skip
 
