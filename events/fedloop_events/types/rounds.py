@@ -61,8 +61,8 @@ class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The terms of a round, before any device touches its data.
 
-    `strategy` is the name of the program that the round runs, `upload` names the tensors of an update. `mechanism` None is a round
-    without differential privacy.
+    `strategy` is the name of the program that the round runs, `upload` names the tensors of an update. `mechanism` None is a
+    round without differential privacy.
     """
 
     topic = topics.ROUNDS
