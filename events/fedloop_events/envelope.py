@@ -75,7 +75,7 @@ def check(event: Event) -> None:
 
 
 def source_of(payload: types.Payload) -> str:
-    """CloudEvents `source` of whoever says this: the server, or one client."""
+    """CloudEvents `source` of whoever signs this: the server, or one client."""
     return f"/{payload.origin}/server" if payload.author == "server" else f"/{payload.origin}/clients/{payload.author}"
 
 
@@ -101,7 +101,7 @@ def encode(payload: types.Payload, *, id: str, time_s: int) -> Event:  # noqa: A
 def decode(event: Event) -> types.Payload | None:
     """The payload, upcast to its newest version; None if this program does not know the type (a newer one wrote it).
 
-    Raises `InvalidEventError` if the data is not exactly what the type says. Whether its author said it is for
+    Raises `InvalidEventError` if the data is not exactly what the type says. Whether it is authentic is for
     `signatures.verify` to find.
     """
     decoder = _decoders.get(event.type)
