@@ -78,7 +78,7 @@ class Visibility:
                 pass
 
     def grant(self, client_id: str, sha256: str) -> None:
-        """Let a client read a blob: an instruction to it names it, or it has just sent it. To name a hash is no right to bytes."""
+        """Let a client read a blob: an instruction to it names it, or it has just sent it. A hash alone is no right to bytes."""
         self._personal.pop((client_id, sha256), None)
         self._personal[client_id, sha256] = None
         if len(self._personal) > _MAX_BLOBS:
