@@ -86,11 +86,13 @@ class Folds:
         return views | {"server_spoke_ms": state.said_ms, "trail": self.trail}
 
     def _apply(self, record: Record, payload: Payload) -> None:
-        """Raises `InvalidEventError` for an event that any of them refuses."""
-        for fold in (self.identities, self.server, self.flower):
+        """Raises `InvalidEventError` for an event that its author did not sign, or that a fold refuses."""
+        if record.topic in self.identities.topics:
+            self.identities.apply(record, payload)
+        else:
+            self.identities.authenticate(record, payload)
+        for fold in (self.server, self.flower):
             if record.topic in fold.topics:
-                if fold is not self.identities:
-                    self.identities.authenticate(record, payload)
                 fold.apply(record, payload)
 
     def _restore(self) -> None:
