@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.files import write_whole
 from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ModelSpec
 from msgspec import Struct
@@ -47,9 +47,7 @@ def keep(folder: Path, rows: Sequence[Row]) -> dict[str, int]:
             failed += 1
         else:
             held.labels.append(row.label)
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    temporary.write_bytes(msgspec.json.encode(held))
-    temporary.replace(folder / FILE)
+    write_whole(folder / FILE, msgspec.json.encode(held))
     return {"could not be masked": failed} if failed else {}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from fedloop_events import envelope, types
+from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader, StoredFold
 from fedloop_events.folds.releases import ReleasesView
@@ -85,6 +87,7 @@ def replay(where: Where) -> Replayed:
         replayed.refused += reader.refused
     replayed.refused += who.refused
     replayed.unknown = sum(count for name, count in types.items() if not _known(name))
+    replayed.stale_decisions = sum(rounds.standing.stale.values())
     _summarise(replayed, people, rounds.fold, releases.fold, ledger.fold)
     for path in sorted(directory.rglob(SNAPSHOTS)) if directory is not None else []:
         fold = _fold(path.name.split(".")[0], people)
@@ -127,7 +130,7 @@ def as_text(replayed: Replayed) -> str:
 
 
 def _summarise(replayed: Replayed, people: Identities, rounds: RoundsView, releases: ReleasesView, ledger: Any) -> None:
-    replayed.epoch, replayed.stale_decisions = rounds.epoch, rounds.stale
+    replayed.epoch = rounds.epoch
     replayed.clients = len(people.clients)
     replayed.revoked = sum(client.revoked for client in people.clients.values())
     replayed.rounds = dict(Counter(each.state for each in rounds.rounds.values()))
@@ -159,20 +162,17 @@ def _same(log: EventLog, path: Path, fresh: StoredFold) -> bool:
     found = Snapshots(path).load(fresh.version)
     if found is None:
         return False
-    position, state = found
     people = Identities()
     Reader(log, people).catch_up()
+    admit = Admit(None if isinstance(fresh, Identities) else people)
     for record in read_all(log, fresh.topics):
-        if position.covers(record.stream, record.offset):
-            try:
-                payload = envelope.decode(record)
+        if found.position.covers(record.stream, record.offset):
+            with suppress(InvalidEventError):
+                payload = admit(record)
                 if payload is not None:
-                    if not isinstance(fresh, Identities):
-                        people.authenticate(record, payload)
                     fresh.apply(record, payload)
-            except InvalidEventError:
-                continue
-    return _comparable(fresh) == _comparable(fresh.from_state(state))
+    same = _comparable(fresh) == _comparable(fresh.from_state(found.state))
+    return same and admit.standing == found.standing
 
 
 def _comparable(fold: StoredFold) -> object:

@@ -17,7 +17,7 @@ from fedloop_events.types.fields import (
     Positive,
     Sha256,
 )
-from fedloop_events.types.payload import Audience, ReleaseEvent
+from fedloop_events.types.payload import Audience, ReleaseDecision, ReleaseEvent
 
 
 class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -46,14 +46,13 @@ class ModelRegistered(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omi
     spec: ModelSpec
 
 
-class ReleaseProposed(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseProposed(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A merged candidate and its lineage: the round, the base, and the updates that went in."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.proposed.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     number: Count
     blob: BlobRef
@@ -63,41 +62,38 @@ class ReleaseProposed(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omi
     updates: list[EventId] = []
 
 
-class ReleaseEvaluated(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseEvaluated(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A candidate's accuracy on the server's held-out set."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.evaluated.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     accuracy: Annotated[float, Meta(ge=0, le=1)]
     examples: Count
     dataset_sha256: Sha256
 
 
-class ReleasePublished(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleasePublished(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The candidate has passed the gate: agents load it."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.published.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     number: Count
     blob: BlobRef
 
 
-class ReleaseRejected(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseRejected(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The candidate has not passed the gate, and why."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.rejected.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     reason: Identifier
     detail: Line = ""
