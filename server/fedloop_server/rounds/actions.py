@@ -17,6 +17,7 @@ from fedloop_events.logs.port import START, Position
 from fedloop_privacy.ledger import Ledger
 from msgspec import Struct
 
+from fedloop_server.flower.steps import RunSteps
 from fedloop_server.rounds import registry, scheduler
 from fedloop_server.rounds.planner import Kind, Planner
 from fedloop_server.rounds.scheduler import Eligibility
@@ -109,6 +110,8 @@ class ServerState:
         """The log's own clock, as of the last event that the server said."""
         self.round_after = START
         """Before everything that the open round rests on."""
+        self.steps: RunSteps | None = None
+        """Those of the round that is being collected, which are kept up to date too."""
         self._epoch_after = START
         self._offsets: dict[str, int] = {}
         self._on_event = on_event
@@ -127,6 +130,8 @@ class ServerState:
                 self._epoch_after = Position({**self._offsets, record.stream: record.offset - 1})
             if self.rounds.open_round is not open_round:
                 self.round_after = self._epoch_after
+            if self.steps is not None:
+                self.steps.apply(record, payload)
         self._offsets[record.stream] = record.offset
         if self._on_event is not None:
             self._on_event(record, payload)
