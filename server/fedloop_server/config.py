@@ -16,8 +16,8 @@ import msgspec
 from fedloop_events.errors import UsageError
 from msgspec import Meta, Struct
 
-MAX_COHORT = 128
-"""A round's terms, with the clients that it asks and those that it does not, are one event of at most 60 KiB."""
+MAX_COHORT = 1_500
+"""`ReleaseProposed` names each update that went in, and is one event of at most 60 KiB."""
 
 Strategy = Literal["ffa", "fedavg"]
 _Number = Annotated[float, Meta(gt=0, le=1e12)]

@@ -106,6 +106,7 @@ class Deployment:
         message_type: str = "train",
         ttl_s: float = 600,
         base: BlobRef | None = None,
+        step: int = 0,
     ) -> str:
         """Send one instruction of a round (or of none); its event id."""
         content = Content(arrays={"arrays": base or (opened.base if opened else self.base)})
@@ -113,7 +114,7 @@ class Deployment:
             origin=ORIGIN,
             epoch=opened.epoch if opened else 1,
             run_id="main",
-            step=0,
+            step=step,
             client_id=client_id,
             message_type=message_type,
             content=content,
