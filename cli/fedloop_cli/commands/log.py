@@ -11,8 +11,7 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
-
-    from fedloop_cli.verification import VerifyReport
+    from fedloop_events.verify.checks import VerifyReport
 
 app = options.group(help="Read the log, check it, replay it.")
 
@@ -63,14 +62,17 @@ def tail(
 
 @app.command(cls=options.Command)
 def verify(where: options.Deployment, json: options.Json = False) -> None:
-    """Check that the log is whole, each event said by whom it names, and each blob as its name promises.
+    """Check that the log is whole, each event signed by the author that it names, and each blob as its name promises.
 
     Opens it for reading only. Exit status 1 if anything is wrong.
     """
-    from fedloop_cli import verification
+    import msgspec
+    from fedloop_events.verify.log import verify as verify_log
 
-    report = verification.verify(where)
-    console.show(verification.as_document(report), lambda: _report(report), as_json=json)
+    from fedloop_cli import state
+
+    report = verify_log(where.place, lambda: state.open_log(where), lambda: state.open_blobs(where))
+    console.show(msgspec.to_builtins(report), lambda: _report(report), as_json=json)
     if not report.verified:
         raise typer.Exit(1)
 

@@ -12,9 +12,10 @@ from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_MODEL
+from fedloop_events.verify.log import verify
 from msgspec import Struct
 
-from fedloop_cli import console, state, verification
+from fedloop_cli import console, state
 from fedloop_cli.commands.audit import Budget, budget_of
 from fedloop_cli.demo import leaks
 from fedloop_cli.demo.play import Scene
@@ -62,7 +63,7 @@ def report(scene: Scene) -> DemoReport:
     where, why = scene.where, []
     log = state.open_log(where)
     followed = state.Followed(log)
-    verified = verification.verify(where)
+    verified = verify(where.place, lambda: log, lambda: state.open_blobs(where))
     why += [f"log, offset {console.position(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
     identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
