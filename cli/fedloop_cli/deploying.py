@@ -74,7 +74,7 @@ def deploy(
     made = create_deployment(directory, spec, initial, config, place)
     failed = evaluation.keep(made.folder, held_out)
 
-    from fedloop_cli.state import Followed
+    from fedloop_server.operations.followed import Followed
 
     followed = Followed(made.log)
     current = followed.releases.current(DEFAULT_MODEL)

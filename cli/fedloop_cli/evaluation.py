@@ -18,6 +18,7 @@ from fedloop_cli.tables import Row
 
 if TYPE_CHECKING:
     from fedloop_clients.model import EmbeddingClassifier
+    from fedloop_server.deployment import Deployment
 
 FILE: Final = "heldout.json"
 
@@ -51,6 +52,12 @@ def keep(folder: Path, rows: Sequence[Row]) -> dict[str, int]:
     temporary.write_bytes(msgspec.json.encode(held))
     temporary.replace(folder / FILE)
     return {"could not be masked": failed} if failed else {}
+
+
+def evaluator_of(deployment: Deployment, spec: ModelSpec) -> Evaluator:
+    """The evaluator that a deployment's settings name. Raises as `Evaluator`."""
+    model_dir = deployment.config.model_dir
+    return Evaluator(deployment.folder, spec, Path(model_dir) if model_dir else None)
 
 
 class Evaluator:

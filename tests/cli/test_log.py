@@ -10,7 +10,6 @@ from pathlib import Path
 
 import apsw
 import pytest
-from fedloop_cli import requests
 from fedloop_events import ids, locations, topics, types
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
@@ -22,6 +21,7 @@ from fedloop_events.verify.checks import VerifyReport
 from fedloop_events.verify.log import verify as verify_log
 from fedloop_events.writer import EventWriter
 from fedloop_server.deployment import open_deployment
+from fedloop_server.operations import commands, rounds
 
 from .conftest import Fedloop
 
@@ -56,7 +56,7 @@ def fill(directory: Path) -> Path:
         writer, origin = enrol(deployment.log, name)
         for seq in (1, 2):
             writer.append(types.ClientSeen(origin=origin, client_id=name, seq=seq, examples_at_least=4))
-    requests.request_rounds(deployment.writer, 2, "test")
+    rounds.request(deployment.writer, 2, "test")
     deployment.log.close()
     return directory
 
@@ -191,7 +191,7 @@ def test_two_authentic_events_under_one_id_are_counted_and_a_forged_one_is_wrong
 ) -> None:
     deployment = open_deployment(deployment_on_kafka)
     log, writer = deployment.log, deployment.writer
-    origin, identifier = requests._known(writer).origin, ids.new_id()
+    origin, identifier = commands.identities(writer).origin, ids.new_id()
     one, other = (types.RoundRequested(origin=origin, run_id="main", request_id="q-1", reason=each) for each in ("one", "other"))
     for event in (writer.event(one, id=identifier), writer.event(other, id=identifier)):
         log.append([event])

@@ -10,7 +10,7 @@ from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.releases import Evaluation, ReleasesView
 from fedloop_events.logs.port import EventLog
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 
 
 @pytest.fixture

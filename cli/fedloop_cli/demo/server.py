@@ -9,8 +9,9 @@ from pathlib import Path
 from fedloop_events import locations
 from fedloop_events.envelope import Record
 from fedloop_events.types import Payload
+from fedloop_server import serving
 
-from fedloop_cli import serving
+from fedloop_cli import documents, evaluation
 
 
 def main(directory: Path, channel: socket.socket) -> None:
@@ -21,10 +22,10 @@ def main(directory: Path, channel: socket.socket) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    serving.serve(directory, locations.locate(directory), stop, on_event=_note)
+    serving.serve(directory, locations.locate(directory), stop, evaluation.evaluator_of, on_event=_note)
 
 
 def _note(record: Record, payload: Payload) -> None:
-    line = serving.describe(payload)
+    line = documents.event_line(payload)
     if line:
         print(line, flush=True)
