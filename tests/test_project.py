@@ -6,8 +6,10 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -53,3 +55,10 @@ def test_tracked_files_name_no_folder_of_a_developers_machine() -> None:
     )
     lines = [line for line in listed.stdout.splitlines() if not line.startswith("tests/test_project.py")]
     assert not lines
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor for types alone: what is in a circle can only be understood, moved and tested together."""
+    graph = grimp.build_graph(*(f"fedloop_{package}" for package in PACKAGES), cache_dir=None)
+    assert len(graph.modules) > 150
+    TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()
