@@ -41,15 +41,12 @@ def test_clients_are_counted_by_what_they_are(world: World) -> None:
 
 
 def test_a_client_whose_spends_are_forked_is_suspended_and_its_budget_not_kept(world: World) -> None:
-    (first, *_) = world.payloads(types.BudgetSpent)
-    ann = world.devices["ann"]
-    ann.writer.append(
-        types.BudgetSpent(
-            ann.origin, "ann", ann.seq(), 0, "", "main", instruction_id="f" * 32, mechanism=first.mechanism, round_id="r0001"
-        )
-    )
+    mechanism = world.payloads(types.BudgetSpent)[0].mechanism
+    cem = world.devices["cem"]
+    for instruction in ("e" * 32, "f" * 32):
+        cem.writer.append(types.BudgetSpent(cem.origin, "cem", cem.seq(), 0, "", "main", instruction, mechanism))
     assert count(world, 0).suspended == 1
-    (found,) = budgets(Followed(world.log), "ann")
+    (found,) = budgets(Followed(world.log), "cem")
     assert (found.suspended, found.kept) == ("spend-reused", False)
 
 

@@ -61,9 +61,10 @@ def test_the_detail_of_a_round_is_its_terms_and_who_declined_them(world: World) 
 
 def test_a_round_that_was_given_up_has_a_reason_and_no_terms(tmp_path: Path) -> None:
     world = World(tmp_path / "deployment", msgspec.structs.replace(CONFIG, quorum_wait_s=0.001))
-    world.request()
+    world.request(3)
     world.server().run(rounds=1)
     followed = Followed(world.log)
+    assert rounds.waiting(followed.rounds) == 0
     (given_up,) = rounds.summaries(followed)
     assert (given_up.state, given_up.reason, given_up.over) == ("aborted", "quorum", True)
     assert (given_up.kind, given_up.cohort, given_up.took_ms) == (None, [], None)
