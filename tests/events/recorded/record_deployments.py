@@ -24,7 +24,7 @@ from devices import CONFIG, OPEN_CONFIG, Behaviour, Device, World
 from fedloop_events import ids, types
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.folds.releases import Evaluation
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 from msgspec.structs import replace
 from simulated import SimulatedClient
 
