@@ -31,9 +31,7 @@ P = TypeVar("P", bound=types.Payload)
 Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
 """What becomes of an honest update: other tensors, the reason of a refusal, or None for silence."""
 
-SPEC = types.ModelSpec(
-    base_model="tiny", base_sha256="0" * 64, labels=["a", "b", "c"], rank=2, alpha=4.0, targets=["query"], layers=1
-)
+SPEC = types.Spec(base_model="tiny", base_sha256="0" * 64, labels=["a", "b", "c"], rank=2, alpha=4.0, targets=["query"], layers=1)
 # At sampling rate 1 the accountant has a closed form and needs no torch.
 CONFIG = ServerConfig(planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100, quorum=2, deadline_s=30.0)
 OPEN_CONFIG = ServerConfig(epsilon=None, quorum=2, deadline_s=30.0)
@@ -49,8 +47,12 @@ def initial_arrays() -> dict[str, Array]:
     }
 
 
+def evaluation(accuracy: float, dataset: str = "e") -> Evaluation:
+    return Evaluation({"accuracy": accuracy}, "accuracy", 100, dataset * 64)
+
+
 def evaluate(arrays: Mapping[str, Array]) -> Evaluation:
-    return Evaluation(0.5, 100, "e" * 64)
+    return evaluation(0.5)
 
 
 class Device:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import Evaluation
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
 
 from fedloop_cli.tables import Row
@@ -59,7 +59,7 @@ class Evaluator:
     Raises `UsageError` if there is no held-out set.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, model_dir: Path | None) -> None:
+    def __init__(self, folder: Path, spec: ClassificationSpec, model_dir: Path | None) -> None:
         path = folder / FILE
         try:
             data = path.read_bytes()
@@ -79,4 +79,4 @@ class Evaluator:
             self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
         self._model.load(arrays)
         accuracy = self._model.accuracy(self._held.texts, self._held.labels)
-        return Evaluation(accuracy, len(self._held.texts), self._sha256)
+        return Evaluation({"accuracy": accuracy}, "accuracy", len(self._held.texts), self._sha256)

@@ -94,7 +94,7 @@ def describe(payload: types.Payload) -> str:
         case types.RoundAborted():
             return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
         case types.ReleaseEvaluated():
-            return f"{payload.release} has accuracy {payload.accuracy:.4f} on {payload.examples} held-out messages"
+            return _worth(payload)
         case types.ReleasePublished():
             return f"{payload.release} published"
         case types.ReleaseRejected():
@@ -103,3 +103,8 @@ def describe(payload: types.Payload) -> str:
             return f"{payload.release} in force again, {payload.withdrawn} withdrawn: {payload.reason}"
         case _:
             return ""
+
+
+def _worth(evaluated: types.ReleaseEvaluated) -> str:
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.metrics.items())
+    return f"{evaluated.release} has {metrics} on {evaluated.examples} held-out messages"

@@ -24,7 +24,7 @@ class ClassifierApp:
     """
 
     def __init__(
-        self, model: str, capture: Capture, models: Models, spec: Callable[[], types.ModelSpec | None], *, min_examples: int
+        self, model: str, capture: Capture, models: Models, spec: Callable[[], types.Spec | None], *, min_examples: int
     ) -> None:
         self._model, self._capture, self._models, self._spec, self._min_examples = model, capture, models, spec, min_examples
         self._borrowed: EmbeddingClassifier | None = None

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from fedloop_events.errors import TensorError
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,9 +42,9 @@ def describe(
     layers: int = 1,
     max_tokens: int = 64,
     model_dir: Path | None = None,
-) -> ModelSpec:
+) -> ClassificationSpec:
     """The spec of a classifier into `labels` over a base model on this machine. Raises ModelError if it is not there."""
-    return ModelSpec(
+    return ClassificationSpec(
         base_model=base_model,
         base_sha256=sha256(locate(base_model, model_dir)),
         labels=list(labels),
@@ -69,7 +69,12 @@ class EmbeddingClassifier:
     """
 
     def __init__(
-        self, spec: ModelSpec, *, model_dir: Path | None = None, device: str | None = None, cache_bytes: int = CACHE_BYTES
+        self,
+        spec: ClassificationSpec,
+        *,
+        model_dir: Path | None = None,
+        device: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if len(set(spec.labels)) != len(spec.labels) or not spec.labels:
             raise ModelError("the model's labels must be different from each other, and at least one")

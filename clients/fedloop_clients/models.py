@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.types import BlobRef, ModelSpec
+from fedloop_events.types import BlobRef, ClassificationSpec
 
 if TYPE_CHECKING:
     from fedloop_clients.model import EmbeddingClassifier
@@ -47,7 +47,7 @@ class Models:
         self._lock = threading.Lock()
 
     @contextmanager
-    def borrowed(self, spec: ModelSpec) -> Iterator[Held]:
+    def borrowed(self, spec: ClassificationSpec) -> Iterator[Held]:
         """A model of `spec`. Raises `ModelError` if its base is not on this machine."""
         with self._lock:
             held = self._idle.pop() if self._idle else None

@@ -64,13 +64,13 @@ class _Intent(Struct, frozen=True, forbid_unknown_fields=True):
     """What the folder is to become; written before anything else."""
 
     origin: types.Identifier
-    spec: types.ModelSpec
+    spec: types.Spec
     initial: types.BlobRef
 
 
 def create_deployment(
     directory: Path | str,
-    spec: types.ModelSpec,
+    spec: types.Spec,
     initial_arrays: Mapping[str, tensors.Array],
     config: ServerConfig,
     place: DeploymentLocation | None = None,
@@ -194,7 +194,7 @@ def release_id(number: int, blob: types.BlobRef) -> str:
     return f"{number:04d}-{blob.sha256[:12]}"
 
 
-def _check(spec: types.ModelSpec, arrays: Mapping[str, tensors.Array]) -> None:
+def _check(spec: types.Spec, arrays: Mapping[str, tensors.Array]) -> None:
     registered = types.ModelRegistered(origin="x", model=DEFAULT_MODEL, spec=spec)
     envelope.expect(envelope.encode(registered, id="0" * 32, time_s=0), types.ModelRegistered)
     if not spec.labels or len(set(spec.labels)) != len(spec.labels):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from devices import World
+from devices import World, evaluation
 from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
-from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import EventLog
 from fedloop_server.rounds import registry
 
@@ -36,13 +36,13 @@ def world(tmp_path: Path) -> World:
     ],
 )
 def test_the_gate_lets_pass_what_is_at_most_a_margin_worse(candidate: float, current: float, margin: float, reason: str) -> None:
-    verdict = registry.gate(Evaluation(candidate, 10, "a"), Evaluation(current, 10, "a"), margin)
+    verdict = registry.gate(evaluation(candidate), evaluation(current), margin)
     assert verdict.reason == reason
 
 
 def test_accuracies_on_different_sets_are_not_compared() -> None:
     with pytest.raises(ValueError, match="held-out"):
-        registry.gate(Evaluation(0.9, 10, "a"), Evaluation(0.8, 10, "b"), 0.0)
+        registry.gate(evaluation(0.9, "a"), evaluation(0.8, "b"), 0.0)
 
 
 def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world: World) -> None:

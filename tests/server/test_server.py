@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONFIG, OPEN_CONFIG, Behaviour, World
+from devices import CONFIG, OPEN_CONFIG, Behaviour, World, evaluation
 from devices import evaluate as half
 from fedloop_events import ids, topics, types
 from fedloop_events.blobs import tensors
@@ -407,7 +407,7 @@ def test_an_update_that_comes_after_its_round_has_closed_is_refused_as_late(tmp_
 
 def scored(*accuracies: float) -> Callable[[Mapping[str, Array]], Evaluation]:
     left = iter(accuracies)
-    return lambda arrays: Evaluation(next(left), 100, "e" * 64)
+    return lambda arrays: evaluation(next(left))
 
 
 def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(world: World) -> None:
@@ -423,9 +423,9 @@ def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(worl
 def test_a_new_held_out_set_measures_the_release_in_force_again(world: World) -> None:
     world.request(2)
     with world.serving():
-        server = world.server(evaluate=lambda arrays: Evaluation(0.9, 10, "a" * 64))
+        server = world.server(evaluate=lambda arrays: evaluation(0.9, "a"))
         server.run(rounds=1)
-        until_idle(world.server(evaluate=lambda arrays: Evaluation(0.5, 20, "b" * 64)))
+        until_idle(world.server(evaluate=lambda arrays: evaluation(0.5, "b")))
     assert [each.status for each in world.releases.releases.values()] == ["published"] * 3
     assert list(list(world.releases.releases.values())[1].evaluations) == ["a" * 64, "b" * 64]
 

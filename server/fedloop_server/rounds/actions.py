@@ -100,7 +100,7 @@ class ServerState:
     """Everything the server knows: folds over the log, and its clock. `people` says whose word counts; its reader is another."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 1
+    version = 2
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()

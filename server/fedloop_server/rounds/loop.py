@@ -47,7 +47,7 @@ POLL_S: Final = 1.0
 _Decided = types.ReleasePublished | types.ReleaseRejected
 
 Evaluate = Callable[[Mapping[str, Array]], Evaluation]
-"""The accuracy of a release, given its tensors, on the server's held-out set."""
+"""What a release is worth, given its tensors, on the server's held-out set."""
 
 
 class _Run(TypedDict):
@@ -309,7 +309,8 @@ class Server:
         found = self._evaluate(self._arrays(state.blob))
         evaluated = types.ReleaseEvaluated(
             **self._release(release),
-            accuracy=found.accuracy,
+            metrics=found.metrics,
+            leading=found.leading,
             examples=found.examples,
             dataset_sha256=found.dataset_sha256,
         )

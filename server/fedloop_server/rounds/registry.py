@@ -90,9 +90,9 @@ def gate(candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict
     """A candidate passes if it is at most `margin` less accurate than the release in force, on the same held-out set."""
     if candidate.dataset_sha256 != incumbent.dataset_sha256:
         raise ValueError("two accuracies on different held-out sets say nothing about each other")
-    if candidate.accuracy >= incumbent.accuracy - margin:
+    if candidate.score >= incumbent.score - margin:
         return Verdict()
-    return Verdict("less-accurate", f"{candidate.accuracy:.4f}, and the current release {incumbent.accuracy:.4f}")
+    return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
 
 def roll_back(writer: EventWriter, *, release: str, reason: str, model: str = types.DEFAULT_MODEL) -> types.ReleaseRolledBack:

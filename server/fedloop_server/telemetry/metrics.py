@@ -6,6 +6,7 @@ log again. The names and their meanings are a contract with deploy/grafana.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -119,18 +120,14 @@ class ServerCollector:
         yield _by("fedloop_releases", "Releases of the model, and candidates for one.", "state", map(_standing, found), STANDINGS)
         current = view.current(model)
         number = GaugeMetricFamily("fedloop_release_number", "The number of the release in force.")
-        accuracy = GaugeMetricFamily(
-            "fedloop_release_accuracy",
-            "Accuracy, from 0 to 1, on the held-out messages: of the release in force, and of the candidate made last.",
-            labels=["release"],
-        )
+        shown: list[tuple[str, ReleaseState]] = []
         if current is not None:
             number.add_metric([], current.number)
-            _add_accuracy(accuracy, "in_force", current)
+            shown.append(("in_force", current))
         if found:
-            _add_accuracy(accuracy, "last", max(found, key=lambda each: each.number))
+            shown.append(("last", max(found, key=lambda each: each.number)))
         yield number
-        yield accuracy
+        yield from _evaluations(shown)
 
     def _clients(self) -> Iterator[Metric]:
         state, config = self._server.state, self._server.config
@@ -153,6 +150,7 @@ class ServerCollector:
         yield share
 
 
+_NOT_IN_NAMES: Final = re.compile("[^A-Za-z0-9_]")
 ROUND_STATES: Final = ("open", "closed", "aborted")
 STANDINGS: Final = ("proposed", "published", "rejected", "withdrawn")
 
@@ -205,9 +203,17 @@ def _standing(release: ReleaseState) -> str:
     return "withdrawn" if release.withdrawn else release.status
 
 
-def _add_accuracy(accuracy: GaugeMetricFamily, which: str, release: ReleaseState) -> None:
-    if (evaluation := release.evaluation) is not None:
-        accuracy.add_metric([which], evaluation.accuracy)
+def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
+    """A gauge for each metric of the task, such as fedloop_release_accuracy."""
+    gauges: dict[str, GaugeMetricFamily] = {}
+    for which, release in shown:
+        for name, value in release.evaluation.metrics.items() if release.evaluation is not None else ():
+            meaning = f"{name.capitalize()} on the held-out messages: of the release in force, and of the candidate made last."
+            gauge = gauges.setdefault(
+                name, GaugeMetricFamily(f"fedloop_release_{_NOT_IN_NAMES.sub('_', name)}", meaning, labels=["release"])
+            )
+            gauge.add_metric([which], value)
+    yield from gauges.values()
 
 
 def _by(name: str, meaning: str, label: str, found: Iterable[str], known: Iterable[str]) -> Metric:
