@@ -13,6 +13,7 @@ from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks.table import kind_of
 from msgspec import Struct
 
 from fedloop_cli import console
@@ -138,7 +139,7 @@ def summarise(followed: Followed, state: RoundState) -> RoundSummary:
         state.round_id,
         state.number,
         state.state if not decided or release is None else release.status,
-        opened.kind if opened is not None else None,
+        kind_of(opened.strategy) if opened is not None else None,
         opened.strategy if opened is not None else None,
         opened.base_release if opened is not None else None,
         release.release if release is not None and release.status == "published" else None,

@@ -99,7 +99,7 @@ def test_a_model_of_version_1_is_a_classifier_and_an_accuracy_of_version_1_leads
         "targets": ["q"],
         "layers": 1,
     }
-    older = {
+    older: dict[str, dict[str, object]] = {
         "model.registered": {"spec": spec},
         "release.evaluated": {"epoch": 1, "release": "0001-x", "accuracy": 0.5, "examples": 9, "dataset_sha256": "1" * 64},
     }

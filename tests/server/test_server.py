@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONFIG, OPEN_CONFIG, Behaviour, World, evaluation
+from devices import CONFIG, OPEN_CONFIG, PLAN, Behaviour, World, evaluation
 from devices import evaluate as half
 from fedloop_events import ids, topics, types
 from fedloop_events.blobs import tensors
@@ -38,7 +38,7 @@ def world(tmp_path: Path) -> World:
 
 
 def enrolled(world: World, **behaviours: Behaviour) -> World:
-    epsilon = world.config.epsilon
+    epsilon = None if world.config is OPEN_CONFIG else 8.0
     for name in CLIENTS:
         world.device(name, epsilon=epsilon, behave=behaviours.get(name, lambda opened, arrays: arrays))
     return world
@@ -78,8 +78,8 @@ def test_private_rounds_begin_with_sums_and_end_with_the_plan(world: World) -> N
     with world.serving():
         until_idle(world.server())
     rounds, releases = world.rounds, world.releases
-    kinds = [each.opened.kind for each in rounds.rounds.values() if each.opened]
-    assert kinds == ["sums", "train", "train"]
+    programs = [each.opened.strategy for each in rounds.rounds.values() if each.opened]
+    assert programs == ["sums", "ffa", "ffa"]
     assert [each.status for each in releases.releases.values()] == ["published"] * 4
     last = rounds.rounds["r0004"]
     assert last.aborted is not None
@@ -110,13 +110,13 @@ def test_rounds_without_privacy_train_everything_from_the_first_one_on(tmp_path:
     with world.serving():
         until_idle(world.server())
     opened = [each.opened for each in world.rounds.rounds.values() if each.opened]
-    assert [(each.kind, each.strategy, each.mechanism) for each in opened] == [("train", "fedavg", None)] * 2
+    assert [(each.strategy, each.mechanism) for each in opened] == [("fedavg", None)] * 2
     assert len(opened[0].upload) == 4
     assert rebuild(world.log, world.blobs).identical
 
 
 def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_told_to_stop(tmp_path: Path) -> None:
-    world = enrolled(World(tmp_path / "deployment", replace(CONFIG, planned_rounds=4)))
+    world = enrolled(World(tmp_path / "deployment", replace(CONFIG, plan=replace(PLAN, planned_rounds=4))))
     world.request(3)
     with world.serving():
         assert world.server().run(rounds=2) == 2

@@ -234,9 +234,8 @@ def rejected(number: int, *, at_epoch: int = 1) -> types.ReleaseRejected:
 
 
 def evaluated(number: int, accuracy: float, dataset: str = "a", at_epoch: int = 1) -> types.ReleaseEvaluated:
-    return types.ReleaseEvaluated(
-        ORIGIN, "default", at_epoch, f"default-{number}", {"accuracy": accuracy}, "accuracy", 10, dataset * 64
-    )
+    metrics = {"accuracy": accuracy}
+    return types.ReleaseEvaluated(ORIGIN, "default", at_epoch, f"default-{number}", metrics, "accuracy", 10, dataset * 64)
 
 
 def rolled_back(to: int, withdrawn: int) -> types.ReleaseRolledBack:

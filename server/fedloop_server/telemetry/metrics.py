@@ -207,12 +207,10 @@ def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
     """A gauge for each metric of the task, such as fedloop_release_accuracy."""
     gauges: dict[str, GaugeMetricFamily] = {}
     for which, release in shown:
-        for name, value in release.evaluation.metrics.items() if release.evaluation is not None else ():
-            meaning = f"{name.capitalize()} on the held-out messages: of the release in force, and of the candidate made last."
-            gauge = gauges.setdefault(
-                name, GaugeMetricFamily(f"fedloop_release_{_NOT_IN_NAMES.sub('_', name)}", meaning, labels=["release"])
-            )
-            gauge.add_metric([which], value)
+        for metric, value in release.evaluation.metrics.items() if release.evaluation is not None else ():
+            name = f"fedloop_release_{_NOT_IN_NAMES.sub('_', metric)}"
+            meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
+            gauges.setdefault(name, GaugeMetricFamily(name, meaning, labels=["release"])).add_metric([which], value)
     yield from gauges.values()
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedloop_clients.model import Arrays, EmbeddingClassifier, ModelError, describe, locate, sha256
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
+from fedloop_tasks.classification.encoder import locate, sha256
+from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_tasks.task import ModelError
 from msgspec.structs import replace
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig

@@ -20,7 +20,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
-from fedloop_events.errors import FedloopError
 from fedloop_events.types import ClassificationSpec
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
@@ -28,13 +27,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fedloop_tasks.task import ModelError
+
 WEIGHTS: Final = "model.safetensors"
 _PROBE: Final = ("one", "a longer text, so that the first is padded")
 _PROBE_TOLERANCE: Final = 1e-5  # the same operations on the same values; only the mask is written otherwise
-
-
-class ModelError(FedloopError):
-    """The base model is absent, is not the one that the spec names, or is of a kind that cannot be adapted."""
 
 
 def locate(base_model: str, model_dir: Path | None = None) -> Path:

@@ -1,12 +1,12 @@
-"""The server's held-out set: masked when it is taken in, and the accuracy of a release on it."""
+"""The server's held-out set: taken in as devices see texts, and the accuracy of a release on it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
@@ -14,12 +14,14 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
 
-from fedloop_cli.tables import Row
+from fedloop_tasks.task import Arrays, Message
 
 if TYPE_CHECKING:
-    from fedloop_clients.model import EmbeddingClassifier
+    from fedloop_tasks.classification.model import EmbeddingClassifier
 
 FILE: Final = "heldout.json"
+ACCURACY: Final = "accuracy"
+"""The metric that leads: the part of the held-out texts that get their label."""
 
 
 class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,24 +31,17 @@ class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
     labels: list[str]
 
 
-def keep(folder: Path, rows: Sequence[Row]) -> dict[str, int]:
-    """Mask `rows` and keep them in `folder`, unless that was done before; how many could not be masked, by reason.
-
-    Devices see masked texts alone, so the accuracy that counts is that on masked texts, and the server keeps no others.
-    """
+def keep(folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | None]) -> dict[str, int]:
+    """See `Task.keep`."""
     if (folder / FILE).exists():
         return {}
-    from fedloop_privacy.masking import Masker, MaskingError
-
-    masker, failed = Masker(), 0
-    held = HeldOut([], [])
-    for row in rows:
-        try:
-            held.texts.append(masker.mask(row.text).text)
-        except MaskingError:
+    held, failed = HeldOut([], []), 0
+    for message in held_out:
+        if (masked := mask(message.text)) is None:
             failed += 1
         else:
-            held.labels.append(row.label)
+            held.texts.append(masked)
+            held.labels.append(message.answer)
     temporary = folder / f".{FILE}.{os.getpid()}"
     temporary.write_bytes(msgspec.json.encode(held))
     temporary.replace(folder / FILE)
@@ -72,11 +67,11 @@ class Evaluator:
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None
 
-    def __call__(self, arrays: Mapping[str, Any]) -> Evaluation:
+    def __call__(self, arrays: Arrays) -> Evaluation:
         if self._model is None:
-            from fedloop_clients.model import EmbeddingClassifier
+            from fedloop_tasks.classification.model import EmbeddingClassifier
 
             self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
         self._model.load(arrays)
         accuracy = self._model.accuracy(self._held.texts, self._held.labels)
-        return Evaluation({"accuracy": accuracy}, "accuracy", len(self._held.texts), self._sha256)
+        return Evaluation({ACCURACY: accuracy}, ACCURACY, len(self._held.texts), self._sha256)
