@@ -133,13 +133,14 @@ class Device:
         """The update's event id."""
         blob = self._blobs.put(tensors.encode(arrays))
         spend_seq = None if opened.mechanism is None else self.spend(opened, instruction)
+        weight = self.examples if opened.mechanism is None else 1
         update = types.UpdateSubmitted(
             self.origin,
             self.client_id,
             self.seq(),
             opened.run_id,
             instruction,
-            types.Content(arrays={"arrays": blob}, metrics={"metrics": {"num-examples": 1}}),
+            types.Content(arrays={"arrays": blob}, metrics={"metrics": {"num-examples": weight}}),
             opened.round_id,
             opened.base_release,
             opened.mechanism,
