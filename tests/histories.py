@@ -16,23 +16,22 @@ import devices
 import msgspec
 import samples
 from devices import World
-from fedloop_events import tensors
-from fedloop_events.author import Author
-from fedloop_events.blobs import BlobStore
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record, decode
-from fedloop_events.identities import Identities
-from fedloop_events.log import EventLog, read_all
-from fedloop_events.projections import Reader
-from fedloop_events.types import Mechanism, Payload
-from fedloop_events.views import ReleaseState, ReleasesView, RoundState, RoundsView
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.releases import ReleaseState, ReleasesView
+from fedloop_events.folds.rounds import RoundState, RoundsView
+from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.types import DEFAULT_MODEL, DEFAULT_RUN, Mechanism, Payload
+from fedloop_events.writer import EventWriter
 from fedloop_privacy.ledger import Ledger
-from fedloop_server.actions import State
 from fedloop_server.config import ServerConfig
-from fedloop_server.grid import LogGrid
-from fedloop_server.journal import start_epoch
-from fedloop_server.server import RUN
-from fedloop_server.setup import MODEL
-from fedloop_server.strategies import Durable
+from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.journal import start_epoch
+from fedloop_server.flower.strategies import Durable
+from fedloop_server.rounds.actions import ServerState
 from fleet import as_bytes, initial_arrays
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
@@ -52,15 +51,15 @@ def open_world(folder: Path, config: ServerConfig) -> World:
     return World(folder, config)
 
 
-def flower_run(log: EventLog, blobs: BlobStore, author: Author) -> str:
+def flower_run(log: EventLog, blobs: BlobStore, writer: EventWriter) -> str:
     """Run a strategy of Flower's own, with its noise recorded, on the clients of `fleet`; the SHA-256 of what came out."""
-    epoch = start_epoch(log, author, run_id=FLOWER_RUN, server_id="flower-server")
+    epoch = start_epoch(log, writer, run_id=FLOWER_RUN, server_id="flower-server")
     identities = Identities()
 
     def nodes() -> list[Any]:
         return [each for name, each in identities.clients.items() if name.startswith("client-")]
 
-    grid = LogGrid(log, blobs, author, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, identities=identities)
+    grid = LogGrid(log, blobs, writer, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, identities=identities)
     strategy = Durable(DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.5, 5.0, 3))
     arrays = strategy.start(grid, initial_arrays(), num_rounds=2, timeout=20).arrays
     return hashlib.sha256(b"".join(value for _, value in sorted(as_bytes(arrays).items()))).hexdigest()
@@ -71,7 +70,7 @@ class Folds:
 
     def __init__(self, log: EventLog, *, restore_each: bool = False) -> None:
         self.identities, self.flower = Identities(), RoundsView(FLOWER_RUN)
-        self.server = State(RUN, self.identities)
+        self.server = ServerState(DEFAULT_RUN, self.identities)
         self.trail: list[str] = []
         """What the server would act on, after each event that changed it."""
         for record, payload in _decoded(log):
@@ -83,7 +82,7 @@ class Folds:
     def document(self) -> Document:
         state = self.server
         views = document(self.identities, state.rounds, self.flower, state.releases, state.ledger)
-        return views | {"server_spoke_ms": state.said_ms, "trail": self.trail}
+        return views | {"server_decided_ms": state.decided_ms, "trail": self.trail}
 
     def _apply(self, record: Record, payload: Payload) -> None:
         """Raises `InvalidEventError` for an event that its author did not sign, or that a fold refuses."""
@@ -108,8 +107,8 @@ class Folds:
             "requested": rounds.pending and rounds.pending.request_id,
             "open": rounds.open_round and rounds.open_round.round_id,
             "late": sorted(rounds.unanswered),
-            "candidate": _name(releases.candidate(MODEL)),
-            "in force": _name(releases.current(MODEL)),
+            "candidate": _name(releases.candidate(DEFAULT_MODEL)),
+            "in force": _name(releases.current(DEFAULT_MODEL)),
         }
         line = ", ".join(f"{key}: {value}" for key, value in now.items() if value)
         if not self.trail or self.trail[-1].partition(" ")[2] != line:
@@ -119,7 +118,7 @@ class Folds:
 def read_document(log: EventLog) -> Document:
     """The same document (without what only `Folds` has), as readers see the log: identities first, then each fold."""
     identities, ledger, releases = Identities(), Ledger(), ReleasesView()
-    main, flower = RoundsView(RUN), RoundsView(FLOWER_RUN)
+    main, flower = RoundsView(DEFAULT_RUN), RoundsView(FLOWER_RUN)
     for fold in (main, flower, releases, ledger):
         reader = Reader(log, fold, identities=identities)
         reader.catch_up()
@@ -134,8 +133,8 @@ def document(identities: Identities, main: RoundsView, flower: RoundsView, relea
         "runs": {view.run_id: _run(view) for view in (main, flower)},
         "models": {name: {"labels": spec.labels, "rank": spec.rank} for name, spec in releases.models.items()},
         "releases": {name: _release(each) for name, each in releases.releases.items()},
-        "in_force": _name(releases.current(MODEL)),
-        "next_release": releases.next_number(MODEL),
+        "in_force": _name(releases.current(DEFAULT_MODEL)),
+        "next_release": releases.next_number(DEFAULT_MODEL),
         "release_of_round": releases.by_round,
     }
 

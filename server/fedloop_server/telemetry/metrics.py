@@ -105,7 +105,7 @@ class ServerCollector:
         for topic in topics.ALL:
             read.add_metric([topic], self._log.read_by_topic[topic])
         yield read
-        refused = "Events since this process began that are malformed, or not said by whom they name."
+        refused = "Events since this process began that are malformed, or not authentic."
         yield CounterMetricFamily("fedloop_events_refused", refused, server.refused)
         stale = "Decisions in the log by servers that another one had taken over from."
         yield CounterMetricFamily("fedloop_decisions_stale", stale, server.state.rounds.stale)
@@ -135,7 +135,7 @@ class ServerCollector:
         since_ms = (self._clock() - config.availability_s) * 1000
         yield GaugeMetricFamily("fedloop_clients_enrolled", "Clients that were ever enrolled.", len(clients))
         revoked = sum(each.revoked for each in clients)
-        yield GaugeMetricFamily("fedloop_clients_revoked", "Clients that are heard no more.", revoked)
+        yield GaugeMetricFamily("fedloop_clients_revoked", "Revoked clients.", revoked)
         available = sum(not each.revoked and each.seen_ms >= since_ms for each in clients)
         yield GaugeMetricFamily("fedloop_clients_available", "Clients that were seen lately enough to be asked.", available)
         suspended = sum(state.ledger.suspended(each.client_id) is not None for each in clients)

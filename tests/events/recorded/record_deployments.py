@@ -22,11 +22,11 @@ import numpy as np
 import samples
 from devices import CONFIG, OPEN_CONFIG, Behaviour, Device, World
 from fedloop_events import ids, types
-from fedloop_events.simulated import SimulatedClient
-from fedloop_events.tensors import Array
-from fedloop_events.views import Evaluation
-from fedloop_server import registry
+from fedloop_events.blobs.tensors import Array
+from fedloop_events.folds.releases import Evaluation
+from fedloop_server.rounds import registry
 from msgspec.structs import replace
+from simulated import SimulatedClient
 
 DEADLINE_S = 1.5
 
@@ -47,7 +47,7 @@ def record_private(folder: Path) -> histories.Document:
         if opened.number != 2:
             return arrays
         dan, instruction = world.devices["dan"], world.rounds.rounds[opened.round_id].instructed["dan"]
-        dan.author.say(
+        dan.writer.append(
             types.BudgetRefused(
                 dan.origin, "dan", dan.seq(), opened.run_id, instruction, "budget-exceeded", 8.0, 8.25, opened.round_id
             )
@@ -77,12 +77,12 @@ def record_private(folder: Path) -> histories.Document:
     server.step()
     origin = dan.origin
     fenced = types.RoundAborted(origin, 1, "main", "r0002", "operator")
-    world.log.append([world.author.event(fenced, id=ids.derived_id(origin, "main", "r0002", "aborted"))])
+    world.log.append([world.writer.event(fenced, id=ids.derived_id(origin, "main", "r0002", "aborted"))])
     with world.serving():
         server.run(rounds=1)
     dan.seen()
-    world.author.say(types.ClientRevoked(origin, "eve", "lost"))
-    registry.roll_back(world.author, release=list(world.releases.releases)[1], reason="worse in the field")
+    world.writer.append(types.ClientRevoked(origin, "eve", "lost"))
+    registry.roll_back(world.writer, release=list(world.releases.releases)[1], reason="worse in the field")
 
     world.request(2, "q2")
     with world.serving():
@@ -93,7 +93,7 @@ def record_private(folder: Path) -> histories.Document:
     world.request(3, "q3")
     server.run(until_idle=True)
     [spent, *_] = [each for each in world.payloads(types.BudgetSpent) if each.client_id == "bob"]
-    world.devices["bob"].author.say(replace(spent, seq=99, instruction_id="f" * 32))
+    world.devices["bob"].writer.append(replace(spent, seq=99, instruction_id="f" * 32))
     ann.seen()
     return closed(world)
 
@@ -109,7 +109,7 @@ def record_open(folder: Path) -> histories.Document:
     accuracies: Iterator[float] = iter((0.5, 0.625, 0.375, 0.75))
     with world.serving():
         world.server(evaluate=lambda arrays: Evaluation(next(accuracies), 100, "e" * 64)).run(rounds=3)
-    registry.roll_back(world.author, release=list(world.releases.releases)[1], reason="slower")
+    registry.roll_back(world.writer, release=list(world.releases.releases)[1], reason="slower")
 
     clients = []
     for number in range(3):
@@ -120,7 +120,7 @@ def record_open(folder: Path) -> histories.Document:
         )
         clients[-1].enrol()
     with fleet.serving(*clients):
-        result = histories.flower_run(world.log, world.blobs, world.author)
+        result = histories.flower_run(world.log, world.blobs, world.writer)
     return closed(world) | {"flower_result": result}
 
 
@@ -146,7 +146,7 @@ def give_feedback(device: Device, number: int, release: str) -> None:
         comment=samples.masked("thanks") if number == 1 else None,
     )
     masked = types.TextMasked(device.origin, device.client_id, device.seq(), f"f{number}", {"PERSON": 1 + number})
-    device.author.say(feedback, masked)
+    device.writer.append(feedback, masked)
 
 
 def interrupted(world: World, answers: Device) -> None:
