@@ -2,8 +2,8 @@
 
 `python -m benchmarks.utility [--epsilon 8 | --no-dp] [--rounds 8] [--clients 10] [--alpha 0.5] [--masked] [--seed 0]`
 
-Devices hold Dirichlet(alpha) shares of the training questions. Each round runs the server's terms, the devices' trainer and the
-server's merge, in one process and without the log. The classifier head alone, trained from the same first release under the
+Devices hold Dirichlet(alpha) shares of the training questions. Each round runs the plan's terms, its program on each device and
+the server's merge, in one process and without the log. The classifier head alone, trained from the same first release under the
 same terms, is the baseline that an adapter has to beat. Reads banking77 from FEDLOOP_DATA, else from ../shared/data.
 """
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fedloop_clients.app import ARRAYS, METRICS, client_app
+from fedloop_clients.capture import Capture
+from fedloop_clients.classifier import ClassifierApp
+from fedloop_clients.models import Models
+from fedloop_clients.store import Store
 from fedloop_events import envelope
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
@@ -128,3 +132,15 @@ def test_what_the_app_cannot_do_is_declined(model: EmbeddingClassifier, blobs: B
     assert serve(model, blobs, Content(arrays={ARRAYS: other}), opened) == Declined("app-failed", "TensorError")
     assert serve(model, blobs, good, opened, message_type="evaluate") == Declined("app-failed", "ValueError")
     assert all(value.tobytes() == before[name].tobytes() for name, value in model.arrays().items())
+
+
+def test_a_round_of_a_program_that_this_version_does_not_have_is_declined_before_anything_is_read(
+    model: EmbeddingClassifier, base: BlobRef, tmp_path: Path
+) -> None:
+    """A spend for a round that cannot be computed would be lost."""
+    store = Store.create(tmp_path / "store.db", b"k" * 32)
+    app = ClassifierApp("default", Capture(store), Models(None), lambda: model.spec, min_examples=0)
+    opened = terms(model, base, MECHANISM)
+    assert app.unready(opened) is None
+    assert app.unready(structs.replace(opened, strategy="no-such")) == "unknown-program"
+    store.close()
