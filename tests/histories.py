@@ -31,7 +31,7 @@ from fedloop_server.config import ServerConfig
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.journal import start_epoch
 from fedloop_server.flower.strategies import Durable
-from fedloop_server.rounds.actions import ServerState
+from fedloop_server.state import ServerState
 from fedloop_tasks.table import kind_of
 from fleet import as_bytes, initial_arrays
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg

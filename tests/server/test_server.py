@@ -23,7 +23,8 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
-from fedloop_server.rounds import actions, registry
+from fedloop_server.operations import registry
+from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.rebuild import rebuild
 from msgspec.structs import replace

@@ -1,7 +1,7 @@
 """One device of the demo, and its user.
 
 The device is the agent of `fedloop_clients`, through its public interface. What its user writes comes on a channel, so that it
-stands in no file but the agent's own encrypted store; how far things are is said there too. It ends when the channel does.
+stands in no file but the agent's own encrypted store; how far things are is sent there too. It ends when the channel does.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 class User:
-    """Writes messages, reads the answers, and says whether they are right."""
+    """Writes messages, reads the answers, and judges whether they are right."""
 
     def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:
         self._agent, self._channel = agent, channel

@@ -35,10 +35,12 @@ from fedloop_server.deployment import release_id
 from fedloop_server.flower.admission import Admission
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.strategies import FederatedLora
-from fedloop_server.rounds import actions, registry, scheduler
-from fedloop_server.rounds.actions import Action, OnEvent, ServerState
+from fedloop_server.operations import registry
+from fedloop_server.rounds import actions, scheduler
+from fedloop_server.rounds.actions import Action
 from fedloop_server.rounds.planner import Planner
 from fedloop_server.rounds.watched import StoppedError, WatchedLog
+from fedloop_server.state import OnEvent, ServerState
 
 STATE_FILE: Final = "server.snapshot"
 IDENTITIES_FILE: Final = "identities.snapshot"

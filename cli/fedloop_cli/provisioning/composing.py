@@ -20,8 +20,8 @@ from fedloop_events.files import write_private
 from fedloop_tasks.table import DEFAULT
 from msgspec import Struct
 
-from fedloop_cli.certificates import CA, make_ca
 from fedloop_cli.demo import users
+from fedloop_cli.provisioning.certificates import CA, make_ca
 
 AGENTS: Final = ("agent-1", "agent-2", "agent-3", "agent-4")
 USERS: Final = ("server", *AGENTS)

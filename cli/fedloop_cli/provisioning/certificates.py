@@ -114,16 +114,6 @@ def make_ca(folder: Path) -> CA:
     return CA(certificate, parsed, key)
 
 
-def valid_until(path: Path) -> datetime:
-    """When the first certificate in a PEM file ends (UTC). Raises `UsageError` if there is none."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    except OSError as error:
-        raise UsageError(f"the certificate {path} cannot be read", cause=error.strerror or "") from error
-    except ValueError:
-        raise UsageError(f"{path} holds no certificate") from None
-
-
 def _load_ca(certificate: Path, key_file: Path) -> CA:
     hint = f"restore the folder {certificate.parent} from a backup, or delete it and certify everybody anew"
     try:

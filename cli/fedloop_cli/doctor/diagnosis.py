@@ -19,20 +19,18 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
-from fedloop_events import locations, topics
+from fedloop_events import locations
 from fedloop_events.errors import FedloopError
 from fedloop_events.locations import DeploymentLocation
-from fedloop_events.logs.port import EventLog, Position
 from fedloop_events.types import BlobRef
 
-from fedloop_cli import findings
-from fedloop_cli.findings import Finding, Level
+from fedloop_cli.doctor import findings
+from fedloop_cli.doctor.findings import Finding, Level
 
 GIVE_UP_S: Final = 60.0
 """How long one check may take with all its questions."""
 FULL_BYTES: Final = 100 << 20
 SCARCE_BYTES: Final = 2 << 30
-_READ_BY_ALL: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 
 
 def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: Path | None) -> Iterator[Finding]:
@@ -57,14 +55,6 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
 def _located(directory: Path | None, log: str | None, blobs: str | None, places: list[DeploymentLocation]) -> Iterator[Finding]:
     places.append(locations.locate(directory, log, blobs))
     yield from ()
-
-
-def newest(log: EventLog) -> Iterator[Finding]:
-    """This machine's clock against the log's: the newest event is of the past, so only a clock that is behind shows."""
-    before = Position({stream: max(0, offset - 1) for stream, offset in log.end().offsets.items()})
-    stamps = [record.appended_ms for record in log.read(_READ_BY_ALL, before).records]
-    if stamps:
-        yield findings.clock("the log", max(0.0, max(stamps) / 1000 - time.time()))
 
 
 def _within(subject: str, check: Callable[..., Iterator[Finding]], *arguments: object) -> Iterator[Finding]:
@@ -136,7 +126,7 @@ def _disks(folders: Iterable[Path]) -> Iterator[Finding]:
 def _log(location: str) -> Iterator[Finding]:
     scheme = location.partition("://")[0] if locations.is_url(location) else ""
     if scheme == "kafka":
-        from fedloop_cli.cluster_diagnosis import cluster
+        from fedloop_cli.doctor.cluster import cluster
 
         yield from cluster(location)
     elif scheme:
@@ -145,7 +135,7 @@ def _log(location: str) -> Iterator[Finding]:
         path = Path(location) / locations.LOG_FILE
         with closing(locations.open_log(location)) as log:
             yield Finding("log", "ok", f"{path} opens")
-            yield from newest(log)
+            yield from findings.log_clock(log)
         if path.stat().st_mode & stat.S_IWOTH:
             yield Finding("log", "fail", f"everybody can write {path}", f"chmod o-w {path}")
 

@@ -1,4 +1,4 @@
-"""What `fedloop log verify` sees in the embedded log's file, beyond its events.
+"""What is wrong with the embedded log's file, beyond its events.
 
 The file may come from anybody, so it is opened for reading alone, checked by SQLite before it is believed, and never obeyed
 (https://sqlite.org/security.html).
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import apsw
+
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogError, UsageError
 from fedloop_events.logs.sqlite import STREAM
 from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT
-
-from fedloop_cli.sequences import At
-from fedloop_cli.verification import LogCheck
+from fedloop_events.verify.checks import LogCheck
+from fedloop_events.verify.sequences import At
 
 _COLUMNS: Final = "position, topic, id, key, source, type, time, data, signature, appended_ms"
 _TYPES: Final = (int, str, bytes, str, str, str, int, bytes, str, int)
 
 
 def read(path: Path, check: LogCheck) -> None:
-    """LogCheck the file and give its events to `check`.
+    """Check the file and give its events to `check`.
 
     Raises `UsageError` if it is absent, `LogError` if it is no log or cannot be read at all.
     """

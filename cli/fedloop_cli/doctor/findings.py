@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
-from fedloop_events.errors import UnreachableError
+from cryptography import x509
+from fedloop_events import topics
+from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.logs.port import EventLog, Position
 from msgspec import Struct
 
 Level = Literal["ok", "warn", "fail"]
@@ -21,6 +25,7 @@ ANSWER_S: Final = 10.0
 SKEW_S: Final = 5.0
 """More than clocks differ that are set over the network."""
 RENEW: Final = timedelta(days=30)
+_READ_BY_ALL: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 
 # The race of a WAL reset that loses commits: https://sqlite.org/wal.html#walresetbug, fixed in 3.51.3 and back-ported.
 _FIXED: Final = (3, 51, 3)
@@ -60,6 +65,16 @@ def expiry(subject: str, what: str, end: datetime) -> Finding:
     return Finding(subject, "ok", f"{what} holds until {day}")
 
 
+def valid_until(path: Path) -> datetime:
+    """When the first certificate in a PEM file ends (UTC). Raises `UsageError` if there is none."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except OSError as error:
+        raise UsageError(f"the certificate {path} cannot be read", cause=error.strerror or "") from error
+    except ValueError:
+        raise UsageError(f"{path} holds no certificate") from None
+
+
 def clock(of: str, ahead_s: float) -> Finding:
     """`ahead_s`: by how much the clock of `of` is ahead of this machine's."""
     if abs(ahead_s) <= SKEW_S:
@@ -68,6 +83,14 @@ def clock(of: str, ahead_s: float) -> Finding:
     return Finding(
         "clock", "warn", f"this machine's is {abs(ahead_s):,.0f} s {direction} {of}", "set both over the network (NTP)"
     )
+
+
+def log_clock(log: EventLog) -> Iterator[Finding]:
+    """This machine's clock against the log's: the newest event is of the past, so only a clock that is behind shows."""
+    before = Position({stream: max(0, offset - 1) for stream, offset in log.end().offsets.items()})
+    stamps = [record.appended_ms for record in log.read(_READ_BY_ALL, before).records]
+    if stamps:
+        yield clock("the log", max(0.0, max(stamps) / 1000 - time.time()))
 
 
 def sqlite(subject: str, found: str) -> Finding:
@@ -80,7 +103,7 @@ def sqlite(subject: str, found: str) -> Finding:
 
 @contextmanager
 def connected(host: str, port: int, tls: ssl.SSLContext | None) -> Iterator[socket.socket]:
-    """A connection whose every wait is bounded. Raises `UnreachableError` that says what is wrong with a certificate."""
+    """A connection whose every wait is bounded. Raises `UnreachableError`, which names what is wrong with a certificate."""
     where = f"{host}:{port}"
     try:
         with socket.create_connection((host, port), timeout=ANSWER_S) as plain:

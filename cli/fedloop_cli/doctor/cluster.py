@@ -18,9 +18,8 @@ from fedloop_events.logs.kafka import KafkaLog, rights
 from fedloop_events.logs.kafka.admin import Admin, translated
 from fedloop_events.logs.kafka.settings import KafkaSettings
 
-from fedloop_cli import broker_version, certificates, findings
-from fedloop_cli.diagnosis import newest
-from fedloop_cli.findings import ANSWER_S, Finding
+from fedloop_cli.doctor import broker_version, findings
+from fedloop_cli.doctor.findings import ANSWER_S, Finding
 
 _FILES: Final = {"ssl.ca.location": "the authority's certificate", "ssl.certificate.location": "this client's certificate"}
 
@@ -50,7 +49,7 @@ def _files(properties: Mapping[str, str]) -> Iterator[Finding]:
     for key, what in _FILES.items():
         if key in properties:
             path = Path(properties[key])
-            yield findings.expiry("kafka", f"{what}, {path},", certificates.valid_until(path))
+            yield findings.expiry("kafka", f"{what}, {path},", findings.valid_until(path))
     if "ssl.key.location" in properties:
         yield from findings.modes("kafka", [Path(properties["ssl.key.location"])])
     if properties.get("security.protocol", "PLAINTEXT").upper() == "PLAINTEXT":
@@ -93,7 +92,7 @@ def _inside(location: str, settings: KafkaSettings) -> Iterator[Finding]:
         return
     yield from _topics(admin)
     with closing(KafkaLog(location, timeout_s=ANSWER_S)) as log:
-        yield from newest(log)
+        yield from findings.log_clock(log)
 
 
 def _brokers(admin: Admin) -> Iterator[Finding]:

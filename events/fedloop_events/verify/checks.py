@@ -1,43 +1,21 @@
-"""`fedloop log verify`: whether a log is whole and everything in it was said by whom it names.
-
-The log may come from anybody: it is opened for reading alone, and nothing in it is obeyed. What the embedded log's file shows
-besides is in `sqlite_check`. What the check cannot see is in the report, by adapter (`UNSEEN`).
-"""
+"""What is wrong with the events of a log, and with the blobs that they name."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import chain
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
-import msgspec
-from fedloop_events import envelope, locations, topics, types
+from msgspec import Struct
+
+from fedloop_events import envelope, topics, types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
 from fedloop_events.folds.identities import Identities
-from fedloop_events.logs.port import read_all
-from msgspec import Struct
-
-from fedloop_cli import state
-from fedloop_cli.options import Where
-from fedloop_cli.sequences import At, Sequences
+from fedloop_events.verify.sequences import At, Sequences
 
 MOST_FINDINGS: Final = 100
-_ALWAYS: Final = (
-    "events cut off at the end of the log, and a history written anew by whoever holds the server's key and every client's: "
-    "both need signed checkpoints kept elsewhere, which this version does not make"
-)
-UNSEEN: Final = {
-    "": _ALWAYS,
-    "kafka": f"what retention has removed; decisions of the server that an administrator of the brokers removed; {_ALWAYS}",
-    "https": f"what the gateway holds back; {_ALWAYS}",
-    "http": f"what the gateway holds back; {_ALWAYS}",
-}
-"""By the scheme of the log's location."""
-NO_BLOBS: Final = "the blobs, for nothing says where they are (--blobs); "
 
 
 class Fault(Struct, frozen=True):
@@ -71,29 +49,8 @@ class VerifyReport(Struct):
     once leave them behind."""
     wrong: int = 0
     findings: list[Fault] = []
-    not_seen: str = _ALWAYS
-
-
-def verify(where: Where) -> VerifyReport:
-    """Read the whole log and every blob that it names.
-
-    Raises `UsageError` if there is no log, `LogError` if what is there is none, or cannot be read at all, and UnreachableError.
-    """
-    from fedloop_cli import sqlite_check
-
-    place = where.place
-    scheme = locations.scheme_of(place.log)
-    check = LogCheck(VerifyReport(place.log, not_seen=UNSEEN[scheme]), unique_ids=not scheme)
-    if not scheme:
-        sqlite_check.read(Path(place.log) / locations.LOG_FILE, check)
-    else:
-        log = state.open_log(where)
-        # Who may speak comes first: across topics a log has no order that could be relied on.
-        for record in chain(
-            read_all(log, (topics.CLIENTS,)), read_all(log, [each for each in topics.ALL if each != topics.CLIENTS])
-        ):
-            check.event(record)
-    return check.end(place.blobs, lambda: state.open_blobs(where))
+    not_seen: str = ""
+    """What this check cannot see."""
 
 
 class LogCheck:
@@ -111,7 +68,8 @@ class LogCheck:
         self._ends: dict[str, int] = {}
         self._sequences = Sequences(self.wrong)
         self._epochs: dict[str, int] = {}
-        self._refs: dict[types.BlobRef, At] = {}
+        self.blobs: dict[types.BlobRef, At] = {}
+        """Every blob that an authentic event names, and the first one that does."""
 
     def wrong(self, what: str, at: At | None = None) -> None:
         report = self.report
@@ -169,7 +127,7 @@ class LogCheck:
         elif isinstance(payload, types.ServerEvent):
             self._epoch(payload, at)
         for ref in _blobs(payload):
-            self._refs.setdefault(ref, at)
+            self.blobs.setdefault(ref, at)
 
     def _epoch(self, payload: types.ServerEvent, at: At) -> None:
         latest = self._epochs.get(payload.run_id, 0)
@@ -183,24 +141,18 @@ class LogCheck:
         elif payload.epoch < latest:
             self.report.stale += 1
 
-    def end(self, blobs: str | None, open_blobs: Callable[[], BlobStore]) -> VerifyReport:
+    def end(self) -> None:
+        """Every event has been taken in: say what is missing."""
         report = self.report
         self._sequences.end()
         report.by_topic = {topic: self._topics[topic] for topic in (*topics.ALL, "unknown") if topic in self._topics}
         report.clients = len(self._identities.clients)
         if not self._identities.origin:
             self.wrong("the log has no deployment: nothing in it can be checked")
-        if blobs is None:
-            report.not_seen = NO_BLOBS + report.not_seen
-        elif self._refs and not locations.is_url(blobs) and not Path(blobs).is_dir():
-            self.wrong(f"the folder of blobs is absent: {blobs}")
-        elif self._refs:
-            self._read_blobs(open_blobs())
-        report.verified = report.wrong == 0
-        return report
 
-    def _read_blobs(self, store: BlobStore) -> None:
-        for ref, at in self._refs.items():
+    def read_blobs(self, store: BlobStore) -> None:
+        """Read and hash every blob that an event names."""
+        for ref, at in self.blobs.items():
             try:
                 for _ in store.blocks(ref):
                     pass
@@ -226,8 +178,3 @@ def _blobs(value: object) -> Iterator[types.BlobRef]:
     elif isinstance(value, list) and value and not isinstance(value[0], (str, int, float)):
         for each in value:
             yield from _blobs(each)
-
-
-def as_document(report: VerifyReport) -> dict[str, Any]:
-    document: dict[str, Any] = msgspec.to_builtins(report)
-    return document

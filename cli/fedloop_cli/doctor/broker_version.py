@@ -1,6 +1,6 @@
 """How new a Kafka broker is, asked as every client asks first: ApiVersions, version 3 (https://kafka.apache.org/protocol).
 
-librdkafka does not tell. The request is allowed before a user is let in; the answer names no release, but the newest
+librdkafka does not show it. The request is allowed before a user is let in; the answer names no release, but the newest
 `metadata.version` that the broker knows, which rises with each.
 """
 
@@ -21,7 +21,7 @@ _SUPPORTED_FEATURES: Final = 0
 def metadata_version(connection: socket.socket) -> int:
     """The newest `metadata.version` that the broker at the other end knows, 0 if it knows none (before KRaft).
 
-    Raises `UnreachableError` for whatever does not speak Kafka's protocol; the socket's timeout bounds each wait.
+    Raises `UnreachableError` if what is there does not answer in Kafka's protocol; the socket's timeout bounds each wait.
     """
     name = b"fedloop"
     body = struct.pack(">hhih", 18, 3, 1, len(name)) + name + b"\x00" + _compact(name) + _compact(b"1") + b"\x00"

@@ -31,7 +31,7 @@ class _Client:
 
 
 class Sequences:
-    """Numbers that each client gives its events, 0, 1, 2 and so on, over all topics. `wrong` is told what is wrong."""
+    """Numbers that each client gives its events, 0, 1, 2 and so on, over all topics. `wrong` is called for what is wrong."""
 
     def __init__(self, wrong: Wrong) -> None:
         self._wrong = wrong

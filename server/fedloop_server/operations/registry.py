@@ -16,6 +16,28 @@ from msgspec import Struct
 MAX_LINEAGE = 10_000
 
 
+class ReleaseSummary(Struct, frozen=True):
+    """One release, or a candidate for one."""
+
+    release: str
+    number: int
+    status: str
+    """proposed, published, rejected; or withdrawn: published, and later rolled back."""
+    current: bool
+    """Whether it is the one in force."""
+    accuracy: float | None
+    round_id: str | None
+    base_release: str | None
+    strategy: str | None
+    updates: int
+    """How many went in."""
+    sha256: str
+    size_bytes: int
+    proposed_ms: int
+    reason: str
+    """Why it was rejected, or withdrawn."""
+
+
 class Contribution(Struct, frozen=True):
     """One update that went into a release."""
 
@@ -37,6 +59,30 @@ class Ancestor(Struct, frozen=True):
     contributions: list[Contribution]
 
 
+def summarise(releases: ReleasesView, state: ReleaseState) -> ReleaseSummary:
+    in_force = releases.current(state.model)
+    return ReleaseSummary(
+        state.release,
+        state.number,
+        "withdrawn" if state.withdrawn else state.status,
+        in_force is not None and in_force.release == state.release,
+        state.evaluation.score if state.evaluation is not None else None,
+        state.round_id,
+        state.base_release,
+        state.strategy,
+        len(state.updates),
+        state.blob.sha256,
+        state.blob.size_bytes,
+        state.proposed_ms,
+        state.reason,
+    )
+
+
+def summaries(releases: ReleasesView) -> list[ReleaseSummary]:
+    """Every release, oldest first."""
+    return [summarise(releases, each) for each in list(releases.releases.values())]
+
+
 def find(releases: ReleasesView, release: str) -> ReleaseState:
     """The release of that name. Raises `UsageError` if there is none."""
     state = releases.releases.get(release)
@@ -53,7 +99,7 @@ def current(releases: ReleasesView, model: str) -> ReleaseState:
     return state
 
 
-def task(releases: ReleasesView, model: str) -> Task:
+def task_of_model(releases: ReleasesView, model: str) -> Task:
     """What the model learns. Raises `UsageError` if it is not registered."""
     spec = releases.models.get(model)
     if spec is None:
@@ -90,7 +136,7 @@ def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[An
 
 
 def roll_back(writer: EventWriter, *, release: str, reason: str, model: str = types.DEFAULT_MODEL) -> types.ReleaseRolledBack:
-    """Put `release`, which was published once, in force again, and say so in the log.
+    """Put `release`, which was published once, in force again, by an event that names the one it withdraws.
 
     Raises `UsageError` for a release that is unknown, was never published, or is in force; `PolicyError` if another release
     came into force meanwhile.
