@@ -98,6 +98,7 @@ def release_document(each: ReleaseSummary) -> dict[str, Any]:
 def event_line(payload: types.Payload) -> str:
     """What an event changed in a round or a release, on one line; "" for one that needs none."""
     from fedloop_events import types
+    from fedloop_tasks.table import kind_of
 
     match payload:
         case types.EpochStarted():
@@ -105,7 +106,8 @@ def event_line(payload: types.Payload) -> str:
         case types.RoundRequested():
             return f"{payload.rounds} requested ({payload.reason})"
         case types.RoundOpened():
-            return f"{payload.round_id} opened: {payload.kind} on {payload.base_release}, {len(payload.cohort)} clients"
+            kind, clients = kind_of(payload.strategy), len(payload.cohort)
+            return f"{payload.round_id} opened: {kind} on {payload.base_release}, {clients} clients"
         case types.UpdateSubmitted(round_id=str()):
             return f"{payload.round_id} update of {payload.client_id}"
         case types.RoundDeclined(round_id=str()):
@@ -117,7 +119,8 @@ def event_line(payload: types.Payload) -> str:
         case types.RoundAborted():
             return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
         case types.ReleaseEvaluated():
-            return f"{payload.release} has accuracy {payload.accuracy:.4f} on {payload.examples} held-out messages"
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in payload.metrics.items())
+            return f"{payload.release} has {metrics} on {payload.examples} held-out messages"
         case types.ReleasePublished():
             return f"{payload.release} published"
         case types.ReleaseRejected():

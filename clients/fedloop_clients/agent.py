@@ -13,7 +13,7 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from fedloop_privacy.masking import MaskingError
 
 from fedloop_clients import enrolment
@@ -220,10 +220,10 @@ class Agent:
             if not self._running:
                 self._following.catch_up(self._log)
 
-    def _spec(self) -> ModelSpec | None:
+    def _spec(self) -> ClassificationSpec | None:
         return self._following.releases.models.get(self.settings.model)
 
-    def _in_force(self) -> tuple[ModelSpec, ReleaseState]:
+    def _in_force(self) -> tuple[ClassificationSpec, ReleaseState]:
         self._read()
         spec, release = self._spec(), self._following.releases.current(self.settings.model)
         if spec is None or release is None:

@@ -41,6 +41,11 @@ class Response(Struct, frozen=True):
     confidence: float
     release: str
 
+    @property
+    def answer(self) -> str:
+        """What was answered, whatever the task is."""
+        return self.label
+
 
 class FeedbackInput(Struct, frozen=True, omit_defaults=True):
     """What a user said of one response, as the user said it."""

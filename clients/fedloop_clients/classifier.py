@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fedloop_events import types
 from fedloop_events.flower.messages import ClientAppCallable
+from fedloop_tasks.classification.examples import Example
+from fedloop_tasks.table import PROGRAMS
+from fedloop_tasks.task import Model, ModelError
 from flwr.app import Context, Message
 
 from fedloop_clients.capture import Capture
 from fedloop_clients.models import Models
-
-if TYPE_CHECKING:
-    from fedloop_clients.model import EmbeddingClassifier
 
 
 class ClassifierApp:
@@ -24,20 +23,20 @@ class ClassifierApp:
     """
 
     def __init__(
-        self, model: str, capture: Capture, models: Models, spec: Callable[[], types.ModelSpec | None], *, min_examples: int
+        self, model: str, capture: Capture, models: Models, spec: Callable[[], types.Spec | None], *, min_examples: int
     ) -> None:
         self._model, self._capture, self._models, self._spec, self._min_examples = model, capture, models, spec, min_examples
-        self._borrowed: EmbeddingClassifier | None = None
+        self._borrowed: Model | None = None
 
     def unready(self, opened: types.RoundOpened | None) -> str | None:
         """See `answering.App`."""
         spec = self._spec()
         if opened is None or opened.model != self._model or spec is None:
             return "other-model"
+        if opened.strategy not in PROGRAMS:
+            return "unknown-program"
         if len(self._capture.examples(spec.labels)) < self._min_examples:
             return "no-examples"
-        from fedloop_clients.encoder import ModelError
-
         try:
             with self._models.borrowed(spec):
                 return None
@@ -57,15 +56,14 @@ class ClassifierApp:
             finally:
                 self._borrowed = None
 
-    def _get_model(self, opened: types.RoundOpened) -> EmbeddingClassifier:
+    def _get_model(self, opened: types.RoundOpened) -> Model:
         assert self._borrowed is not None
         return self._borrowed
 
-    def _get_examples(self, opened: types.RoundOpened) -> tuple[list[str], list[str]]:
+    def _get_examples(self, opened: types.RoundOpened) -> list[Example]:
         spec = self._spec()
         assert spec is not None
-        examples = self._capture.examples(spec.labels)
-        return [text for text, _ in examples], [label for _, label in examples]
+        return [Example(text, label) for text, label in self._capture.examples(spec.labels)]
 
 
 class PlainApp:

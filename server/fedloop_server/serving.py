@@ -9,25 +9,31 @@ from pathlib import Path
 
 from fedloop_events import types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
+from fedloop_tasks.task import Evaluate, Task
 
 from fedloop_server.deployment import Deployment, open_deployment
 from fedloop_server.operations.followed import Followed
-from fedloop_server.rounds.loop import Evaluate, Server
+from fedloop_server.operations.registry import task_of_model
+from fedloop_server.rounds.loop import Server
 from fedloop_server.state import OnEvent
 from fedloop_server.telemetry import exposition
 from fedloop_server.telemetry.metrics import MeteredLog, registry
 
-MakeEvaluate = Callable[[Deployment, types.ModelSpec], Evaluate]
+MakeEvaluate = Callable[[Deployment, Task], Evaluate]
 """How releases of a deployment's model are evaluated."""
+
+
+def evaluator_of(deployment: Deployment, task: Task) -> Evaluate:
+    """On the held-out set in the server's folder. Raises `UsageError` if there is none."""
+    return task.evaluator(deployment.folder, Path(deployment.config.model_dir) if deployment.config.model_dir else None)
 
 
 def serve(
     directory: Path,
     place: DeploymentLocation,
     stop: threading.Event,
-    make_evaluate: MakeEvaluate,
+    make_evaluate: MakeEvaluate = evaluator_of,
     *,
     rounds: int | None = None,
     until_idle: bool = False,
@@ -40,9 +46,7 @@ def serve(
     Raises `FencedError` when another server has taken over.
     """
     deployment = open_deployment(directory, place)
-    spec = Followed(deployment.log).releases.models.get(types.DEFAULT_MODEL)
-    if spec is None:
-        raise UsageError(f"{directory} has no model", hint="run `fedloop server init` again, to its end")
+    task = task_of_model(Followed(deployment.log).releases, types.DEFAULT_MODEL)
     before = deployment.log.end()
 
     def news(record: Record, payload: types.Payload) -> None:
@@ -55,7 +59,7 @@ def serve(
         deployment.blobs,
         deployment.writer,
         deployment.config,
-        evaluate=make_evaluate(deployment, spec),
+        evaluate=make_evaluate(deployment, task),
         on_event=news,
         plan=deployment.plan_file,
         snapshots=deployment.folder,

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fedloop_clients.app import ARRAYS, METRICS, client_app
-from fedloop_clients.model import EmbeddingClassifier, describe
+from fedloop_clients.capture import Capture
+from fedloop_clients.classifier import ClassifierApp
+from fedloop_clients.models import Models
+from fedloop_clients.store import Store
 from fedloop_events import envelope
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
@@ -16,10 +19,11 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.flower.messages import Declined, new_context, serve_instruction
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened
+from fedloop_tasks.classification.examples import Example
+from fedloop_tasks.classification.model import EmbeddingClassifier, describe
 from msgspec import structs
 
-TEXTS = ["my card has not arrived", "what does a loan cost"]
-TRUE = ["card", "loan"]
+EXAMPLES = [Example("my card has not arrived", "card"), Example("what does a loan cost", "loan")]
 MECHANISM = Mechanism(sampling_rate=0.5, noise_multiplier=1.0, clip_norm=1.0, steps=2, divisor=4.0)
 
 
@@ -65,7 +69,7 @@ def serve(
     blobs: BlobStore,
     content: Content,
     opened: RoundOpened | None,
-    examples: tuple[Sequence[str], Sequence[str]] = (TEXTS, TRUE),
+    examples: Sequence[Example] = EXAMPLES,
     message_type: str = "train",
 ) -> Content | Declined:
     sent = InstructionSent(
@@ -89,7 +93,7 @@ def test_a_private_reply_holds_the_upload_and_a_constant(
     model: EmbeddingClassifier, blobs: BlobStore, base: BlobRef, n: int
 ) -> None:
     opened = terms(model, base, MECHANISM)
-    reply = serve(model, blobs, Content(arrays={ARRAYS: base}), opened, (TEXTS[:n], TRUE[:n]))
+    reply = serve(model, blobs, Content(arrays={ARRAYS: base}), opened, EXAMPLES[:n])
     assert isinstance(reply, Content)
     assert reply.metrics == {METRICS: {"num-examples": 1}}
     assert reply.configs == {}
@@ -123,7 +127,20 @@ def test_what_the_app_cannot_do_is_declined(model: EmbeddingClassifier, blobs: B
     other = blobs.put(tensors.encode({"head.weight": np.zeros((2, 384), np.float32)}))
     before = model.arrays()
     assert serve(model, blobs, good, None) == Declined("app-failed", "TermsError")
+    assert serve(model, blobs, good, structs.replace(opened, strategy="no-such")) == Declined("app-failed", "UnknownProgramError")
     assert serve(model, blobs, Content(), opened) == Declined("app-failed", "TensorError")
     assert serve(model, blobs, Content(arrays={ARRAYS: other}), opened) == Declined("app-failed", "TensorError")
     assert serve(model, blobs, good, opened, message_type="evaluate") == Declined("app-failed", "ValueError")
     assert all(value.tobytes() == before[name].tobytes() for name, value in model.arrays().items())
+
+
+def test_a_round_of_a_program_that_this_version_does_not_have_is_declined_before_anything_is_read(
+    model: EmbeddingClassifier, base: BlobRef, tmp_path: Path
+) -> None:
+    """A spend for a round that cannot be computed would be lost."""
+    store = Store.create(tmp_path / "store.db", b"k" * 32)
+    app = ClassifierApp("default", Capture(store), Models(None), lambda: model.spec, min_examples=0)
+    opened = terms(model, base, MECHANISM)
+    assert app.unready(opened) is None
+    assert app.unready(structs.replace(opened, strategy="no-such")) == "unknown-program"
+    store.close()

@@ -16,12 +16,13 @@ from fedloop_events.envelope import Record
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import locate
 from fedloop_server.deployment import Deployment
-from fedloop_server.rounds.loop import Evaluate
 from fedloop_server.serving import serve
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Evaluate, Task
 
 
-def make_evaluate(deployment: Deployment, spec: types.ModelSpec) -> Evaluate:
-    assert spec == SPEC
+def make_evaluate(deployment: Deployment, task: Task) -> Evaluate:
+    assert task.summary() == task_of(SPEC).summary()
     assert deployment.folder.name == "server"
     return evaluate
 

@@ -20,7 +20,7 @@ from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.rounds import RoundSummary
 from msgspec import Struct
 
-from fedloop_cli import deploying, tables
+from fedloop_cli import deploying
 from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
@@ -115,8 +115,7 @@ def _deploy(scene: Scene) -> None:
         "deadline_s": DEADLINE_S,
         "quorum_wait_s": DEADLINE_S,
     }
-    rows = [tables.Row(message.text, message.label) for message in given.held_out]
-    deploying.deploy(scene.directory, scene.where.place, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
+    deploying.deploy(scene.directory, scene.where.place, given.material, settings, seed=options.seed)
     scene.followed = scene.where.follow()
 
 

@@ -11,7 +11,7 @@ from fedloop_events.envelope import Record
 from fedloop_events.types import Payload
 from fedloop_server import serving
 
-from fedloop_cli import documents, evaluation
+from fedloop_cli import documents
 
 
 def main(directory: Path, channel: socket.socket) -> None:
@@ -22,7 +22,7 @@ def main(directory: Path, channel: socket.socket) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    serving.serve(directory, locations.locate(directory), stop, evaluation.evaluator_of, on_event=_note)
+    serving.serve(directory, locations.locate(directory), stop, on_event=_note)
 
 
 def _note(record: Record, payload: Payload) -> None:

@@ -6,9 +6,11 @@ from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import Evaluation, ReleaseState, ReleasesView
+from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 MAX_LINEAGE = 10_000
@@ -57,13 +59,6 @@ class Ancestor(Struct, frozen=True):
     contributions: list[Contribution]
 
 
-class Verdict(Struct, frozen=True):
-    """The gate's: `reason` is "" for a candidate that passes."""
-
-    reason: str = ""
-    detail: str = ""
-
-
 def summarise(releases: ReleasesView, state: ReleaseState) -> ReleaseSummary:
     in_force = releases.current(state.model)
     return ReleaseSummary(
@@ -71,7 +66,7 @@ def summarise(releases: ReleasesView, state: ReleaseState) -> ReleaseSummary:
         state.number,
         "withdrawn" if state.withdrawn else state.status,
         in_force is not None and in_force.release == state.release,
-        state.evaluation.accuracy if state.evaluation is not None else None,
+        state.evaluation.score if state.evaluation is not None else None,
         state.round_id,
         state.base_release,
         state.strategy,
@@ -104,6 +99,14 @@ def current(releases: ReleasesView, model: str) -> ReleaseState:
     return state
 
 
+def task_of_model(releases: ReleasesView, model: str) -> Task:
+    """What the model learns. Raises `UsageError` if it is not registered."""
+    spec = releases.models.get(model)
+    if spec is None:
+        raise UsageError("the log registers no such model", hint="run `fedloop server init` again, to its end")
+    return task_of(spec)
+
+
 def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[Ancestor]:
     """From `release` back to release 0. Raises `UsageError` for an unknown release, or an ancestor that is not in the log."""
     steps: list[Ancestor] = []
@@ -130,15 +133,6 @@ def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[An
         )
         name = state.base_release
     return steps
-
-
-def gate(candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-    """A candidate passes if it is at most `margin` less accurate than the release in force, on the same held-out set."""
-    if candidate.dataset_sha256 != incumbent.dataset_sha256:
-        raise ValueError("two accuracies on different held-out sets say nothing about each other")
-    if candidate.accuracy >= incumbent.accuracy - margin:
-        return Verdict()
-    return Verdict("less-accurate", f"{candidate.accuracy:.4f}, and the current release {incumbent.accuracy:.4f}")
 
 
 def roll_back(writer: EventWriter, *, release: str, reason: str, model: str = types.DEFAULT_MODEL) -> types.ReleaseRolledBack:

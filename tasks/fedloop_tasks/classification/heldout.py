@@ -1,26 +1,27 @@
-"""The server's held-out set: masked when it is taken in, and the accuracy of a release on it."""
+"""The server's held-out set: taken in as devices see texts, and the accuracy of a release on it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import Evaluation
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
 
-from fedloop_cli.tables import Row
+from fedloop_tasks.task import Arrays, Message
 
 if TYPE_CHECKING:
-    from fedloop_clients.model import EmbeddingClassifier
-    from fedloop_server.deployment import Deployment
+    from fedloop_tasks.classification.model import EmbeddingClassifier
 
 FILE: Final = "heldout.json"
+ACCURACY: Final = "accuracy"
+"""The metric that leads: the part of the held-out texts that get their label."""
 
 
 class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,34 +31,21 @@ class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
     labels: list[str]
 
 
-def keep(folder: Path, rows: Sequence[Row]) -> dict[str, int]:
-    """Mask `rows` and keep them in `folder`, unless that was done before; how many could not be masked, by reason.
-
-    Devices see masked texts alone, so the accuracy that counts is that on masked texts, and the server keeps no others.
-    """
+def keep(folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | None]) -> dict[str, int]:
+    """See `Task.keep`."""
     if (folder / FILE).exists():
         return {}
-    from fedloop_privacy.masking import Masker, MaskingError
-
-    masker, failed = Masker(), 0
-    held = HeldOut([], [])
-    for row in rows:
-        try:
-            held.texts.append(masker.mask(row.text).text)
-        except MaskingError:
+    held, failed = HeldOut([], []), 0
+    for message in held_out:
+        if (masked := mask(message.text)) is None:
             failed += 1
         else:
-            held.labels.append(row.label)
+            held.texts.append(masked)
+            held.labels.append(message.answer)
     temporary = folder / f".{FILE}.{os.getpid()}"
     temporary.write_bytes(msgspec.json.encode(held))
     temporary.replace(folder / FILE)
     return {"could not be masked": failed} if failed else {}
-
-
-def evaluator_of(deployment: Deployment, spec: ModelSpec) -> Evaluator:
-    """The evaluator that a deployment's settings name. Raises as `Evaluator`."""
-    model_dir = deployment.config.model_dir
-    return Evaluator(deployment.folder, spec, Path(model_dir) if model_dir else None)
 
 
 class Evaluator:
@@ -66,7 +54,7 @@ class Evaluator:
     Raises `UsageError` if there is no held-out set.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, model_dir: Path | None) -> None:
+    def __init__(self, folder: Path, spec: ClassificationSpec, model_dir: Path | None) -> None:
         path = folder / FILE
         try:
             data = path.read_bytes()
@@ -79,11 +67,11 @@ class Evaluator:
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None
 
-    def __call__(self, arrays: Mapping[str, Any]) -> Evaluation:
+    def __call__(self, arrays: Arrays) -> Evaluation:
         if self._model is None:
-            from fedloop_clients.model import EmbeddingClassifier
+            from fedloop_tasks.classification.model import EmbeddingClassifier
 
             self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
         self._model.load(arrays)
         accuracy = self._model.accuracy(self._held.texts, self._held.labels)
-        return Evaluation(accuracy, len(self._held.texts), self._sha256)
+        return Evaluation({ACCURACY: accuracy}, ACCURACY, len(self._held.texts), self._sha256)
