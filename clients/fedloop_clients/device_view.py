@@ -11,14 +11,15 @@ from types import MappingProxyType
 from typing import Final
 
 import msgspec
-from fedloop_events import envelope, topics, types
+from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError, NotAllowedError, PolicyError
+from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import Batch, EventLog, Position
 from fedloop_privacy.ledger import Ledger
-from msgspec import Struct
+from msgspec import Struct, field
 
 from fedloop_clients.outbox import Mine
 
@@ -55,16 +56,19 @@ class Spent(Struct, frozen=True):
 
 
 _VERSION: Final = 2
-"""Of what is kept. What an earlier program kept is read anew from the log."""
+
+
+class _Version(Struct):
+    version: int = 1
 
 
 class _State(Struct):
-    version: int = 1
+    version: int = _VERSION
     offsets: dict[str, int] = {}
     identities: bytes = b""
     releases: bytes = b""
     ledger: bytes = b""
-    epochs: dict[str, int] = {}
+    standing: Standing = field(default_factory=Standing)
     rounds: dict[str, types.RoundOpened] = {}
     instructions: dict[str, Instruction] = {}
     spent: dict[str, Spent] = {}
@@ -84,12 +88,12 @@ class DeviceView:
         self.client_id, self._server_key = client_id, server_key
         self.topics: tuple[str, ...] = TOPICS
         """What is read: less than `TOPICS` where the log does not allow it."""
-        kept = msgspec.msgpack.decode(state, type=_State) if state else None
-        self._state = kept if kept is not None and kept.version == _VERSION else _State(_VERSION)
-        kept = self._state
+        kept = self._state = _restored(state)
         self.identities = Identities.from_state(kept.identities) if kept.identities else Identities()
         self.releases = ReleasesView.from_state(kept.releases) if kept.releases else ReleasesView()
         self.ledger = Ledger.from_state(kept.ledger) if kept.ledger else Ledger()
+        self._admit = Admit(self.identities)
+        self._admit.standing = kept.standing
         self.mine: list[Mine] = []
         """The device's own events, as they were read since somebody emptied this list."""
         self.published: list[str] = []
@@ -98,7 +102,7 @@ class DeviceView:
         """Whether anything that counts was read since somebody cleared this."""
 
     def to_state(self) -> bytes:
-        """What the constructor takes: the state and the position that belongs to it."""
+        """What the constructor takes: the state and the position that belongs to it. One of another version is read again."""
         kept = self._state
         kept.identities, kept.releases = self.identities.to_state(), self.releases.to_state()
         kept.ledger = self.ledger.to_state()
@@ -172,20 +176,14 @@ class DeviceView:
         if record.topic not in (topics.ROUNDS, topics.RELEASES) and not own and record.type != types.DeploymentCreated.type_name:
             return
         try:
-            payload = envelope.decode(record)
-            if payload is None:
-                return
-            if record.topic == topics.CLIENTS:
-                self.identities.apply(record, payload)
-                if self.identities.origin and self.identities.server_key != self._server_key:
-                    raise LogChangedError(
-                        "the log's server key is not the one that this device pinned", hint="check the location"
-                    )
-            else:
-                self.identities.authenticate(record, payload)
-            self._take(record, payload)
+            payload = self._admit(record)
         except InvalidEventError:
             self._state.refused += 1
+            return
+        if self.identities.origin and self.identities.server_key != self._server_key:
+            raise LogChangedError("the log's server key is not the one that this device pinned", hint="check the location")
+        if payload is not None:
+            self._take(record, payload)
 
     def _take(self, record: Record, payload: types.Payload) -> None:
         self.changed = True
@@ -194,9 +192,7 @@ class DeviceView:
             self._own(record, payload)
         elif isinstance(payload, types.ReleaseEvent):
             self.releases.apply(record, payload)
-        elif isinstance(payload, types.EpochStarted):
-            self._state.epochs[payload.run_id] = max(payload.epoch, self._state.epochs.get(payload.run_id, 0))
-        elif isinstance(payload, types.ServerEvent) and payload.epoch == self._state.epochs.get(payload.run_id):
+        elif isinstance(payload, types.ServerEvent):
             self._decided(record, payload)
 
     def _own(self, record: Record, payload: types.ClientEvent) -> None:
@@ -227,3 +223,10 @@ class DeviceView:
                 }
             case _:
                 pass
+
+
+def _restored(state: bytes | None) -> _State:
+    """A state as it was kept; a new one, for which the log is read again, in place of one of another version."""
+    if not state or msgspec.msgpack.decode(state, type=_Version).version != _VERSION:
+        return _State()
+    return msgspec.msgpack.decode(state, type=_State)

@@ -275,7 +275,7 @@ def test_a_server_that_another_one_replaced_stops_and_what_it_still_says_counts_
     [opened] = world.payloads(types.RoundOpened)
     again = replace(opened, round_id="r0002", number=2)
     world.log.append([world.writer.event(again, id=ids.derived_id(origin, "main", "round", 2))])
-    assert world.rounds.stale == 2
+    assert world.stale == 2
     with world.serving():
         until_idle(new)
         world.request(1, "q2")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import FedloopError
+from fedloop_events.files import write_whole
 from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Message
 from msgspec import Struct
@@ -129,9 +130,7 @@ class User:
                 feedback_id=f"message-{number}",
                 **({} if right else DEFAULT.remark(message.answer)),
             )
-        temporary = self._count.with_name(".given")
-        temporary.write_text(str(number + 1))
-        temporary.replace(self._count)
+        write_whole(self._count, str(number + 1).encode())
 
     def _given(self) -> int:
         return int(self._count.read_text()) if self._count.exists() else 0

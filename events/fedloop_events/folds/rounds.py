@@ -1,7 +1,7 @@
 """What the rounds and the releases of a deployment are: folds over the topics `rounds` with `updates`, and `releases`.
 
-What the server decided counts once: the first event of each decision, if its epoch is the latest one at its place in the log.
-A fold changes its state in place; what it hands out is for reading only.
+What the server decided counts once: the first event of each decision. A fold changes its state in place; what it hands out is
+for reading only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RoundsView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     run_id: str = types.DEFAULT_RUN
     epoch: int = 0
@@ -101,8 +101,6 @@ class RoundsView(Struct):
     rounds: dict[str, RoundState] = {}
     unanswered: dict[str, tuple[str, str]] = {}
     """Updates to rounds that have ended, neither accepted nor refused yet: round and client by update."""
-    stale: int = 0
-    """How many decisions of fenced servers, which count for nothing, there are."""
     _open: str = ""
     _queue: dict[str, None] = {}  # the pending requests, oldest first
 
@@ -133,16 +131,12 @@ class RoundsView(Struct):
                 request = RoundRequest(payload.request_id, payload.rounds, record.appended_ms, payload.reason)
                 self.requests[request.request_id], self._queue[request.request_id] = request, None
         elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
-            if isinstance(payload, types.EpochStarted):
-                if payload.epoch > self.epoch:
-                    self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
-            elif payload.epoch == self.epoch:
-                self._decided(record, payload)
-            else:
-                self.stale += 1
+            self._decided(record, payload)
 
     def _decided(self, record: Record, payload: types.ServerEvent) -> None:
         match payload:
+            case types.EpochStarted():
+                self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
             case types.RoundOpened():
                 self._opened(record, payload)
             case types.RoundAborted():

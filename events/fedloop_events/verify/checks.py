@@ -12,6 +12,7 @@ from fedloop_events import envelope, topics, types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
+from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import Identities
 from fedloop_events.verify.sequences import At, Sequences
 
@@ -62,12 +63,12 @@ class LogCheck:
     def __init__(self, report: VerifyReport, *, unique_ids: bool) -> None:
         self.report, self._unique_ids = report, unique_ids
         self._identities = Identities()
+        self._admit = Admit(self._identities)
         self._topics: Counter[str] = Counter()
         self._marks: dict[str, int] = {}
         self._begun: set[str] = set()
         self._ends: dict[str, int] = {}
         self._sequences = Sequences(self.wrong)
-        self._epochs: dict[str, int] = {}
         self.blobs: dict[types.BlobRef, At] = {}
         """Every blob that an authentic event names, and the first one that does."""
 
@@ -106,10 +107,7 @@ class LogCheck:
         """Whether it is the first authentic event under its id. Raises `InvalidEventError` if it is not authentic."""
         mark, known = hash((record.key, record.data, record.signature)), self._marks.get(record.id)
         if known is None:
-            if record.topic == topics.CLIENTS:
-                self._identities.apply(record, payload)
-            else:
-                self._identities.authenticate(record, payload)
+            self._admit.authenticate(record, payload)
             self._marks[record.id] = mark
             return True
         if self._unique_ids:
@@ -117,29 +115,23 @@ class LogCheck:
         elif known == mark:
             self.report.repeated += 1
         else:
-            self._identities.authenticate(record, payload)
+            self._admit.authenticate(record, payload)
             self.report.rivals += 1
         return False
 
     def _take(self, record: Record, payload: types.Payload, at: At) -> None:
         if isinstance(payload, types.ClientEvent):
             self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at, self._order(record))
-        elif isinstance(payload, types.ServerEvent):
-            self._epoch(payload, at)
+        elif isinstance(payload, types.ServerEvent) and self._is_ahead(payload):
+            self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
+        elif not self._admit.standing.counts(payload):
+            self.report.stale += 1
         for ref in _blobs(payload):
             self.blobs.setdefault(ref, at)
 
-    def _epoch(self, payload: types.ServerEvent, at: At) -> None:
-        latest = self._epochs.get(payload.run_id, 0)
-        if isinstance(payload, types.EpochStarted):
-            self._epochs[payload.run_id] = max(latest, payload.epoch)
-            # Two servers may try for the same epoch: the second event has the same id, and is none.
-            if payload.epoch <= latest:
-                self.report.stale += 1
-        elif payload.epoch > latest:
-            self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
-        elif payload.epoch < latest:
-            self.report.stale += 1
+    def _is_ahead(self, payload: types.ServerEvent) -> bool:
+        latest = self._admit.standing.epochs.get(payload.run_id, 0)
+        return payload.epoch > latest and not isinstance(payload, types.EpochStarted)
 
     def end(self) -> None:
         """Every event has been taken in: say what is missing."""

@@ -43,7 +43,7 @@ class Reply(Struct, frozen=True):
 class RunSteps:
     """Fold over `rounds` and `updates` of one run; with `round_id`, of that round alone.
 
-    A decision counts if its epoch is the latest one at its place in the log, and if it is the first of its kind at its step.
+    Of the decisions at one step the first holds.
     """
 
     topics = (topics.ROUNDS, topics.UPDATES)
@@ -71,9 +71,8 @@ class RunSteps:
 
     def _decided(self, record: Record, payload: ServerEvent) -> None:
         if isinstance(payload, EpochStarted):
-            if payload.epoch > self.epoch:
-                self.epoch, self.server_id = payload.epoch, payload.server_id
-        elif payload.epoch != self.epoch or getattr(payload, "round_id", None) != self.round_id:
+            self.epoch, self.server_id = payload.epoch, payload.server_id
+        elif getattr(payload, "round_id", None) != self.round_id:
             return
         elif isinstance(payload, UpdateRefused):
             self.refused.setdefault(payload.update_id, payload)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from fedloop_events import envelope, types
+from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Fold, Reader, StoredFold
 from fedloop_events.folds.releases import ReleasesView
@@ -78,11 +80,9 @@ def replay(log: EventLog, directory: Path | None) -> Replayed:
     people, rounds, releases, ledger = Identities(), RoundsView(), ReleasesView(), Ledger()
     enrolled = Reader(log, people, on_refused=refuse)
     enrolled.catch_up()
-    refused, folds = enrolled.refused, (rounds, releases, ledger)
-    for fold in folds:
-        reader = Reader[Fold](log, fold, identities=people, on_refused=refuse)
+    readers = [Reader[Fold](log, fold, identities=people, on_refused=refuse) for fold in (rounds, releases, ledger)]
+    for reader in readers:
         reader.catch_up()
-        refused += reader.refused
     current = [found.release for model in releases.models if (found := releases.current(model)) is not None]
     matching, differing = _compared(log, directory, people)
     return Replayed(
@@ -90,7 +90,7 @@ def replay(log: EventLog, directory: Path | None) -> Replayed:
         took_ms=round((time.monotonic() - began) * 1000),
         types=dict(sorted(counts.items())),
         unknown=sum(count for name, count in counts.items() if types.newest(name) is None),
-        refused=refused,
+        refused=enrolled.refused + sum(reader.refused for reader in readers),
         first_refused=first_refused,
         epoch=rounds.epoch,
         clients=len(people.clients),
@@ -98,7 +98,7 @@ def replay(log: EventLog, directory: Path | None) -> Replayed:
         rounds=dict(Counter(each.state for each in rounds.rounds.values())),
         releases=dict(Counter(each.status for each in releases.releases.values())),
         current=current[-1] if current else None,
-        stale_decisions=rounds.stale,
+        stale_decisions=sum(readers[0].standing.stale.values()),
         spends=sum(len(ledger.spends(client)) for client in people.clients),
         suspended=[client for client in people.clients if ledger.suspended(client) is not None],
         matching=matching,
@@ -134,20 +134,17 @@ def _same(log: EventLog, path: Path, fresh: StoredFold) -> bool:
     found = Snapshots(path).load(fresh.version)
     if found is None:
         return False
-    position, state = found
     people = Identities()
     Reader(log, people).catch_up()
+    admit = Admit(None if isinstance(fresh, Identities) else people)
     for record in read_all(log, fresh.topics):
-        if position.covers(record.stream, record.offset):
-            try:
-                payload = envelope.decode(record)
+        if found.position.covers(record.stream, record.offset):
+            with suppress(InvalidEventError):
+                payload = admit(record)
                 if payload is not None:
-                    if not isinstance(fresh, Identities):
-                        people.authenticate(record, payload)
                     fresh.apply(record, payload)
-            except InvalidEventError:
-                continue
-    return _comparable(fresh) == _comparable(fresh.from_state(state))
+    same = _comparable(fresh) == _comparable(fresh.from_state(found.state))
+    return same and admit.standing == found.standing
 
 
 def _comparable(fold: StoredFold) -> object:

@@ -108,6 +108,11 @@ class Server:
         """Events that counted for nothing since it began: malformed, or not said by whom they name."""
         return self._people.refused + self._events.refused
 
+    @property
+    def stale(self) -> int:
+        """Decisions in the run by servers that another one had taken over from."""
+        return self._events.standing.stale.get(self.run_id, 0)
+
     def run(self, stop: threading.Event | None = None, rounds: int | None = None, *, until_idle: bool = False) -> int:
         """Go on until `stop` is set, `rounds` rounds have ended from now on, or (`until_idle`) none is requested; how many have.
 

@@ -42,6 +42,9 @@ class Serves(Protocol):
     @property
     def refused(self) -> int: ...
 
+    @property
+    def stale(self) -> int: ...
+
 
 class MeteredLog:
     """An `EventLog` that counts the events read through it, each once however often it is read, and notes the last read."""
@@ -110,7 +113,7 @@ class ServerCollector:
         refused = "Events since this process began that are malformed, or not authentic."
         yield CounterMetricFamily("fedloop_events_refused", refused, server.refused)
         stale = "Decisions in the log by servers that another one had taken over from."
-        yield CounterMetricFamily("fedloop_decisions_stale", stale, server.state.rounds.stale)
+        yield CounterMetricFamily("fedloop_decisions_stale", stale, server.stale)
         idle = GaugeMetricFamily("fedloop_loop_idle_seconds", "Seconds since the server last read its log.")
         if (idle_s := self._log.idle_s) is not None:
             idle.add_metric([], idle_s)
