@@ -92,8 +92,8 @@ class Admin:
         self.client = AdminClient(
             {
                 **settings.client(),
-                # With sparse connections librdkafka 2.12 tries a broker that is away without any pause while a request waits for it
-                # (docs/decisions/XXXX); without them it keeps to its backoff.
+                # With sparse connections librdkafka 2.12 tries a broker that is away without any pause while a request waits
+                # for it (docs/decisions/0016); without them it keeps to its backoff.
                 "enable.sparse.connections": False,
                 "reconnect.backoff.max.ms": 1000,
                 "error_cb": self._trouble,
