@@ -31,6 +31,7 @@ from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.journal import start_epoch
+from fedloop_server.flower.steps import RunReader
 from fedloop_server.flower.strategies import Durable
 from fedloop_server.state import ServerState
 from fedloop_tasks.table import kind_of
@@ -56,12 +57,12 @@ def open_world(folder: Path, config: ServerConfig) -> World:
 def flower_run(log: EventLog, blobs: BlobStore, writer: EventWriter) -> str:
     """Run a strategy of Flower's own, with its noise recorded, on the clients of `fleet`; the SHA-256 of what came out."""
     epoch = start_epoch(log, writer, run_id=FLOWER_RUN, server_id="flower-server")
-    identities = Identities()
+    reads = RunReader(log, FLOWER_RUN)
 
     def nodes() -> list[Any]:
-        return [each for name, each in identities.clients.items() if name.startswith("client-")]
+        return [each for name, each in reads.identities.clients.items() if name.startswith("client-")]
 
-    grid = LogGrid(log, blobs, writer, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, identities=identities)
+    grid = LogGrid(log, blobs, writer, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, reads=reads)
     strategy = Durable(DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.5, 5.0, 3))
     arrays = strategy.start(grid, initial_arrays(), num_rounds=2, timeout=20).arrays
     return hashlib.sha256(b"".join(value for _, value in sorted(as_bytes(arrays).items()))).hexdigest()

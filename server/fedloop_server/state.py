@@ -14,6 +14,8 @@ from fedloop_events.logs.port import START, Position
 from fedloop_privacy.ledger import Ledger
 from msgspec import Struct
 
+from fedloop_server.flower.steps import RunSteps
+
 OnEvent = Callable[[Record, types.Payload], None]
 
 
@@ -42,6 +44,8 @@ class ServerState:
         """The log's own clock, as of the last event that the server has signed."""
         self.round_after = START
         """Before everything that the open round rests on."""
+        self.steps: RunSteps | None = None
+        """Those of the round that is being collected, which are kept up to date too."""
         self._epoch_after = START
         self._offsets: dict[str, int] = {}
         self._on_event = on_event
@@ -60,6 +64,8 @@ class ServerState:
                 self._epoch_after = Position({**self._offsets, record.stream: record.offset - 1})
             if self.rounds.open_round is not open_round:
                 self.round_after = self._epoch_after
+            if self.steps is not None:
+                self.steps.apply(record, payload)
         self._offsets[record.stream] = record.offset
         if self._on_event is not None:
             self._on_event(record, payload)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 from fedloop_events import topics
 from fedloop_events.envelope import Record
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.port import EventLog
 from fedloop_events.types import (
     EpochStarted,
     InstructionSent,
@@ -89,3 +92,30 @@ class RunSteps:
         same_client = [each for each in replies if each.payload.client_id == payload.client_id]
         if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
             replies.append(Reply(record.id, payload))
+
+
+class ReadsRun(Protocol):
+    """What a grid knows of its run, and how it learns more."""
+
+    @property
+    def identities(self) -> Identities: ...
+
+    @property
+    def steps(self) -> RunSteps: ...
+
+    def read(self, wait_s: float, /) -> None:
+        """Bring both up to date, after waiting up to so many seconds for a first event."""
+
+
+class RunReader:
+    """Reads a run, or with `round_id` that round of it, for a grid that is alone with its log."""
+
+    def __init__(self, log: EventLog, run_id: str, round_id: str | None = None) -> None:
+        self.identities, self.steps = Identities(), RunSteps(run_id, round_id)
+        self._people = Reader(log, self.identities)
+        self._events = Reader(log, self.steps, identities=self._people)
+        self.read()
+
+    def read(self, wait_s: float = 0.0) -> None:
+        self._people.catch_up()
+        self._events.wait(wait_s)
