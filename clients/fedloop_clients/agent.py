@@ -17,9 +17,11 @@ from fedloop_events.types import ModelSpec
 from fedloop_privacy.masking import MaskingError
 
 from fedloop_clients import enrolment
-from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, FeedbackInput, Response, Thumb, check_text
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity, kept
+from fedloop_clients.examples import Examples, teaches
+from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.interactions import Interactions
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
 from fedloop_clients.models import Models
@@ -63,7 +65,8 @@ class Agent:
         self._store = store
         self._log, self._blobs = open_log(place.log), open_blobs(place.blobs)
         identity.introduce(self._log, self._blobs)
-        self._capture = Capture(store)
+        self._interactions = Interactions(store)
+        self._examples = Examples(store, self._interactions)
         self._models = Models(settings.model_dir)
         self._masker, self._app = masker, app
         self._following = DeviceView(identity.client_id, identity.server_key, store.kept(FOLLOWING))
@@ -145,13 +148,18 @@ class Agent:
         masked = self._masked_or_none(text)
         with self._models.borrowed(spec) as held:
             labels, confidences = held.load(release.blob, self._blobs).predict([masked.text if masked else text])
-        response_id = self._capture.respond(text, masked, labels[0], release.release, spec.labels)
+        response_id = self._interactions.respond(text, masked, labels[0], release.release, spec.labels)
         return Response(response_id, labels[0], confidences[0], release.release)
 
-    def record(self, text: str, label: str, *, response_id: str | None = None) -> Response:
-        """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`."""
+    def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
+        """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
+
+        `response` is what the user was shown, where that is more than the label; it is masked like the text, and not published.
+        """
         spec, release = self._in_force()
-        response_id = self._capture.respond(text, None, label, release.release, spec.labels, response_id)
+        response_id = self._interactions.respond(
+            text, None, label, release.release, spec.labels, response=response, response_id=response_id
+        )
         return Response(response_id, label, 1.0, release.release)
 
     def feedback(
@@ -163,22 +171,26 @@ class Agent:
         label: str | None = None,
         correction: str | None = None,
         comment: str | None = None,
+        preferred_over: str | None = None,
         feedback_id: str | None = None,
     ) -> Feedback:
-        """Record what the user says of a response; it is on disk when this returns, and needs no connection.
+        """Record what the user did about a response; it is on disk when this returns, and needs no connection.
 
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
-        own words. `feedback_id` is the caller's: the same one again is the same feedback, with other content an error. What
-        the user wrote leaves the device masked or not at all.
+        own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
+        same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
+        was the worse of two does not leave it.
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
         """
-        said = FeedbackInput(thumb, rating, label, correction, comment)
+        given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
         spec = self._spec()
         if spec is None:
             self._read()
             spec = self._spec()
-        return self._capture.record(response_id, said, spec.labels if spec else (), feedback_id)
+        labels = spec.labels if spec else ()
+        feedback_id, recorded = self._interactions.record(response_id, given, labels, feedback_id)
+        return Feedback(feedback_id, response_id, teaches(recorded, labels))
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.
@@ -188,7 +200,16 @@ class Agent:
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """
         loop = Loop(
-            self.identity, self.settings, self._store, self._log, self._blobs, self._following, self._reading, self._masked
+            self.identity,
+            self.settings,
+            self._store,
+            self._log,
+            self._blobs,
+            self._following,
+            self._reading,
+            self._interactions,
+            self._examples,
+            self._masked,
         )
         with self._reading:
             self._running += 1
@@ -201,7 +222,7 @@ class Agent:
     def status(self) -> Status:
         """Where the device stands, as of what it can read now."""
         self._read()
-        return read_status(self.identity, self._store, self._following, self.settings.model)
+        return read_status(self.identity, self._store, self._following, self._interactions, self._examples, self.settings.model)
 
     def close(self) -> None:
         """Let go of the store and the log; nothing is lost."""
@@ -258,5 +279,5 @@ class Agent:
         if self._app is not None:
             return PlainApp(self._app)
         return ClassifierApp(
-            self.settings.model, self._capture, self._models, self._spec, min_examples=self.settings.min_examples
+            self.settings.model, self._examples, self._models, self._spec, min_examples=self.settings.min_examples
         )

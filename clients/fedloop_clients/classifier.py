@@ -9,7 +9,7 @@ from fedloop_events import types
 from fedloop_events.flower.messages import ClientAppCallable
 from flwr.app import Context, Message
 
-from fedloop_clients.capture import Capture
+from fedloop_clients.examples import Examples
 from fedloop_clients.models import Models
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ class ClassifierApp:
     """
 
     def __init__(
-        self, model: str, capture: Capture, models: Models, spec: Callable[[], types.ModelSpec | None], *, min_examples: int
+        self, model: str, examples: Examples, models: Models, spec: Callable[[], types.ModelSpec | None], *, min_examples: int
     ) -> None:
-        self._model, self._capture, self._models, self._spec, self._min_examples = model, capture, models, spec, min_examples
+        self._model, self._examples, self._models, self._spec, self._min_examples = model, examples, models, spec, min_examples
         self._borrowed: EmbeddingClassifier | None = None
 
     def unready(self, opened: types.RoundOpened | None) -> str | None:
@@ -34,7 +34,7 @@ class ClassifierApp:
         spec = self._spec()
         if opened is None or opened.model != self._model or spec is None:
             return "other-model"
-        if len(self._capture.examples(spec.labels)) < self._min_examples:
+        if self._examples.count(spec.labels) < self._min_examples:
             return "no-examples"
         from fedloop_clients.encoder import ModelError
 
@@ -64,7 +64,7 @@ class ClassifierApp:
     def _get_examples(self, opened: types.RoundOpened) -> tuple[list[str], list[str]]:
         spec = self._spec()
         assert spec is not None
-        examples = self._capture.examples(spec.labels)
+        examples = self._examples.read(spec.labels)
         return [text for text, _ in examples], [label for _, label in examples]
 
 

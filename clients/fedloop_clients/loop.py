@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.errors import InvalidEventError, PolicyError, UnreachableError
+from fedloop_events.errors import PolicyError, UnreachableError
 from fedloop_events.logs.port import EventLog
 from fedloop_events.masked import MaskedText
-from fedloop_privacy.masking import MaskingError
 from msgspec import Struct
 
-from fedloop_clients.capture import Capture, Unpublished
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity
+from fedloop_clients.examples import Examples
+from fedloop_clients.interactions import Interactions
 from fedloop_clients.outbox import Outbox, SuspendedError
+from fedloop_clients.publishing import Publisher
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
 RETRY_S: Final = 2.0
 ALONE_TIMEOUT_S: Final = 5.0
-_PUBLISH_BATCH: Final = 50
 
 
 class RevokedError(PolicyError):
@@ -87,19 +87,27 @@ class Status(Struct, frozen=True):
         return not (self.waiting or self.unsent)
 
 
-def read_status(identity: Identity, store: Store, following: DeviceView, model: str, problem: str = "") -> Status:
+def read_status(
+    identity: Identity,
+    store: Store,
+    following: DeviceView,
+    interactions: Interactions,
+    examples: Examples,
+    model: str,
+    problem: str = "",
+) -> Status:
     """The status as of what `following` has read."""
-    capture, me = Capture(store), identity.client_id
-    counts, suspended, release = capture.counts(), following.ledger.suspended(me), following.releases.current(model)
+    me, counts, spec = identity.client_id, interactions.counts(), following.releases.models.get(model)
+    suspended, release = following.ledger.suspended(me), following.releases.current(model)
     spends = len(following.ledger.spends(me))
     return Status(
         client_id=me,
         release=release.release if release else None,
         waiting=counts.get("captured", 0),
         published=counts.get("published", 0),
-        failed=capture.failures(),
+        failed=interactions.failures(),
         unsent=store.rows("SELECT count(*) FROM outbox WHERE event IS NOT NULL")[0][0],
-        examples=capture.count_examples(),
+        examples=examples.count(spec.labels if spec else ()),
         answers=dict(store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
         spends=spends,
         epsilon_spent=following.ledger.epsilon(me, identity.delta) if spends else 0.0,
@@ -122,11 +130,14 @@ class Loop:
         blobs: BlobStore,
         following: DeviceView,
         reading: threading.Lock,
+        interactions: Interactions,
+        examples: Examples,
         mask: Callable[[str], MaskedText],
     ) -> None:
         self._identity, self._settings, self._store, self._log, self._blobs = identity, settings, store, log, blobs
-        self._following, self._reading, self._mask = following, reading, mask
-        self._capture, self._outbox = Capture(store), Outbox(store, identity.writer(log))
+        self._following, self._reading = following, reading
+        self._interactions, self._examples, self._outbox = interactions, examples, Outbox(store, identity.writer(log))
+        self._publisher = Publisher(identity, settings.model, store, interactions, self._outbox, mask)
         self._problem = ""
         self._news = True  # whether the log may hold what was not read
         self._seen: tuple[int, float] | None = None  # what the last heartbeat said, and when
@@ -165,13 +176,14 @@ class Loop:
         """Before anything is said: a store that was restored from a backup learns here what it has said already."""
         self._following.check_end(self._log)
         self._catch_up(0.0)
-        self._capture.retry_failed()
+        self._interactions.retry_failed()
         return True
 
     def _pass(self, answering: InstructionHandler) -> None:
         if self._outbox.flush(self._log) or self._news:
             self._catch_up(0.0)
-        self._publish()
+        while self._publisher.publish():
+            self._outbox.flush(self._log)
         self._heartbeat()
         self._outbox.flush(self._log)
         for instruction in answering.due():
@@ -184,11 +196,19 @@ class Loop:
             stop.wait(RETRY_S)
             return
         with suppress(UnreachableError):  # the next pass meets it again, and says so
-            if not self._capture.unpublished(1):
+            if not self._interactions.counts().get("captured"):
                 self._news = self._following.wait(self._log, IDLE_S)
 
     def _status(self) -> Status:
-        return read_status(self._identity, self._store, self._following, self._settings.model, self._problem)
+        return read_status(
+            self._identity,
+            self._store,
+            self._following,
+            self._interactions,
+            self._examples,
+            self._settings.model,
+            self._problem,
+        )
 
     def _catch_up(self, wait_s: float) -> None:
         """Read to the end of the log, and keep what that changes, together with how far it was read."""
@@ -205,7 +225,7 @@ class Loop:
         with self._store.transaction():
             self._outbox.reconcile(following.mine)
             for feedback_id in following.published:
-                self._capture.published(feedback_id)
+                self._interactions.published(feedback_id)
             self._store.keep(FOLLOWING, following.to_state())
         following.mine.clear()
         following.published.clear()
@@ -223,62 +243,10 @@ class Loop:
                 hint="revoke this client and enrol the device under a new name, with a new store",
             )
 
-    # --- feedback ---
-
-    def _publish(self) -> None:
-        while due := self._capture.unpublished(_PUBLISH_BATCH):
-            for each in due:
-                try:
-                    self._publish_one(each)
-                except MaskingError as error:
-                    self._capture.failed(each.feedback_id, error.cause or error.message)
-                except InvalidEventError:
-                    self._capture.failed(each.feedback_id, "too large for one event")
-            self._outbox.flush(self._log)
-
-    def _publish_one(self, each: Unpublished) -> None:
-        """Mask one piece of feedback and put it into the outbox, with the counts of what was masked. Only masked text gets in."""
-        said = each.said
-        text = each.masked or self._mask(each.text or "")
-        correction = None if said.correction is None else self._mask(said.correction)
-        comment = None if said.comment is None else self._mask(said.comment)
-        counts: dict[str, int] = {}
-        for masked in (text, correction, comment):
-            for kind, count in masked.counts.items() if masked else ():
-                counts[kind] = counts.get(kind, 0) + count
-        me = self._identity
-        with self._store.transaction():
-            self._capture.mask(each.response_id, text)
-            self._outbox.add(
-                lambda seq: types.FeedbackRecorded(
-                    origin=me.origin,
-                    client_id=me.client_id,
-                    seq=seq,
-                    feedback_id=each.feedback_id,
-                    response_id=each.response_id,
-                    release=each.release,
-                    use_case=self._settings.model,
-                    text=text,
-                    predicted=each.predicted,
-                    thumb=said.thumb,
-                    rating=said.rating,
-                    label=said.label,
-                    correction=correction,
-                    comment=comment,
-                )
-            )
-            self._outbox.add(
-                lambda seq: types.TextMasked(
-                    origin=me.origin, client_id=me.client_id, seq=seq, feedback_id=each.feedback_id, counts=counts
-                )
-            )
-            self._capture.published(each.feedback_id)
-
-    # --- heartbeat ---
-
     def _heartbeat(self) -> None:
         """Say that the device is up: at first, at times, and when the number of examples has another power of two."""
-        count = self._capture.count_examples()
+        spec = self._following.releases.models.get(self._settings.model)
+        count = self._examples.count(spec.labels if spec else ())
         at_least, now = 1 << count.bit_length() - 1 if count else 0, time.monotonic()
         if self._seen is not None and self._seen[0] == at_least and now < self._seen[1] + self._settings.heartbeat_s:
             return

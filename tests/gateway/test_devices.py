@@ -162,7 +162,7 @@ def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: 
     agent._log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     agent._blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     with agent:
-        agent.feedback(agent._capture.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
+        agent.feedback(agent._interactions.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
         agent.run(until=lambda status: "does not answer" in status.problem)
         with pytest.raises(UnreachableError):
             agent._log.end()

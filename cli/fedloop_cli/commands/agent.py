@@ -165,7 +165,7 @@ def _take_in(agent: Agent, path: Path, json: bool) -> None:
     """Feedback on each row of a file; a row that was taken in before counts once."""
     import hashlib
 
-    from fedloop_clients.capture import ConflictingFeedbackError
+    from fedloop_clients.feedback import ConflictingFeedbackError
 
     from fedloop_cli import tables
 
