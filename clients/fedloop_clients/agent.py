@@ -19,7 +19,7 @@ from fedloop_privacy.masking import MaskingError
 from fedloop_clients import enrolment
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.examples import Examples, teaches
+from fedloop_clients.examples import Examples, derive
 from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.keys import KeySource
@@ -190,7 +190,8 @@ class Agent:
             spec = self._spec()
         labels = spec.labels if spec else ()
         feedback_id, recorded = self._interactions.record(response_id, given, labels, feedback_id)
-        return Feedback(feedback_id, response_id, teaches(recorded, labels))
+        taught = derive([recorded], labels)
+        return Feedback(feedback_id, response_id, taught[0][1] if taught else None)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.

@@ -21,7 +21,7 @@ class Examples:
         self._counted: tuple[object, int] = None, 0
 
     def read(self, labels: Sequence[str]) -> list[Example]:
-        """All of them, the oldest response's first."""
+        """All of them, in the order in which they were taught."""
         return derive(self._interactions.judged(), labels)
 
     def count(self, labels: Sequence[str]) -> int:
@@ -33,19 +33,29 @@ class Examples:
 
 
 def derive(interactions: Iterable[Interaction], labels: Sequence[str]) -> list[Example]:
-    """An example of every interaction that teaches one of `labels`."""
-    taught = ((each.prompt.text, teaches(each, labels)) for each in interactions)
-    return [(text, label) for text, label in taught if label is not None]
+    """An example of every response whose user teaches one of `labels`, in the order in which they were taught.
+
+    Of several interactions about one response the latest that names a label holds; where none does, the latest thumb or rating.
+    """
+    latest: dict[str, tuple[int, str | None, str]] = {}
+    for each in interactions:
+        label, standing = _taught(each, labels)
+        if standing >= latest.get(each.interaction_id, (0,))[0]:
+            latest.pop(each.interaction_id, None)  # so that it stands where the one that holds does
+            latest[each.interaction_id] = (standing, label, each.prompt.text)
+    return [(text, label) for _, label, text in latest.values() if label is not None and label in labels]
 
 
-def teaches(interaction: Interaction, labels: Sequence[str]) -> str | None:
-    """The label that its user gave, or wrote as the better answer; else the predicted one, where the user was content with it."""
-    label = interaction.label
-    if label is None and interaction.edit is not None:
-        written = interaction.edit.text.strip().casefold()
-        label = next((each for each in labels if each.casefold() == written), None)
-    if label is None:
-        rating, thumb = interaction.rating, interaction.thumb
-        content = thumb == "up" or (thumb is None and rating is not None and rating >= 4)
-        label = interaction.predicted if content else None
-    return label if label in labels else None
+def _taught(given: Interaction, labels: Sequence[str]) -> tuple[str | None, int]:
+    """The label that is taught (the one given, or the predicted one where the user was content with it), and how much that weighs
+    beside others about the response: 2 if it names a label, 1 if it judges the predicted one, else 0."""
+    if given.label is not None:
+        return given.label, 2
+    if given.edit is not None:
+        named = given.edit.text.strip().casefold()
+        for label in labels:
+            if label.casefold() == named:
+                return label, 2
+    content = given.thumb == "up" or (given.thumb is None and given.rating is not None and given.rating >= 4)
+    remark_only = given.thumb is None and given.rating is None and given.edit is None
+    return given.predicted if content else None, 0 if remark_only else 1

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, Final, Literal
 
 import msgspec
@@ -17,7 +15,6 @@ from fedloop_events.errors import UsageError
 from fedloop_events.masked import MaskedText
 from fedloop_tasks.task import Interaction
 from msgspec import Struct
-from msgspec.structs import replace
 
 from fedloop_clients import feedback
 from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
@@ -94,7 +91,7 @@ class Interactions:
     def record(
         self, response_id: str, given: FeedbackInput, labels: Sequence[str], feedback_id: str | None = None
     ) -> tuple[str, Interaction]:
-        """Record feedback; it is durable when this returns. Its id, and the interaction that it is by itself, without texts.
+        """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
         that is one of the labels word for word is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
@@ -124,31 +121,21 @@ class Interactions:
                     "this feedback_id was used before, for feedback with other content",
                     hint="make a new id for what is new; an id is for sending the same thing again",
                 )
-            row = db.execute(
+            (row,) = db.execute(
                 "SELECT response_id, release, predicted, thumb, rating, label, preferred_over"
                 " FROM feedback JOIN responses USING (response_id) WHERE feedback_id = ?",
                 (feedback_id,),
-            ).fetchone()
-        interaction_id, release, predicted, thumb, rating, label, preferred_over = row
-        return feedback_id, Interaction(
-            interaction_id,
-            release,
-            _NO_TEXT,
-            predicted=predicted,
-            thumb=thumb,
-            rating=rating,
-            label=label,
-            preferred_over=preferred_over,
-        )
+            )
+        return feedback_id, _interaction(*row)
 
     def judged(self) -> Iterator[Interaction]:
-        """Every response that its user did something about, and whose prompt is masked, oldest first.
+        """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
 
-        Of several pieces of feedback the latest label, the latest correction and the latest preference hold, and the thumb and
-        rating of the latest that is more than a comment or a preference.
+        A correction that is not masked yet says that the response was not right, as a thumb down does. A response that another
+        one was preferred over, and nothing more, comes first, with nothing done about it.
         """
-        for _, pieces in groupby(self._store.rows(_JUDGED), key=itemgetter(0)):
-            yield _folded(list(pieces))
+        for row in self._store.rows(_JUDGED):
+            yield _interaction(*row)
 
     # --- masking and publishing ---
 
@@ -233,8 +220,9 @@ LEFT JOIN texts AS comment ON comment.owner = feedback_id AND comment.kind = 'co
 WHERE state = 'captured' AND NOT {_RAW} ORDER BY feedback.number LIMIT ?
 """
 _JUDGED: Final = """
-SELECT responses.response_id, release, prompt.masked, response.masked, predicted, thumb, rating, label, correction.masked,
-    preferred_over, thumb IS NOT NULL OR rating IS NOT NULL OR label IS NOT NULL OR correction.owner IS NOT NULL
+SELECT responses.response_id, release, predicted,
+    CASE WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
+    rating, label, preferred_over, prompt.masked, response.masked, correction.masked
 FROM responses LEFT JOIN feedback USING (response_id)
 JOIN texts AS prompt ON prompt.owner = responses.response_id AND prompt.kind = 'prompt'
 LEFT JOIN texts AS response ON response.owner = responses.response_id AND response.kind = 'response'
@@ -243,31 +231,41 @@ WHERE prompt.masked IS NOT NULL AND (
     feedback_id IS NOT NULL
     OR EXISTS (SELECT 1 FROM feedback AS other WHERE other.preferred_over = responses.response_id)
 )
-ORDER BY responses.number, feedback.number
+ORDER BY feedback.number, responses.number
 """
 
 _decode = msgspec.json.Decoder(MaskedText).decode
-_NO_TEXT: Final = _decode(b'{"text":""}')
+_NO_TEXT: Final = b'{"text":""}'
 
 
 def _masked(data: bytes | None) -> MaskedText | None:
     return None if data is None else _decode(data)
 
 
-def _folded(pieces: list[tuple[Any, ...]]) -> Interaction:
-    """One response from its pieces of feedback, oldest first."""
-    response_id, release, prompt, response, predicted, *_ = pieces[0]
-    folded = Interaction(response_id, release, _decode(prompt), _masked(response), predicted)
-    for *_, thumb, rating, label, edit, preferred_over, judges in pieces:
-        folded = replace(
-            folded,
-            thumb=thumb if judges else folded.thumb,
-            rating=rating if judges else folded.rating,
-            label=label or folded.label,
-            edit=_masked(edit) or folded.edit,
-            preferred_over=preferred_over or folded.preferred_over,
-        )
-    return folded
+def _interaction(
+    response_id: str,
+    release: str,
+    predicted: str | None,
+    thumb: Thumb | None,
+    rating: int | None,
+    label: str | None,
+    preferred_over: str | None,
+    prompt: bytes = _NO_TEXT,
+    response: bytes | None = None,
+    edit: bytes | None = None,
+) -> Interaction:
+    return Interaction(
+        interaction_id=response_id,
+        release=release,
+        prompt=_decode(prompt),
+        response=_masked(response),
+        predicted=predicted,
+        thumb=thumb,
+        rating=rating,
+        label=label,
+        edit=_masked(edit),
+        preferred_over=preferred_over,
+    )
 
 
 def _write(db: Any, owner: str, kind: Kind, raw: str | None, masked: MaskedText | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedloop_clients.examples import Examples, teaches
+from fedloop_clients.examples import Examples, derive
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput, UnknownResponseError
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.store import Store
@@ -42,7 +42,8 @@ class Device:
     def record(self, response_id: str, given: FeedbackInput, feedback_id: str | None = None) -> tuple[str, str | None]:
         """The feedback's id, and the label that it teaches."""
         feedback_id, recorded = self.interactions.record(response_id, given, LABELS, feedback_id)
-        return feedback_id, teaches(recorded, LABELS)
+        taught = derive([recorded], LABELS)
+        return feedback_id, taught[0][1] if taught else None
 
     def mask(self) -> None:
         for each in self.interactions.unmasked(1000):
@@ -134,11 +135,13 @@ def test_an_interaction_keeps_what_was_written_masked(device: Device, store: Sto
     for each in device.interactions.unmasked(1000):
         device.interactions.mask(each.owner, each.kind, masked(each.raw.replace(SECRET, "<PERSON_1>")))
     device.publish()
-    one, two = device.interactions.judged()
-    assert (one.interaction_id, one.response, one.preferred_over) == (worse, masked("bad <PERSON_1>"), None)
-    assert (two.interaction_id, two.response, two.preferred_over) == (better, masked("good <PERSON_1>"), worse)
-    assert (two.prompt, two.edit, two.predicted) == (masked("my card is gone"), masked("better <PERSON_1>"), "loan")
-    assert (two.thumb, two.rating, two.label) == (None, None, None)
+    compared, rated, edited = device.interactions.judged()
+    assert (compared.interaction_id, compared.response) == (worse, masked("bad <PERSON_1>"))
+    assert (compared.thumb, compared.rating, compared.label, compared.edit, compared.preferred_over) == (None,) * 5
+    assert rated.interaction_id == edited.interaction_id == better
+    assert rated.response == edited.response == masked("good <PERSON_1>")
+    assert (rated.rating, rated.preferred_over, rated.edit) == (4, worse, None)
+    assert (edited.prompt, edited.edit, edited.predicted) == (masked("my card is gone"), masked("better <PERSON_1>"), "loan")
     texts = store.rows("SELECT kind, raw, masked FROM texts")
     assert "I am <PERSON_1>" in repr(texts)
     assert SECRET not in repr(texts)
