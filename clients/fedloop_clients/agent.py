@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,20 +17,17 @@ from fedloop_events.types import ModelSpec
 from fedloop_privacy.masking import MaskingError
 
 from fedloop_clients import enrolment
-from fedloop_clients.device_view import DeviceView
+from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.examples import Examples, derive
+from fedloop_clients.examples import derive
 from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
-from fedloop_clients.interactions import Interactions
+from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
-from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
-from fedloop_clients.models import Models
+from fedloop_clients.loop import Loop
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
-
-    from fedloop_clients.instructions import App
 
 
 class Masks(Protocol):
@@ -47,8 +44,13 @@ class Agent:
     """One device: its encrypted store, and the deployment that it is a client of.
 
     `predict` and `feedback` may be called from any thread, and from other processes than the one that runs, which is one at most.
-    The model, the masker and Flower are loaded when they are first needed. `app` is any Flower `ClientApp` (or callable like one)
-    to serve in place of the text classifier's; what data it trains on is then its own business, and so is its noise.
+    The model, the masker and Flower are loaded when they are first needed.
+
+    Rounds of the deployment's model are answered with what users taught this device. Beside them it serves other Flower runs with
+    any `ClientApp` (or callable like one): `apps` gives a run's own by the run's name, which then serves all instructions of that
+    run, rounds among them; `app` serves the instructions of all other runs that belong to no round. What data an app trains
+    on is its own business, and so is the noise that a round's mechanism asks for. The budget holds for everything: a device
+    that has one declines what no mechanism covers.
     """
 
     def __init__(
@@ -58,18 +60,15 @@ class Agent:
         place: DeploymentLocation,
         *,
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> None:
         self.identity, self.settings = identity, settings
-        self._store = store
-        self._log, self._blobs = open_log(place.log), open_blobs(place.blobs)
-        identity.introduce(self._log, self._blobs)
-        self._interactions = Interactions(store)
-        self._examples = Examples(store, self._interactions)
-        self._models = Models(settings.model_dir)
-        self._masker, self._app = masker, app
-        self._following = DeviceView(identity.client_id, identity.server_key, store.kept(FOLLOWING))
+        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings)
+        identity.introduce(self._device.log, self._device.blobs)
+        self._apps = Apps(dict(apps or {}), app)
+        self._masker = masker
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._running = 0
 
@@ -85,6 +84,7 @@ class Agent:
         delta: float = 1e-5,
         key_from: KeySource = "auto",
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
@@ -111,7 +111,7 @@ class Agent:
             )
         finally:
             opened.close()
-        return cls(store, identity, place, app=app, masker=masker, settings=settings)
+        return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
 
     @classmethod
     def open(
@@ -121,6 +121,7 @@ class Agent:
         *,
         blobs: str | Path | None = None,
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
@@ -131,7 +132,7 @@ class Agent:
         store, identity = enrolment.open_store(Path(store_dir))
         try:
             place = identity.place if log is None and blobs is None else locate(None, log or identity.location, blobs)
-            return cls(store, identity, place, app=app, masker=masker, settings=settings)
+            return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
         except BaseException:
             store.close()
             raise
@@ -146,9 +147,9 @@ class Agent:
         check_text("text", text, MAX_TEXT_CHARS)
         spec, release = self._in_force()
         masked = self._masked_or_none(text)
-        with self._models.borrowed(spec) as held:
-            labels, confidences = held.load(release.blob, self._blobs).predict([masked.text if masked else text])
-        response_id = self._interactions.respond(text, masked, labels[0], release.release, spec.labels)
+        with self._device.models.borrowed(spec) as held:
+            labels, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
+        response_id = self._device.interactions.respond(text, masked, labels[0], release.release, spec.labels)
         return Response(response_id, labels[0], confidences[0], release.release)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
@@ -157,7 +158,7 @@ class Agent:
         `response` is what the user was shown, where that is more than the label; it is masked like the text, and not published.
         """
         spec, release = self._in_force()
-        response_id = self._interactions.respond(
+        response_id = self._device.interactions.respond(
             text, None, label, release.release, spec.labels, response=response, response_id=response_id
         )
         return Response(response_id, label, 1.0, release.release)
@@ -184,12 +185,10 @@ class Agent:
         Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
         """
         given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
-        spec = self._spec()
-        if spec is None:
+        if self._device.spec is None:
             self._read()
-            spec = self._spec()
-        labels = spec.labels if spec else ()
-        feedback_id, recorded = self._interactions.record(response_id, given, labels, feedback_id)
+        labels = self._device.labels
+        feedback_id, recorded = self._device.interactions.record(response_id, given, labels, feedback_id)
         taught = derive([recorded], labels)
         return Feedback(feedback_id, response_id, taught[0][1] if taught else None)
 
@@ -200,22 +199,11 @@ class Agent:
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """
-        loop = Loop(
-            self.identity,
-            self.settings,
-            self._store,
-            self._log,
-            self._blobs,
-            self._following,
-            self._reading,
-            self._interactions,
-            self._examples,
-            self._masked,
-        )
+        loop = Loop(self._device, self._apps, self._masked, self._reading)
         with self._reading:
             self._running += 1
         try:
-            loop.run(self._serve(), stop or threading.Event(), until)
+            loop.run(stop or threading.Event(), until)
         finally:
             with self._reading:
                 self._running -= 1
@@ -223,12 +211,12 @@ class Agent:
     def status(self) -> Status:
         """Where the device stands, as of what it can read now."""
         self._read()
-        return read_status(self.identity, self._store, self._following, self._interactions, self._examples, self.settings.model)
+        return self._device.status()
 
     def close(self) -> None:
         """Let go of the store and the log; nothing is lost."""
-        self._log.close()
-        self._store.close()
+        self._device.log.close()
+        self._device.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,14 +228,11 @@ class Agent:
         """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""
         with self._reading, suppress(UnreachableError):
             if not self._running:
-                self._following.catch_up(self._log)
-
-    def _spec(self) -> ModelSpec | None:
-        return self._following.releases.models.get(self.settings.model)
+                self._device.view.catch_up(self._device.log)
 
     def _in_force(self) -> tuple[ModelSpec, ReleaseState]:
         self._read()
-        spec, release = self._spec(), self._following.releases.current(self.settings.model)
+        spec, release = self._device.spec, self._device.view.releases.current(self.settings.model)
         if spec is None or release is None:
             raise UsageError(f"no release of model {self.settings.model!r} is published yet", hint="start the server first")
         return spec, release
@@ -273,12 +258,3 @@ class Agent:
         with suppress(MaskingError):
             return self._masked(text)
         return None
-
-    def _serve(self) -> App:
-        from fedloop_clients.classifier import ClassifierApp, PlainApp
-
-        if self._app is not None:
-            return PlainApp(self._app)
-        return ClassifierApp(
-            self.settings.model, self._examples, self._models, self._spec, min_examples=self.settings.min_examples
-        )

@@ -1,4 +1,4 @@
-"""What a device has to learn from, derived from its interactions whenever it is read: labels are those of the model now."""
+"""What interactions teach, for a model with certain labels: derived whenever it is read."""
 
 from __future__ import annotations
 
@@ -6,30 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from fedloop_tasks.task import Interaction
 
-from fedloop_clients.interactions import Interactions
-from fedloop_clients.store import Store
-
 Example = tuple[str, str]
 """A masked text and its label."""
-
-
-class Examples:
-    """The examples in a store, for a model with certain labels."""
-
-    def __init__(self, store: Store, interactions: Interactions) -> None:
-        self._store, self._interactions = store, interactions
-        self._counted: tuple[object, int] = None, 0
-
-    def read(self, labels: Sequence[str]) -> list[Example]:
-        """All of them, in the order in which they were taught."""
-        return derive(self._interactions.judged(), labels)
-
-    def count(self, labels: Sequence[str]) -> int:
-        """How many there are. They are read again only when the store has changed."""
-        state = self._store.changes(), tuple(labels)
-        if self._counted[0] != state:
-            self._counted = state, len(self.read(labels))
-        return self._counted[1]
 
 
 def derive(interactions: Iterable[Interaction], labels: Sequence[str]) -> list[Example]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.types import BlobRef, ModelSpec
+from fedloop_tasks.task import Arrays
 
 if TYPE_CHECKING:
     from fedloop_clients.model import EmbeddingClassifier
@@ -32,6 +33,16 @@ class Held:
             self.model.load(tensors.decode(blobs.get(blob, max_bytes=MAX_RELEASE_BYTES)))
             self._release = blob.sha256
         return self.model
+
+    @contextmanager
+    def holding(self, arrays: Arrays) -> Iterator[EmbeddingClassifier]:
+        """The model with other tensors, as long as the block lasts. Raises `TensorError`."""
+        before = self.model.arrays()
+        try:
+            self.model.load(arrays)
+            yield self.model
+        finally:
+            self.model.load(before)
 
 
 class Models:

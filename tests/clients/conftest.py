@@ -106,13 +106,14 @@ class Deployment:
         message_type: str = "train",
         ttl_s: float = 600,
         base: BlobRef | None = None,
+        run_id: str = "main",
     ) -> str:
         """Send one instruction of a round (or of none); its event id."""
         content = Content(arrays={"arrays": base or (opened.base if opened else self.base)})
         sent = types.InstructionSent(
             origin=ORIGIN,
             epoch=opened.epoch if opened else 1,
-            run_id="main",
+            run_id=opened.run_id if opened else run_id,
             step=0,
             client_id=client_id,
             message_type=message_type,

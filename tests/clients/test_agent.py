@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fedloop_clients import Agent, loop
+from fedloop_clients.device import Settings, Status
 from fedloop_clients.device_view import LogChangedError
-from fedloop_clients.loop import RevokedError, Settings, Status
+from fedloop_clients.interactions import Interactions
+from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.store import StoreError
 from fedloop_events import types
@@ -260,6 +262,22 @@ def test_a_process_killed_while_it_publishes_publishes_once(
     assert [each.seq for each in said] == list(range(len(said)))
 
 
+def test_the_number_of_examples_is_read_again_only_when_the_store_has_changed(
+    agent: Agent, store_dir: Path, masker: DigitMasker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(agent)
+    agent.run(until=settled)
+    assert agent.status().examples == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Interactions, "judged", None)
+        assert [agent.status().examples for _ in range(3)] == [1, 1, 1]
+    with Agent.open(store_dir, masker=masker) as other:
+        other.feedback(other.record("hello", "loan").response_id, thumb="up")
+        assert agent.status().examples == 1
+        other.run(until=settled)
+    assert agent.status().examples == 2
+
+
 # --- presence ---
 
 
@@ -357,7 +375,7 @@ def test_a_device_whose_store_was_copied_stops_when_both_have_spoken(
         assert reached.wait(30)
         from fedloop_clients.outbox import Outbox
 
-        clone = Outbox(other._store, other.identity.writer(deployment.log))
+        clone = Outbox(other._device.store, other.identity.writer(deployment.log))
         clone.add(lambda seq: types.ClientSeen(origin="test.example", client_id="phone", seq=seq, examples_at_least=0))
         clone.flush(deployment.log)
         running.join(30)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fedloop_clients.examples import Examples, derive
+from fedloop_clients.examples import Example, derive
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput, UnknownResponseError
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.store import Store
@@ -34,7 +34,9 @@ class Device:
 
     def __init__(self, store: Store) -> None:
         self.interactions = Interactions(store)
-        self.examples = Examples(store, self.interactions)
+
+    def examples(self, labels: Sequence[str] = LABELS) -> list[Example]:
+        return derive(self.interactions.judged(), labels)
 
     def respond(self, prompt: str, predicted: str = "card-lost", *, is_masked: bool = True, **more: Any) -> str:
         return self.interactions.respond(prompt, masked(prompt) if is_masked else None, predicted, "0000-a", LABELS, **more)
@@ -87,30 +89,28 @@ def test_what_feedback_teaches(device: Device, response: str, given: FeedbackInp
     for publish in (False, True):
         if publish:
             device.publish()
-        assert device.examples.read(LABELS) == ([("my card is gone", label)] if label else [])
-        assert device.examples.count(LABELS) == (1 if label else 0)
+        assert device.examples() == ([("my card is gone", label)] if label else [])
 
 
 def test_the_latest_judgement_of_a_response_holds_and_a_comment_changes_nothing(device: Device, response: str) -> None:
     device.record(response, FeedbackInput(thumb="down"))
-    assert device.examples.read(LABELS) == []
+    assert device.examples() == []
     device.record(response, FeedbackInput(rating=5))
     device.record(response, FeedbackInput(comment="at last"))
-    assert [text for text, _ in device.examples.read(LABELS)] == ["my card is gone"]
+    assert [text for text, _ in device.examples()] == ["my card is gone"]
     device.record(response, FeedbackInput(correction="it was about something else"))
-    assert device.examples.read(LABELS) == []
+    assert device.examples() == []
     device.publish()
-    assert device.examples.read(LABELS) == []
+    assert device.examples() == []
 
 
 def test_the_latest_label_holds_whatever_is_given_about_the_predicted_one(device: Device, response: str) -> None:
     device.record(response, FeedbackInput(label="transfer"))
     device.record(response, FeedbackInput(correction="LOAN"))
     device.record(response, FeedbackInput(thumb="down", rating=1, comment="not what I asked"))
-    assert device.examples.read(LABELS) == [("my card is gone", "loan")]
-    assert device.examples.count(LABELS) == 1
+    assert device.examples() == [("my card is gone", "loan")]
     device.record(response, FeedbackInput(label="transfer"))
-    assert device.examples.read(LABELS) == [("my card is gone", "transfer")]
+    assert device.examples() == [("my card is gone", "transfer")]
 
 
 def test_what_is_taught_follows_from_the_labels_of_the_model_that_learns(device: Device, response: str) -> None:
@@ -122,8 +122,7 @@ def test_what_is_taught_follows_from_the_labels_of_the_model_that_learns(device:
         (["mortgage", "transfer"], [("my card is gone", "mortgage")]),
         (["transfer"], []),
     ):
-        assert device.examples.read(labels) == examples
-        assert device.examples.count(labels) == len(examples)
+        assert device.examples(labels) == examples
 
 
 def test_an_interaction_keeps_what_was_written_masked(device: Device, store: Store) -> None:
@@ -145,20 +144,6 @@ def test_an_interaction_keeps_what_was_written_masked(device: Device, store: Sto
     texts = store.rows("SELECT kind, raw, masked FROM texts")
     assert "I am <PERSON_1>" in repr(texts)
     assert SECRET not in repr(texts)
-
-
-def test_the_number_of_examples_is_read_again_only_when_the_store_has_changed(
-    device: Device, response: str, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device.record(response, FeedbackInput(thumb="up"))
-    assert device.examples.count(LABELS) == 1
-    with monkeypatch.context() as patched:
-        patched.setattr(Interactions, "judged", None)
-        assert [device.examples.count(LABELS) for _ in range(3)] == [1, 1, 1]
-    other = Device(another := Store.open(store.path, bytes(32)))
-    other.record(other.respond("hello"), FeedbackInput(thumb="up"))
-    assert device.examples.count(LABELS) == 2
-    another.close()
 
 
 def test_the_same_feedback_id_is_the_same_feedback(device: Device, response: str) -> None:
@@ -228,7 +213,7 @@ def test_a_response_needs_a_text_a_label_and_an_id_of_its_own(device: Device, re
 def test_unmasked_text_is_no_example_and_goes_once_it_is_masked(store: Store, device: Device) -> None:
     response = device.respond(SECRET, "loan", is_masked=False)
     feedback_id, _ = device.record(response, FeedbackInput(thumb="up", comment=SECRET))
-    assert device.examples.read(LABELS) == []
+    assert device.examples() == []
     waiting = device.interactions.unmasked(10)
     assert {(each.feedback_id, each.kind, each.raw) for each in waiting} == {
         (feedback_id, "prompt", SECRET),
@@ -241,7 +226,7 @@ def test_unmasked_text_is_no_example_and_goes_once_it_is_masked(store: Store, de
     (due,) = device.interactions.unpublished(10)
     assert (due.prompt, due.comment, due.thumb, due.logged) == (masked("<PERSON_1>"), masked("<PERSON_1>"), "up", False)
     device.interactions.published(feedback_id)
-    assert device.examples.read(LABELS) == [("<PERSON_1>", "loan")]
+    assert device.examples() == [("<PERSON_1>", "loan")]
     assert SECRET not in repr([store.rows(f"SELECT * FROM {table}") for table in ("responses", "feedback", "texts")])
 
 
@@ -260,7 +245,7 @@ def test_feedback_that_the_log_has_already_is_masked_all_the_same(device: Device
     (due,) = device.interactions.unpublished(10)
     assert due.logged
     device.publish()
-    assert (device.interactions.counts(), device.examples.count(LABELS)) == ({"published": 1}, 1)
+    assert (device.interactions.counts(), len(device.examples())) == ({"published": 1}, 1)
 
 
 def test_what_cannot_be_masked_is_kept_back_counted_and_tried_again(device: Device, response: str) -> None:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from clients.conftest import DigitMasker
 
 RECORDED = Path(__file__).parent / "recorded" / "store_v1"
-LABELS = ["card-lost", "loan", "transfer"]
 CONNECT = dbapi2.connect
 InChild = Callable[[Callable[[], object]], int]
 
@@ -52,10 +51,10 @@ def opened(folder: Path, **given: Any) -> Agent:
 def observe(folder: Path) -> dict[str, Any]:
     """What this program finds, in the form of `expected.json`."""
     with opened(folder) as agent:
-        store = agent._store
+        store = agent._device.store
         found: dict[str, Any] = {
             "status": agent.status(),
-            "examples": agent._examples.read(LABELS),
+            "examples": agent._device.examples(),
             "responses": [
                 [response_id, raw, masked and msgspec.json.decode(masked)["text"], predicted, release]
                 for response_id, raw, masked, predicted, release in store.rows(
@@ -132,9 +131,9 @@ def test_a_device_of_version_1_goes_on_where_it_was(folder: Path, expected: dict
         assert (status.waiting, status.unsent, status.failed) == (0, 0, before["failed"])
         assert (status.answers, status.spends) == (before["answers"], before["spends"])
         assert status.published == before["published"] + before["waiting"]
-        corrected = {each.edit.text for each in agent._interactions.judged() if each.edit is not None}
+        corrected = {each.edit.text for each in agent._device.interactions.judged() if each.edit is not None}
         assert "it was about account <NUMBER_1> <NUMBER_1>" in corrected
-        raw = agent._store.rows("SELECT owner, raw FROM texts WHERE raw IS NOT NULL")
+        raw = agent._device.store.rows("SELECT owner, raw FROM texts WHERE raw IS NOT NULL")
         known = ("unmaskable", "explosive", "nobody judged")
         assert [text for _, text in raw if not any(each in text for each in known)] == []
     log = open_log(folder / "deployment")

@@ -13,8 +13,9 @@ import pytest
 from clients.conftest import Deployment, DigitMasker
 from devices import OPEN_CONFIG, SPEC, evaluate, initial_arrays
 from fedloop_clients import Agent
+from fedloop_clients.device import Status
 from fedloop_clients.enrolment import Identity
-from fedloop_clients.loop import RevokedError, Status
+from fedloop_clients.loop import RevokedError
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import decode
@@ -88,7 +89,7 @@ def test_feedback_is_published_masked_and_read_back(deployment: Deployment, serv
 
 
 def test_a_round_is_answered_paid_for_once_and_its_terms_are_kept(deployment: Deployment, served: Served, tmp_path: Path) -> None:
-    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", app=adding_one()) as agent:
+    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", apps={"main": adding_one()}) as agent:
         instruction = deployment.ask("phone")
         other = deployment.ask("another")
         agent.run(until=lambda status: bool(status.answers))
@@ -109,12 +110,12 @@ def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
     store = tmp_path / "store"
     Agent.enrol(served.url, store, client_id="phone", key_from="file").close()
     shutil.copytree(store, tmp_path / "backup")
-    with Agent.open(store, app=adding_one()) as agent:
+    with Agent.open(store, apps={"main": adding_one()}) as agent:
         deployment.ask("phone")
         agent.run(until=lambda status: bool(status.answers))
     shutil.rmtree(store)
     (tmp_path / "backup").rename(store)
-    with Agent.open(store, app=adding_one()) as agent:
+    with Agent.open(store, apps={"main": adding_one()}) as agent:
         deployment.ask("phone")
         agent.run(until=lambda status: bool(status.answers))
         assert agent.status().spends == 2
@@ -159,13 +160,13 @@ def test_an_older_store_which_knows_nothing_of_blobs_still_opens() -> None:
 def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: Path) -> None:
     with gateway(deployment.log, deployment.blobs, tmp_path) as served:
         agent = Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker())
-    agent._log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
-    agent._blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._device.log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._device.blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     with agent:
-        agent.feedback(agent._interactions.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
+        agent.feedback(agent._device.interactions.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
         agent.run(until=lambda status: "does not answer" in status.problem)
         with pytest.raises(UnreachableError):
-            agent._log.end()
+            agent._device.log.end()
 
 
 def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
@@ -173,7 +174,7 @@ def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
     deployment = create_deployment(folder / "deployment", SPEC, initial_arrays(), CONFIG, place)
     with gateway(deployment.log, deployment.blobs, folder) as served:
         agents = [
-            Agent.enrol(served.url, folder / name, client_id=name, epsilon=None, key_from="file", app=adding_one())
+            Agent.enrol(served.url, folder / name, client_id=name, epsilon=None, key_from="file", apps={"main": adding_one()})
             for name in ("one", "two", "three")
         ]
         stop = threading.Event()

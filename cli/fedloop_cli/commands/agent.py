@@ -12,7 +12,7 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Status
+    from fedloop_clients.device import Status
 
 app = options.group(help="Be a device: enrol, classify, take feedback, take part in rounds.")
 
@@ -147,7 +147,7 @@ def status(store: options.Store, json: options.Json = False) -> None:
 
 def _open(store: Path, model_dir: Path | None) -> Agent:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Settings
+    from fedloop_clients.device import Settings
 
     log, blobs = options.given()
     return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))

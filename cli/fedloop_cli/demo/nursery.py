@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_ORDER_BYTES: Final = 65_536
 LOADED: Final = (
     "fedloop_clients.instructions",
-    "fedloop_clients.classifier",
+    "fedloop_clients.trainer",
     "fedloop_server.rounds.loop",
     "opacus.accountants.analysis.prv",
     "scipy.optimize",

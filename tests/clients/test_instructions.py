@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from fedloop_clients import Agent
+from fedloop_clients.device import Settings, Status
 from fedloop_clients.instructions import InstructionHandler
-from fedloop_clients.loop import Settings, Status
 from fedloop_clients.outbox import SuspendedError
 from fedloop_events import types
 from fedloop_events.blobs import tensors
@@ -79,7 +79,7 @@ def enrol(deployment: Deployment, tmp_path: Path, trainer: Trainer, masker: Digi
     agents: list[Agent] = []
 
     def enrol(**terms: Any) -> Agent:
-        given: dict[str, Any] = {"client_id": "phone", "key_from": "file", "app": trainer.app, "masker": masker}
+        given: dict[str, Any] = {"client_id": "phone", "key_from": "file", "apps": {"main": trainer.app}, "masker": masker}
         agents.append(Agent.enrol(deployment.folder, tmp_path / "store", **(given | terms)))
         return agents[-1]
 
@@ -146,6 +146,79 @@ def test_a_device_without_a_budget_serves_any_run(deployment: Deployment, enrol:
     assert agent.status().answers == {"submitted": 3}
     assert [each.content.metrics["metrics"]["loss"] for each in deployment.said(types.UpdateSubmitted)] == [0.25] * 3
     assert deployment.said(types.BudgetSpent) == []
+
+
+# --- the task and apps beside it ---
+
+
+def start_run(deployment: Deployment, run_id: str) -> None:
+    deployment.server.append(types.EpochStarted(origin="test.example", epoch=1, run_id=run_id, server_id="s1"))
+
+
+def test_one_agent_serves_each_run_with_its_own_app_and_rounds_with_the_task(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app, epsilon=None)
+    for run_id in ("theirs", "another"):
+        start_run(deployment, run_id)
+    deployment.instruct("phone", None, run_id="theirs")
+    deployment.instruct("phone", None, run_id="another")
+    deployment.instruct("phone", None, run_id="main", message_type="evaluate")
+    deployment.ask("phone", None)
+    agent.run(until=answered(4))
+    assert [each.run_id for each in deployment.said(types.UpdateSubmitted)] == ["theirs", "another", "main"]
+    assert (theirs.count(), any_other.count()) == (1, 2)
+    # The round is not the apps': the task declines it, for nobody has taught this device anything.
+    assert [(each.reason, each.round_id) for each in deployment.said(types.RoundDeclined)] == [("no-examples", "r0001")]
+
+
+def test_a_round_of_a_run_with_an_app_of_its_own_is_paid_for_and_answered_by_that_app(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app)
+    start_run(deployment, "theirs")
+    opened = replace(deployment.opened("phone"), run_id="theirs")
+    deployment.server.append(opened)
+    deployment.instruct("phone", opened)
+    agent.run(until=answered())
+    (update,), (spent,) = deployment.said(types.UpdateSubmitted), deployment.said(types.BudgetSpent)
+    assert (update.spend_seq, spent.run_id, update.content.metrics) == (0, "theirs", {"metrics": {"num-examples": 1}})
+    assert (theirs.count(), any_other.count()) == (1, 0)
+
+
+def test_no_app_of_a_device_with_a_budget_serves_what_no_mechanism_covers(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app)
+    for run_id in ("theirs", "another"):
+        start_run(deployment, run_id)
+        deployment.instruct("phone", None, run_id=run_id)
+        opened = replace(deployment.opened("phone", mechanism=None), run_id=run_id)
+        deployment.server.append(opened)
+        deployment.instruct("phone", opened)
+    agent.run(until=answered(4))
+    assert declined(deployment) == ["not-private"] * 4
+    assert (theirs.count(), any_other.count(), deployment.said(types.BudgetSpent)) == (0, 0, [])
+
+
+def test_what_nobody_on_the_device_serves_is_declined_without_spending(deployment: Deployment, enrol: Enrol) -> None:
+    agent = enrol(apps=None, epsilon=None)
+    deployment.instruct("phone", None)
+    terms = {"origin": "test.example", "model": "other", "epoch": 1, "release": "0000-o", "number": 0}
+    deployment.server.append(
+        types.ReleaseProposed(**terms, blob=deployment.base),  # type: ignore[arg-type]
+        types.ReleasePublished(**terms, blob=deployment.base),  # type: ignore[arg-type]
+    )
+    other = replace(deployment.opened("phone"), model="other", base_release="0000-o")
+    evaluation = deployment.opened("phone", mechanism=None)
+    deployment.server.append(other, evaluation)
+    deployment.instruct("phone", other)
+    deployment.instruct("phone", evaluation, message_type="evaluate")
+    agent.run(until=answered(3))
+    assert (declined(deployment), deployment.said(types.BudgetSpent)) == (["no-app", "other-model", "not-training"], [])
 
 
 # --- the gate ---
@@ -272,7 +345,7 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
 
 @pytest.mark.slow
 def test_the_classifier_declines_without_examples_or_without_its_base_model(deployment: Deployment, enrol: Enrol) -> None:
-    with enrol(app=None) as agent:
+    with enrol(apps=None) as agent:
         deployment.ask("phone")
         agent.run(until=answered(1))
         agent.feedback(agent.record("hello", "loan").response_id, thumb="up")
@@ -289,7 +362,7 @@ def test_an_app_that_fails_is_declined_by_its_exceptions_name_alone(deployment: 
     def broken(message: Message, context: Context) -> Message:
         raise ValueError(SECRET)
 
-    agent = enrol(app=broken)
+    agent = enrol(apps={"main": broken})
     deployment.ask("phone")
     agent.run(until=answered())
     assert [(each.reason, each.detail) for each in deployment.said(types.RoundDeclined)] == [
@@ -301,7 +374,7 @@ def test_an_app_that_fails_is_declined_by_its_exceptions_name_alone(deployment: 
 
 @pytest.mark.parametrize("answer", [None, 7, RecordDict()])
 def test_an_app_that_answers_nonsense_is_declined(deployment: Deployment, enrol: Enrol, answer: object) -> None:
-    agent = enrol(app=lambda message, context: answer)
+    agent = enrol(apps={"main": lambda message, context: answer})
     deployment.ask("phone")
     agent.run(until=answered())
     assert declined(deployment) == ["client-error"]
@@ -311,7 +384,7 @@ def test_an_answer_too_large_for_an_event_is_declined(deployment: Deployment, en
     def verbose(message: Message, context: Context) -> Message:
         return Message(RecordDict({"m": MetricRecord({f"metric-{i}": i for i in range(9000)})}), reply_to=message)
 
-    agent = enrol(app=verbose, epsilon=None)
+    agent = enrol(apps={"main": verbose}, epsilon=None)
     deployment.instruct("phone", None)
     agent.run(until=answered())
     assert declined(deployment) == ["client-error"]
