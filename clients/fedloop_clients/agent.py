@@ -90,8 +90,8 @@ class Agent:
     ) -> Self:
         """Make this device a client of the deployment with this `log`, with a store in the folder `store_dir`.
 
-        `log` and `blobs` are locations (`fedloop_events.locations`): a folder, a broker, a gateway; most logs say where the blobs
-        are. The device keeps them, and signs what it asks of a gateway with its own key, which it shows nobody.
+        `log` and `blobs` are locations (`fedloop_events.locations`): a folder, a broker, a gateway; most logs name the place of
+        the blobs. The device keeps them, and signs its requests to a gateway with its own key, which it shows nobody.
         `epsilon` and `delta` are its privacy budget for life; `epsilon` None allows rounds without differential privacy.
         `key_from` says where the store's key is kept. Called again with the same terms it ends what was interrupted.
         Raises `UsageError` (name taken, terms wrong), `StoreError`, `KeyUnavailableError`, `UnreachableError`.
@@ -193,7 +193,7 @@ class Agent:
         return Feedback(feedback_id, response_id, taught[0][1] if taught else None)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
-        """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.
+        """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
 
         Goes on where a process that was killed has stopped. An unreachable log is waited for; what is due stays in the store.
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more

@@ -100,7 +100,7 @@ class InstructionHandler:
     def _contribute(self, opened: types.RoundOpened) -> _Work:
         """What the round's program computes from the base release and the examples of this moment.
 
-        Under a mechanism nothing but the tensors tells anything: counts are private, and every client weighs the same.
+        Under a mechanism the tensors alone depend on the examples: counts are private, and every client weighs the same.
         """
         from fedloop_clients.trainer import train
 

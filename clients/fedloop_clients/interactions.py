@@ -131,7 +131,7 @@ class Interactions:
     def judged(self) -> Iterator[Interaction]:
         """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
 
-        A correction that is not masked yet says that the response was not right, as a thumb down does. A response that another
+        A correction that is not masked yet is a thumb down: the response was not right. A response that another
         one was preferred over, and nothing more, comes first, with nothing done about it.
         """
         for row in self._store.rows(_JUDGED):

@@ -1,4 +1,4 @@
-"""The agent's loop: publish feedback, report that the device is up, answer what the server asks, again and again.
+"""The agent's loop: publish feedback, report that the device is up, answer instructions, again and again.
 
 Every step is safe to repeat: what is due stands in the store, and what was done stands in the log.
 """

@@ -29,7 +29,7 @@ class StoreError(FedloopError):
 
 
 class WrongKeyError(StoreError):
-    """The key does not open the store (or the file is no store: the two cannot be told apart)."""
+    """The key does not open the store (or the file is no store: the two look the same)."""
 
 
 class Store:

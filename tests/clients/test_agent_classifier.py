@@ -58,7 +58,7 @@ def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_pa
             assert 0 < response.confidence <= 1
             agent.feedback(response.response_id, thumb="up")
         agent.run(until=lambda status: status.settled)
-        recorded = classified.said(types.FeedbackRecorded)
+        recorded = classified.appended(types.FeedbackRecorded)
         assert len(recorded) == 3
         assert all("John" not in each.text.text and "<PERSON_1>" in each.text.text for each in recorded)
         head = ["head.weight", "head.bias"]
@@ -75,7 +75,7 @@ def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_pa
             classified.server.append(opened)
             instruction = classified.instruct(agent.identity.client_id, opened)
             agent.run(until=lambda status: sum(status.answers.values()) == classified.rounds and status.settled)
-            update = classified.said(types.UpdateSubmitted)[-1]
+            update = classified.appended(types.UpdateSubmitted)[-1]
             assert update.instruction_id == instruction
             arrays = tensors.decode(classified.blobs.get(update.content.arrays["arrays"]))
             assert list(arrays) == upload
@@ -100,8 +100,8 @@ def contribute(classified: Classified, agent: Agent, terms: RoundOpened) -> type
     classified.server.append(terms)
     instruction = classified.instruct(agent.identity.client_id, terms)
     agent.run(until=lambda status: sum(status.answers.values()) > before and status.settled)
-    answers: list[types.UpdateSubmitted | types.RoundDeclined] = [*classified.said(types.UpdateSubmitted)]
-    answers += classified.said(types.RoundDeclined)
+    answers: list[types.UpdateSubmitted | types.RoundDeclined] = [*classified.appended(types.UpdateSubmitted)]
+    answers += classified.appended(types.RoundDeclined)
     (answer,) = [each for each in answers if each.instruction_id == instruction]
     return answer
 
@@ -190,6 +190,6 @@ def test_one_agent_learns_in_rounds_and_serves_another_run_with_an_app(classifie
         update = contribute(classified, agent, opened(classified, agent, MECHANISM))
         assert isinstance(update, types.UpdateSubmitted)
         assert (update.run_id, update.spend_seq) == ("main", 0)
-        (echoed,) = [each for each in classified.said(types.UpdateSubmitted) if each.instruction_id == other]
+        (echoed,) = [each for each in classified.appended(types.UpdateSubmitted) if each.instruction_id == other]
         assert (echoed.content.metrics, echoed.mechanism, echoed.round_id) == ({"metrics": {"seen": 1}}, None, None)
         assert agent.status().answers == {"submitted": 2}

@@ -158,7 +158,7 @@ def test_the_same_feedback_id_is_the_same_feedback(device: Device, response: str
     assert device.interactions.counts() == {"published": 1}
 
 
-def test_an_unknown_response_is_an_error_that_says_so(device: Device) -> None:
+def test_an_unknown_response_is_an_error_that_names_the_cause(device: Device) -> None:
     with pytest.raises(UnknownResponseError, match="no response of this device has this response_id"):
         device.interactions.record("unknown", FeedbackInput(thumb="up"), LABELS)
     assert device.interactions.counts() == {}

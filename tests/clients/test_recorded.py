@@ -137,10 +137,10 @@ def test_a_device_of_version_1_goes_on_where_it_was(folder: Path, expected: dict
         known = ("unmaskable", "explosive", "nobody judged")
         assert [text for _, text in raw if not any(each in text for each in known)] == []
     log = open_log(folder / "deployment")
-    said = [payload for record in read_all(log) if isinstance(payload := decode(record), types.ClientEvent)]
+    own = [payload for record in read_all(log) if isinstance(payload := decode(record), types.ClientEvent)]
     log.close()
-    assert [each.seq for each in said] == list(range(len(said)))
-    recorded = [each.feedback_id for each in said if isinstance(each, types.FeedbackRecorded)]
+    assert [each.seq for each in own] == list(range(len(own)))
+    recorded = [each.feedback_id for each in own if isinstance(each, types.FeedbackRecorded)]
     failed = {each[0] for each in expected["feedback"] if each[1] == "failed"}
     assert sorted(recorded) == sorted({each["feedback_id"] for each in expected["given"]} - failed)
 

@@ -81,8 +81,8 @@ def test_feedback_is_published_masked_and_read_back(deployment: Deployment, serv
         agent.feedback(response.response_id, comment="4711 again")
         agent.run(until=settled)
         assert agent.status().published == 1
-    (said,) = deployment.said(types.FeedbackRecorded)
-    assert said.text.text == "card <NUMBER_1> is lost"
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert recorded.text.text == "card <NUMBER_1> is lost"
     with Agent.open(tmp_path / "store", masker=DigitMasker()) as again:
         assert again.status().settled
         assert again.identity.location == served.url
@@ -94,15 +94,15 @@ def test_a_round_is_answered_paid_for_once_and_its_terms_are_kept(deployment: De
         other = deployment.ask("another")
         agent.run(until=lambda status: bool(status.answers))
         status = agent.status()
-    (update,) = deployment.said(types.UpdateSubmitted)
-    (spent,) = deployment.said(types.BudgetSpent)
+    (update,) = deployment.appended(types.UpdateSubmitted)
+    (spent,) = deployment.appended(types.BudgetSpent)
     assert (update.instruction_id, spent.instruction_id, update.spend_seq) == (instruction, instruction, 0)
     assert other != instruction
     assert (status.answers, status.spends) == ({"submitted": 1}, 1)
     assert deployment.blobs.exists(update.content.arrays["arrays"])
 
 
-def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
+def test_a_store_that_was_restored_learns_from_the_log_what_it_has_appended(
     deployment: Deployment, served: Served, tmp_path: Path
 ) -> None:
     import shutil
@@ -127,7 +127,7 @@ def test_a_name_that_is_taken_is_refused(deployment: Deployment, served: Served,
     Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
     with pytest.raises(UsageError, match="another device is enrolled as phone"):
         Agent.enrol(served.url, tmp_path / "other", client_id="phone", key_from="file")
-    assert len(deployment.said(types.ClientEnrolled)) == 1
+    assert len(deployment.appended(types.ClientEnrolled)) == 1
     Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
 
 
@@ -135,7 +135,7 @@ def test_a_device_that_is_revoked_stops(deployment: Deployment, served: Served, 
     with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker()) as agent:
         agent.run(until=settled)
         deployment.server.append(
-            types.ClientRevoked(origin=deployment.said(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
+            types.ClientRevoked(origin=deployment.appended(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
         )
         with pytest.raises((RevokedError, NotAllowedError)):
             agent.run()
@@ -196,9 +196,9 @@ def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
     for record in read_all(deployment.log):
         if (payload := decode(record)) is not None and payload.topic == "rounds":
             rounds.apply(record, payload)
-    said = [payload for record in read_all(deployment.log) if (payload := decode(record)) is not None]
-    assert len([each for each in said if isinstance(each, types.UpdateSubmitted)]) == 6
-    assert len([each for each in said if isinstance(each, types.ReleaseProposed)]) == 3
+    own = [payload for record in read_all(deployment.log) if (payload := decode(record)) is not None]
+    assert len([each for each in own if isinstance(each, types.UpdateSubmitted)]) == 6
+    assert len([each for each in own if isinstance(each, types.ReleaseProposed)]) == 3
     deployment.log.close()
 
 
