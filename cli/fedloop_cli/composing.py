@@ -7,11 +7,9 @@ was, and nothing that is there is replaced (but certificates that are about to e
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,11 +17,11 @@ import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
+from fedloop_tasks.table import DEFAULT
 from msgspec import Struct
 
 from fedloop_cli.certificates import CA, make_ca
 from fedloop_cli.demo import users
-from fedloop_cli.demo.users import Message
 
 AGENTS: Final = ("agent-1", "agent-2", "agent-3", "agent-4")
 USERS: Final = ("server", *AGENTS)
@@ -183,20 +181,12 @@ def _identities(keys: Mapping[str, tuple[str, str]]) -> dict[str, object]:
 
 
 def _add_messages(folder: _Folder) -> None:
-    """Each agent's share of the demo's corpus; to the server the labels and the held-out messages alone."""
+    """Each agent's share of the demo's corpus; to the server what a model is made from, the held-out messages among it."""
     found = users.invented(len(AGENTS), SEED)
-    folder.add("demo-data/server/labels.txt", "".join(f"{label}\n" for label in found.labels), secret=False)
-    folder.add("demo-data/server/test.csv", _csv(found.held_out), secret=False)
+    for name, text in DEFAULT.files_of(found.material).items():
+        folder.add(f"demo-data/server/{name}", text, secret=False)
     for agent, share in zip(AGENTS, found.devices, strict=True):
-        folder.add(f"demo-data/{agent}/messages.csv", _csv(share), secret=False)
-
-
-def _csv(messages: Iterable[Message]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("text", "label"))
-    writer.writerows((each.text, each.label) for each in messages)
-    return text.getvalue()
+        folder.add(f"demo-data/{agent}/messages.csv", DEFAULT.written(share), secret=False)
 
 
 def _add_settings(folder: _Folder, settings: Mapping[str, str]) -> None:

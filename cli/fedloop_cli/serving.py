@@ -1,4 +1,4 @@
-"""Running the server of a deployment, with the evaluator that only this package can build."""
+"""Running the server of a deployment, with the evaluator of its task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from fedloop_events import types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
+from fedloop_tasks.table import kind_of
 
-from fedloop_cli.evaluation import Evaluator
 from fedloop_cli.state import Followed
 
 if TYPE_CHECKING:
@@ -37,13 +36,12 @@ def serve(
     Raises `FencedError` when another server has taken over.
     """
     from fedloop_server.deployment import open_deployment
+    from fedloop_server.rounds import registry
     from fedloop_server.rounds.loop import Server
     from fedloop_server.telemetry.metrics import MeteredLog
 
     deployment = open_deployment(directory, place)
-    spec = Followed(deployment.log).releases.models.get(types.DEFAULT_MODEL)
-    if spec is None:
-        raise UsageError(f"{directory} has no model", hint="run `fedloop server init` again, to its end")
+    task = registry.task(Followed(deployment.log).releases, types.DEFAULT_MODEL)
     model_dir = Path(deployment.config.model_dir) if deployment.config.model_dir else None
     before = deployment.log.end()
 
@@ -57,7 +55,7 @@ def serve(
         deployment.blobs,
         deployment.writer,
         deployment.config,
-        evaluate=Evaluator(deployment.folder, spec, model_dir),
+        evaluate=task.evaluator(deployment.folder, model_dir),
         on_event=news,
         plan=deployment.plan_file,
         snapshots=deployment.folder,
@@ -82,7 +80,9 @@ def describe(payload: types.Payload) -> str:
         case types.RoundRequested():
             return f"{payload.rounds} requested ({payload.reason})"
         case types.RoundOpened():
-            return f"{payload.round_id} opened: {payload.kind} on {payload.base_release}, {len(payload.cohort)} clients"
+            return (
+                f"{payload.round_id} opened: {kind_of(payload.strategy)} on {payload.base_release}, {len(payload.cohort)} clients"
+            )
         case types.UpdateSubmitted(round_id=str()):
             return f"{payload.round_id} update of {payload.client_id}"
         case types.RoundDeclined(round_id=str()):
@@ -94,7 +94,7 @@ def describe(payload: types.Payload) -> str:
         case types.RoundAborted():
             return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
         case types.ReleaseEvaluated():
-            return f"{payload.release} has accuracy {payload.accuracy:.4f} on {payload.examples} held-out messages"
+            return _worth(payload)
         case types.ReleasePublished():
             return f"{payload.release} published"
         case types.ReleaseRejected():
@@ -103,3 +103,8 @@ def describe(payload: types.Payload) -> str:
             return f"{payload.release} in force again, {payload.withdrawn} withdrawn: {payload.reason}"
         case _:
             return ""
+
+
+def _worth(evaluated: types.ReleaseEvaluated) -> str:
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.metrics.items())
+    return f"{evaluated.release} has {metrics} on {evaluated.examples} held-out messages"

@@ -13,6 +13,7 @@ from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks.table import kind_of
 from msgspec import Struct
 
 from fedloop_cli import console
@@ -118,6 +119,7 @@ class RoundSummary(Struct, frozen=True):
     """What it made, once that is published."""
     decision: str | None
     accuracy: float | None
+    """The leading metric of what it made."""
     cohort: list[str]
     participants: list[str]
     excluded: list[dict[str, str]]
@@ -137,12 +139,12 @@ def summarise(followed: Followed, state: RoundState) -> RoundSummary:
         state.round_id,
         state.number,
         state.state if not decided or release is None else release.status,
-        opened.kind if opened is not None else None,
+        kind_of(opened.strategy) if opened is not None else None,
         opened.strategy if opened is not None else None,
         opened.base_release if opened is not None else None,
         release.release if release is not None and release.status == "published" else None,
         release.reason or None if release is not None else None,
-        release.evaluation.accuracy if release is not None and release.evaluation is not None else None,
+        release.evaluation.score if release is not None and release.evaluation is not None else None,
         opened.cohort if opened is not None else [],
         state.participants,
         [
@@ -189,7 +191,7 @@ def release_document(followed: Followed, state: ReleaseState) -> dict[str, Any]:
         "number": state.number,
         "status": status,
         "current": current is not None and current.release == state.release,
-        "accuracy": state.evaluation.accuracy if state.evaluation is not None else None,
+        "accuracy": state.evaluation.score if state.evaluation is not None else None,
         "round_id": state.round_id,
         "base_release": state.base_release,
         "strategy": state.strategy,

@@ -13,13 +13,13 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
+from fedloop_tasks.table import task_of
 
 from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.examples import derive
 from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
 from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
@@ -138,7 +138,7 @@ class Agent:
             raise
 
     def predict(self, text: str) -> Response:
-        """Classify `text` with the release in force and keep the response, so that feedback can name it.
+        """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
         The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
@@ -148,18 +148,18 @@ class Agent:
         spec, release = self._in_force()
         masked = self._masked_or_none(text)
         with self._device.models.borrowed(spec) as held:
-            labels, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
-        response_id = self._device.interactions.respond(text, masked, labels[0], release.release, spec.labels)
-        return Response(response_id, labels[0], confidences[0], release.release)
+            answers, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
+        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(spec).words)
+        return Response(response_id, answers[0], confidences[0], release.release)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
         """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
 
-        `response` is what the user was shown, where that is more than the label; it is masked like the text, and not published.
+        `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
         """
         spec, release = self._in_force()
         response_id = self._device.interactions.respond(
-            text, None, label, release.release, spec.labels, response=response, response_id=response_id
+            text, None, label, release.release, task_of(spec).words, response=response, response_id=response_id
         )
         return Response(response_id, label, 1.0, release.release)
 
@@ -187,10 +187,9 @@ class Agent:
         given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
         if self._device.spec is None:
             self._read()
-        labels = self._device.labels
-        feedback_id, recorded = self._device.interactions.record(response_id, given, labels, feedback_id)
-        taught = derive([recorded], labels)
-        return Feedback(feedback_id, response_id, taught[0][1] if taught else None)
+        task = self._device.task
+        feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
+        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
@@ -230,7 +229,7 @@ class Agent:
             if not self._running:
                 self._device.view.catch_up(self._device.log)
 
-    def _in_force(self) -> tuple[ModelSpec, ReleaseState]:
+    def _in_force(self) -> tuple[Spec, ReleaseState]:
         self._read()
         spec, release = self._device.spec, self._device.view.releases.current(self.settings.model)
         if spec is None or release is None:

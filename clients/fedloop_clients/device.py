@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.enrolment import Identity
-from fedloop_clients.examples import Example, derive
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
 from fedloop_clients.outbox import Outbox
@@ -79,18 +80,18 @@ class Device:
         self._counted: tuple[object, int] = None, 0
 
     @property
-    def spec(self) -> types.ModelSpec | None:
+    def spec(self) -> types.Spec | None:
         """The device's model; None while the log that was read names none."""
         return self.view.releases.models.get(self.settings.model)
 
     @property
-    def labels(self) -> Sequence[str]:
-        """The labels of the model; none while it is not known."""
-        return self.spec.labels if self.spec else ()
+    def task(self) -> Task | None:
+        """What the model learns; None while it is not known."""
+        return None if self.spec is None else task_of(self.spec)
 
-    def examples(self) -> list[Example]:
+    def examples(self) -> Sequence[Any]:
         """What there is to learn from now."""
-        return derive(self.interactions.judged(), self.labels)
+        return () if self.task is None else self.task.examples(self.interactions.judged())
 
     def count_examples(self) -> int:
         """How many examples there are. They are read again only when the store or the model has changed."""

@@ -54,7 +54,12 @@ class Spent(Struct, frozen=True):
     appended_ms: int
 
 
+_VERSION: Final = 2
+"""Of what is kept. What an earlier program kept is read anew from the log."""
+
+
 class _State(Struct):
+    version: int = 1
     offsets: dict[str, int] = {}
     identities: bytes = b""
     releases: bytes = b""
@@ -79,7 +84,8 @@ class DeviceView:
         self.client_id, self._server_key = client_id, server_key
         self.topics: tuple[str, ...] = TOPICS
         """What is read: less than `TOPICS` where the log does not allow it."""
-        self._state = msgspec.msgpack.decode(state, type=_State) if state else _State()
+        kept = msgspec.msgpack.decode(state, type=_State) if state else None
+        self._state = kept if kept is not None and kept.version == _VERSION else _State(_VERSION)
         kept = self._state
         self.identities = Identities.from_state(kept.identities) if kept.identities else Identities()
         self.releases = ReleasesView.from_state(kept.releases) if kept.releases else ReleasesView()

@@ -35,6 +35,11 @@ class Response(Struct, frozen=True):
     confidence: float
     release: str
 
+    @property
+    def answer(self) -> str:
+        """What was answered, whatever the task is."""
+        return self.label
+
 
 class FeedbackInput(Struct, frozen=True, omit_defaults=True):
     """What a user did about one response, as it was given."""
@@ -48,7 +53,7 @@ class FeedbackInput(Struct, frozen=True, omit_defaults=True):
 
 
 class Feedback(Struct, frozen=True):
-    """Feedback that is on disk. `teaches` is the label that it makes a training example for, by the model's labels now."""
+    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now."""
 
     feedback_id: str
     response_id: str
@@ -65,8 +70,8 @@ def check_text(name: str, text: str, most_chars: int) -> None:
         raise UsageError(f"{name} is not Unicode text: it holds half a surrogate pair")
 
 
-def check_input(given: FeedbackInput, labels: Sequence[str]) -> None:
-    """Raise `UsageError` unless a user can have meant this of a model with these labels."""
+def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
+    """Raise `UsageError` unless a user can have meant this of a model that answers with these words."""
     if given == FeedbackInput():
         raise UsageError("the feedback is empty", hint="give a thumb, rating, label, correction, comment or preferred_over")
     if given.thumb not in (None, "up", "down"):
@@ -74,7 +79,7 @@ def check_input(given: FeedbackInput, labels: Sequence[str]) -> None:
     if given.rating is not None and (type(given.rating) is not int or not 1 <= given.rating <= 5):
         raise UsageError("rating must be a whole number from 1 to 5")
     if given.label is not None:
-        check_label(given.label, labels)
+        check_word("label", given.label, words)
     for name, text in remarks(given):
         check_text(name, text, MAX_REMARK_CHARS)
 
@@ -87,15 +92,15 @@ def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comme
         yield "comment", given.comment
 
 
-def check_label(label: str, labels: Sequence[str]) -> None:
-    """Raise `UsageError` unless the label is one of the model's."""
-    # Labels are published as they are: one that is not the model's could be the user's words.
-    if not labels:
+def check_word(name: str, word: str, words: Sequence[str]) -> None:
+    """Raise `UsageError` unless the word is one of those that the model answers with."""
+    # Such words are published as they are: one that is not the model's could be the user's.
+    if not words:
         raise UsageError("this device has not seen a model yet", hint="run the agent once, so that it reads the log")
-    if label not in labels:
-        near = difflib.get_close_matches(label[:100], labels, n=1, cutoff=0.0)
+    if word not in words:
+        near = difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)
         raise UsageError(
-            f"label is not one of the model's {len(labels)} labels", hint=f"did you mean {near[0]!r}?" if near else ""
+            f"{name} is not one of the model's {len(words)} labels", hint=f"did you mean {near[0]!r}?" if near else ""
         )
 
 

@@ -10,6 +10,8 @@ from fedloop_events import types
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_privacy.accounting import MechanismError, validate
+from fedloop_tasks.table import PROGRAMS
+from fedloop_tasks.task import ModelError
 
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
@@ -86,10 +88,10 @@ class Gate:
             return "other-model"
         if sent.message_type != "train":
             return "not-training"
+        if opened.strategy not in PROGRAMS:
+            return "unknown-program"
         if device.count_examples() < device.settings.min_examples:
             return "no-examples"
-        from fedloop_clients.encoder import ModelError
-
         try:
             with device.models.borrowed(device.spec):
                 return None

@@ -19,6 +19,7 @@ from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import UnreachableError
+from fedloop_tasks.table import program_of
 
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
@@ -102,13 +103,11 @@ class InstructionHandler:
 
         Under a mechanism the tensors alone depend on the examples: counts are private, and every client weighs the same.
         """
-        from fedloop_clients.trainer import train
-
         device, base = self._device, self._reader.tensors(opened.base)
         assert device.spec is not None
         examples = device.examples()
         with device.models.borrowed(device.spec) as held, held.holding(base) as model:
-            trained = train(model, [text for text, _ in examples], [label for _, label in examples], opened)
+            trained = program_of(opened.strategy).compute(model, examples, opened)
         ref = self._reader.blobs.put(tensors.encode(trained))
         weight = 1 if opened.mechanism is not None else len(examples)
         return _Work(types.Content(arrays={_ARRAYS: ref}, metrics={_METRICS: {_WEIGHT: weight}}))

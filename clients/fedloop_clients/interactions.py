@@ -52,7 +52,7 @@ class Unpublished(Struct, frozen=True):
 
 
 class Interactions:
-    """The interactions in a store; `labels` are those that the model answers with now."""
+    """The interactions in a store; `words` are the closed set of those that the model answers with now."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -63,19 +63,19 @@ class Interactions:
         masked: MaskedText | None,
         predicted: str,
         release: str,
-        labels: Sequence[str],
+        words: Sequence[str],
         *,
         response: str | None = None,
         response_id: str | None = None,
     ) -> str:
         """Keep a response and give its id. `masked` is the prompt, if it is masked already.
 
-        Raises `UsageError` for a text, a label or an id that cannot be one.
+        Raises `UsageError` for a text, an answer or an id that cannot be one.
         """
         feedback.check_text("text", prompt, feedback.MAX_TEXT_CHARS)
         if response is not None:
             feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
-        feedback.check_label(predicted, labels)
+        feedback.check_word("label", predicted, words)
         response_id = feedback.identifier("response_id", response_id)
         with self._store.transaction() as db:
             if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
@@ -89,15 +89,15 @@ class Interactions:
         return response_id
 
     def record(
-        self, response_id: str, given: FeedbackInput, labels: Sequence[str], feedback_id: str | None = None
+        self, response_id: str, given: FeedbackInput, words: Sequence[str], feedback_id: str | None = None
     ) -> tuple[str, Interaction]:
         """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
-        that is one of the labels word for word is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
+        that is one of the words is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
         or something of it is out of range.
         """
-        feedback.check_input(given, labels)
+        feedback.check_input(given, words)
         feedback_id = feedback.identifier("feedback_id", feedback_id)
         digest = hashlib.sha256(msgspec.json.encode((response_id, given))).digest()
         with self._store.transaction() as db:
@@ -108,7 +108,7 @@ class Interactions:
                         _check_known(db, each)
                 if given.preferred_over == response_id:
                     raise UsageError("a response cannot be preferred over itself")
-                label = given.label or _written(given.correction, labels)
+                label = given.label or _written(given.correction, words)
                 db.execute(
                     "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, state)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, 'captured')",
@@ -293,7 +293,7 @@ def _check_known(db: Any, response_id: str) -> None:
         )
 
 
-def _written(correction: str | None, labels: Sequence[str]) -> str | None:
-    """The label that a correction is, word for word."""
+def _written(correction: str | None, words: Sequence[str]) -> str | None:
+    """The model's word that a correction is."""
     named = (correction or "").strip().casefold()
-    return next((label for label in labels if label.casefold() == named), None)
+    return next((word for word in words if word.casefold() == named), None)

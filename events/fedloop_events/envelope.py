@@ -29,8 +29,8 @@ EVENT_ID: Final = re.compile("[0-9a-f]{32}")
 P = TypeVar("P", bound=types.Payload)
 
 _encoder = msgspec.json.Encoder()
-_decoders = {name: msgspec.json.Decoder(payload) for name, payload in types.CURRENT.items()}
-_older_decoders = {name: msgspec.json.Decoder(older) for name, older in types.OLDER.items()}
+_decoders: Final[dict[str, msgspec.json.Decoder[types.Payload | types.Older]]] = {}
+"""Made when first needed: a type may be registered after this module was imported."""
 
 
 class Event(Struct, frozen=True, gc=False):
@@ -75,7 +75,7 @@ def check(event: Event) -> None:
 
 
 def source_of(payload: types.Payload) -> str:
-    """CloudEvents `source` of whoever says this: the server, or one client."""
+    """CloudEvents `source` of whoever signs this: the server, or one client."""
     return f"/{payload.origin}/server" if payload.author == "server" else f"/{payload.origin}/clients/{payload.author}"
 
 
@@ -101,26 +101,27 @@ def encode(payload: types.Payload, *, id: str, time_s: int) -> Event:  # noqa: A
 def decode(event: Event) -> types.Payload | None:
     """The payload, upcast to its newest version; None if this program does not know the type (a newer one wrote it).
 
-    Raises `InvalidEventError` if the data is not exactly what the type says. Whether its author said it is for
+    Raises `InvalidEventError` if the data is not exactly what the type says. Whether it is authentic is for
     `signatures.verify` to find.
     """
-    decoder = _decoders.get(event.type)
     if event.type == MALFORMED:
         raise InvalidEventError(f"a message in topic {event.topic} is no event: {event.data.decode(errors='replace')}")
+    decoder = _decoders.get(event.type) or _decoder(event.type)
+    if decoder is None:
+        return None
     try:
-        if decoder is not None:
-            return decoder.decode(event.data)
-        older = _older_decoders.get(event.type)
-        return None if older is None else _newest(older.decode(event.data))
+        payload = decoder.decode(event.data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # msgspec names the place and the expected type, never the value.
         raise InvalidEventError(f"event {event.id} is not a valid {event.type}: {error}") from None
-
-
-def _newest(payload: types.Payload | types.Older) -> types.Payload:
     while isinstance(payload, types.Older):
         payload = payload.upcast()
     return payload
+
+
+def _decoder(type_name: str) -> msgspec.json.Decoder[types.Payload | types.Older] | None:
+    known: type[types.Payload | types.Older] | None = types.CURRENT.get(type_name) or types.OLDER.get(type_name)
+    return None if known is None else _decoders.setdefault(type_name, msgspec.json.Decoder(known))
 
 
 def expect(event: Event, payload_type: type[P]) -> P:

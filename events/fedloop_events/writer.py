@@ -1,4 +1,4 @@
-"""Saying something: payloads become signed events at the end of the log."""
+"""Writing events: payloads become signed events at the end of the log."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Deployment:
         self.rounds = self.releases = 0
 
     def register(self) -> None:
-        spec = types.ModelSpec(
+        spec = types.ClassificationSpec(
             base_model="none", base_sha256="0" * 64, labels=LABELS, rank=1, alpha=1.0, targets=["query"], layers=1
         )
         self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))

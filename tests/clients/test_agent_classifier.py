@@ -11,11 +11,11 @@ import pytest
 from clients.conftest import ORIGIN, Deployment, DigitMasker
 from fedloop_clients import Agent
 from fedloop_clients.device import Settings
-from fedloop_clients.model import Arrays, EmbeddingClassifier, describe
 from fedloop_clients.models import Held
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef, Mechanism, RoundOpened
+from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from msgspec.structs import replace
 
@@ -62,13 +62,13 @@ def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_pa
         assert len(recorded) == 3
         assert all("John" not in each.text.text and "<PERSON_1>" in each.text.text for each in recorded)
         head = ["head.weight", "head.bias"]
-        for kind, upload, mechanism in (
+        for program, upload, mechanism in (
             ("sums", ["sums"], Mechanism(1.0, 2.0, 1.0, 1, 1.0)),
-            ("train", [name for name in classified.arrays if name.endswith(".B")] + head, Mechanism(0.5, 2.0, 1.0, 2, 2.0)),
+            ("ffa", [name for name in classified.arrays if name.endswith(".B")] + head, Mechanism(0.5, 2.0, 1.0, 2, 2.0)),
         ):
             opened = replace(
                 classified.opened(agent.identity.client_id, mechanism=mechanism),
-                strategy=kind.replace("train", "ffa"),
+                strategy=program,
                 upload=upload,
                 max_upload_bytes=10**7,
             )

@@ -214,11 +214,14 @@ def test_what_nobody_on_the_device_serves_is_declined_without_spending(deploymen
     )
     other = replace(deployment.opened("phone"), model="other", base_release="0000-o")
     evaluation = deployment.opened("phone", mechanism=None)
-    deployment.server.append(other, evaluation)
+    unknown = replace(deployment.opened("phone"), strategy="no-such")
+    deployment.server.append(other, evaluation, unknown)
     deployment.instruct("phone", other)
     deployment.instruct("phone", evaluation, message_type="evaluate")
-    agent.run(until=answered(3))
-    assert (declined(deployment), deployment.appended(types.BudgetSpent)) == (["no-app", "other-model", "not-training"], [])
+    deployment.instruct("phone", unknown)
+    agent.run(until=answered(4))
+    assert declined(deployment) == ["no-app", "other-model", "not-training", "unknown-program"]
+    assert deployment.appended(types.BudgetSpent) == []
 
 
 # --- the gate ---

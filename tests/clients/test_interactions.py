@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedloop_clients.examples import Example, derive
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput, UnknownResponseError
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.store import Store
 from fedloop_events.errors import UsageError
 from fedloop_events.masked import MaskedText
+from fedloop_events.types import ClassificationSpec
+from fedloop_tasks.classification.task import Classification
 
 LABELS = ["card-lost", "loan", "transfer"]
 SECRET = "Wilhelmina4711"
+
+
+def task(labels: Sequence[str] = LABELS) -> Classification:
+    return Classification(ClassificationSpec("none", "0" * 64, [*labels], 1, 1.0, ["query"], 1))
 
 
 def masked(text: str) -> MaskedText:
@@ -35,8 +40,8 @@ class Device:
     def __init__(self, store: Store) -> None:
         self.interactions = Interactions(store)
 
-    def examples(self, labels: Sequence[str] = LABELS) -> list[Example]:
-        return derive(self.interactions.judged(), labels)
+    def examples(self, labels: Sequence[str] = LABELS) -> list[tuple[str, str]]:
+        return [(each.text, each.label) for each in task(labels).examples(self.interactions.judged())]
 
     def respond(self, prompt: str, predicted: str = "card-lost", *, is_masked: bool = True, **more: Any) -> str:
         return self.interactions.respond(prompt, masked(prompt) if is_masked else None, predicted, "0000-a", LABELS, **more)
@@ -44,8 +49,7 @@ class Device:
     def record(self, response_id: str, given: FeedbackInput, feedback_id: str | None = None) -> tuple[str, str | None]:
         """The feedback's id, and the label that it teaches."""
         feedback_id, recorded = self.interactions.record(response_id, given, LABELS, feedback_id)
-        taught = derive([recorded], LABELS)
-        return feedback_id, taught[0][1] if taught else None
+        return feedback_id, task().taught(recorded)
 
     def mask(self) -> None:
         for each in self.interactions.unmasked(1000):

@@ -54,7 +54,7 @@ def observe(folder: Path) -> dict[str, Any]:
         store = agent._device.store
         found: dict[str, Any] = {
             "status": agent.status(),
-            "examples": agent._device.examples(),
+            "examples": [(each.text, each.label) for each in agent._device.examples()],
             "responses": [
                 [response_id, raw, masked and msgspec.json.decode(masked)["text"], predicted, release]
                 for response_id, raw, masked, predicted, release in store.rows(

@@ -53,7 +53,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
 def deployment(tmp_path: Path) -> Path:
     import numpy as np
 
-    spec = types.ModelSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
+    spec = types.ClassificationSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
     arrays = {
         "lora.0.query.A": np.ones((2, 3), np.float32),
         "lora.0.query.B": np.zeros((3, 2), np.float32),

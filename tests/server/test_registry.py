@@ -8,7 +8,7 @@ import pytest
 from devices import World
 from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
-from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import EventLog
 from fedloop_server.rounds import registry
 
@@ -22,27 +22,6 @@ def world(tmp_path: Path) -> World:
     with world.serving():
         world.server().run(rounds=2)
     return world
-
-
-@pytest.mark.parametrize(
-    ("candidate", "current", "margin", "reason"),
-    [
-        (0.9, 0.8, 0.0, ""),
-        (0.8, 0.8, 0.0, ""),
-        (0.79, 0.8, 0.02, ""),
-        (0.77, 0.8, 0.02, "less-accurate"),
-        (0.799, 0.8, 0.0, "less-accurate"),
-        (0.0, 1.0, 1.0, ""),
-    ],
-)
-def test_the_gate_lets_pass_what_is_at_most_a_margin_worse(candidate: float, current: float, margin: float, reason: str) -> None:
-    verdict = registry.gate(Evaluation(candidate, 10, "a"), Evaluation(current, 10, "a"), margin)
-    assert verdict.reason == reason
-
-
-def test_accuracies_on_different_sets_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="held-out"):
-        registry.gate(Evaluation(0.9, 10, "a"), Evaluation(0.8, 10, "b"), 0.0)
 
 
 def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world: World) -> None:
@@ -118,3 +97,5 @@ def test_a_rollback_that_crosses_a_new_release_changes_nothing(world: World) -> 
 def test_a_model_without_releases_is_an_error_that_says_so() -> None:
     with pytest.raises(UsageError, match="no release"):
         registry.current(ReleasesView(), "default")
+    with pytest.raises(UsageError, match="registers no such model"):
+        registry.task(ReleasesView(), "default")

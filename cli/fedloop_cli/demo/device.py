@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import FedloopError
+from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.task import Message
 from msgspec import Struct
-
-from fedloop_cli.demo.users import Message
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
@@ -121,13 +121,13 @@ class User:
         from fedloop_clients.feedback import ConflictingFeedbackError
 
         response = self._agent.predict(message.text)
-        right = response.label == message.label
+        right = response.answer == message.answer
         with suppress(ConflictingFeedbackError):  # killed after it was recorded and before that was counted
             self._agent.feedback(
                 response.response_id,
                 thumb="up" if right else None,
-                label=None if right else message.label,
                 feedback_id=f"message-{number}",
+                **({} if right else DEFAULT.remark(message.answer)),
             )
         temporary = self._count.with_name(".given")
         temporary.write_text(str(number + 1))

@@ -17,7 +17,7 @@ from fedloop_events import locations
 from fedloop_events.errors import UnreachableError, UsageError
 from msgspec import Struct
 
-from fedloop_cli import deploying, requests, state, tables
+from fedloop_cli import deploying, requests, state
 from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
@@ -112,8 +112,7 @@ def _deploy(scene: Scene) -> None:
         "deadline_s": DEADLINE_S,
         "quorum_wait_s": DEADLINE_S,
     }
-    rows = [tables.Row(message.text, message.label) for message in given.held_out]
-    deploying.deploy(scene.directory, scene.where.place, given.labels, rows, settings, deploying.BASE_MODEL, scene.options.seed)
+    deploying.deploy(scene.directory, scene.where.place, given.material, settings, seed=options.seed)
     scene.followed = state.open_state(scene.where)
 
 

@@ -42,7 +42,7 @@ class _Place(Protocol):
 
 @runtime_checkable
 class Identifiable(Protocol):
-    """What must say on whose behalf it asks: a gateway's log and its blobs."""
+    """What must name on whose behalf it asks: a gateway's log and its blobs."""
 
     def identify(self, client_id: str, key: SigningKey) -> None:
         """From here on, ask as `client_id`, and sign with `key`."""

@@ -102,7 +102,7 @@ class SqliteLog:
     def check(self) -> int:
         """The number of events, after SQLite's integrity check and a look for holes: offsets are dense from 1.
 
-        Raises `LogError` for a damaged file or a missing row. Whether each event is what its author said is for a reader with
+        Raises `LogError` for a damaged file or a missing row. Whether each event is authentic is for a reader with
         identities to find.
         """
         with self._reading() as connection:

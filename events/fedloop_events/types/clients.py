@@ -49,7 +49,7 @@ class ClientEnrolled(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class ClientRevoked(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """From here on nothing this client says counts."""
+    """From here on no event of this client counts."""
 
     topic = topics.CLIENTS
     type_name = "io.fedloop.client.revoked.v1"

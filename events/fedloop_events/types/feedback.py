@@ -17,7 +17,7 @@ from fedloop_events.types.payload import Audience, ClientEvent, Older
 
 
 class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a user said of one response, masked. Version 1 had `score` (-1, 0, 1) in place of `thumb`, and no `use_case`."""
+    """What a user did about one response, masked. Version 1 had `score` (-1, 0, 1) in place of `thumb`, and no `use_case`."""
 
     topic = topics.FEEDBACK
     type_name = "io.fedloop.feedback.recorded.v2"

@@ -91,10 +91,6 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     def named(self) -> Iterable[str]:
         return self.cohort
 
-    @property
-    def kind(self) -> Literal["sums", "train"]:
-        return "sums" if self.strategy == "sums" else "train"
-
 
 class RoundOpenedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: `kind` "sums" or "train" beside `strategy`, which says the same."""

@@ -67,7 +67,7 @@ def create_app(
         ("/v1/deployment", "GET", gateway.deployment),
         ("/healthz", "GET", gateway.health),
     ):
-        # Not an API route: what FastAPI would find out of a signature of Python's is told of these in `describing`.
+        # Not an API route: what FastAPI would find out of a signature of Python's is described in `describing`.
         route = Route(path, endpoint, methods=[method])
         route.methods = {method}  # Starlette adds HEAD to every GET
         app.router.routes.append(route)

@@ -55,15 +55,15 @@ class Bodies:
             raise Problem("digest", "the body is not the one that the Content-Digest names")
 
     def length(self, headers: dict[str, str], most: int, *, required: bool = False) -> int:
-        """What the header says of the body's length; `most` if it says nothing. Raises `Problem`."""
-        said = headers.get("content-length")
-        if said is None and not required:
+        """The body's length by its header; `most` if there is none. Raises `Problem`."""
+        stated = headers.get("content-length")
+        if stated is None and not required:
             return most
-        if said is None or not said.isascii() or not said.isdigit() or len(said) > 15:
-            raise Problem("no-length", "the request must say how long its body is")
-        if int(said) > most:
+        if stated is None or not stated.isascii() or not stated.isdigit() or len(stated) > 15:
+            raise Problem("no-length", "the request must state the length of its body")
+        if int(stated) > most:
             raise _too_large(most)
-        return int(said)
+        return int(stated)
 
     @contextmanager
     def _reserved(self, size: int) -> Iterator[None]:

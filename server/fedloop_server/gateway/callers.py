@@ -63,7 +63,7 @@ class Callers:
         return {name.decode(): value.decode("latin-1").strip() for name, value in found.items()}
 
     def claim(self, request: Request, headers: dict[str, str]) -> Claim:
-        """What the request says of itself. Raises `Problem`."""
+        """What the request claims of itself. Raises `Problem`."""
         scope = request.scope
         authority = headers.get("host", "").lower()
         default = ":443" if scope["scheme"] == "https" else ":80"

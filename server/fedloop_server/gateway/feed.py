@@ -30,7 +30,7 @@ SYNC_TIMEOUT_S: Final = 5.0
 _TAIL_WAIT_S: Final = 0.5
 _TAIL_BATCH: Final = 1_000
 _TELLING: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
-"""What says who may speak, and who sees what."""
+"""What decides whose events are accepted, and who sees what."""
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ class Feed:
         self._thread: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Read who may speak, and who sees what. Raises `UsageError` if the log belongs to no deployment; what the log raises."""
+        """Read whose events are accepted, and who sees what.
+
+        Raises `UsageError` if the log belongs to no deployment, and what the log raises.
+        """
         if self._prepared:
             return
         end = self._log.end()
@@ -231,7 +234,7 @@ class Feed:
                 pass
 
     def _learn(self, record: Record) -> None:
-        """What the server and new clients say, if it was they who said it. Runs in the following thread."""
+        """Take in authentic events of the server and of new clients. Runs in the following thread."""
         if record.topic not in _TELLING or record.type == types.ClientSeen.type_name:
             return
         try:

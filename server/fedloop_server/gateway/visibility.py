@@ -1,7 +1,7 @@
 """Who may see what: every event by the audience that its type states, every blob by whom it concerns.
 
 A device sees what it needs to follow the deployment: its own events, how a round that it was chosen for opened and ended, its own
-instructions, and the releases. Of other devices it sees what a signed event that concerns it too says of them, and nothing else.
+instructions, and the releases. Of other devices it sees what a signed event that concerns it too holds of them, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_BLOBS: Final = 200_000
 
 
 class Visibility:
-    """What the server's events say about who sees what. `learn` takes them in order, once each or again."""
+    """What the server's events decide about who sees what. `learn` takes them in order, once each or again."""
 
     def __init__(self) -> None:
         self._cohorts: OrderedDict[tuple[str, str], Clients] = OrderedDict()
@@ -63,7 +63,7 @@ class Visibility:
         return cohort.union(payload.named)
 
     def learn(self, payload: types.Payload) -> None:
-        """Take in what the server has said; whether it was the server is for the caller to know."""
+        """Take in an event of the server; whether it is authentic is for the caller to know."""
         match payload:
             case types.RoundOpened():
                 self._cohorts[payload.run_id, payload.round_id] = frozenset(payload.cohort)
@@ -78,7 +78,7 @@ class Visibility:
                 pass
 
     def grant(self, client_id: str, sha256: str) -> None:
-        """Let a client read a blob: it is told to, or it has just sent it. Naming a hash alone is no right to its bytes."""
+        """Let a client read a blob: an instruction to it names it, or it has just sent it. A hash alone is no right to bytes."""
         self._personal.pop((client_id, sha256), None)
         self._personal[client_id, sha256] = None
         if len(self._personal) > _MAX_BLOBS:

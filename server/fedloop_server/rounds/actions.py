@@ -15,10 +15,11 @@ from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.logs.port import START, Position
 from fedloop_privacy.ledger import Ledger
+from fedloop_tasks.task import Task, Verdict
 from msgspec import Struct
 
 from fedloop_server.rounds import registry, scheduler
-from fedloop_server.rounds.planner import Kind, Planner
+from fedloop_server.rounds.planner import Planner
 from fedloop_server.rounds.scheduler import Eligibility
 
 OnEvent = Callable[[Record, types.Payload], None]
@@ -44,7 +45,7 @@ class DecideRelease(Struct, frozen=True):
     """Publish the candidate, or reject it with a reason."""
 
     release: str
-    verdict: registry.Verdict
+    verdict: Verdict
 
 
 class CollectUpdates(Struct, frozen=True):
@@ -69,7 +70,7 @@ class AbortRound(Struct, frozen=True):
 class OpenRound(Struct, frozen=True):
     request_id: str
     number: int
-    kind: Kind
+    program: str
     eligibility: Eligibility
 
 
@@ -100,7 +101,7 @@ class ServerState:
     """Everything the server knows: folds over the log, and its clock. `people` says whose word counts; its reader is another."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 1
+    version = 2
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
@@ -163,7 +164,7 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
         update_id, (round_id, client_id) = next(iter(rounds.unanswered.items()))
         return RefuseLate(update_id, client_id, round_id)
     if (candidate := releases.candidate(model)) is not None:
-        return _judge(candidate, current, planner.config.gate_margin)
+        return _judge(candidate, current, registry.task(releases, model), planner.config.gate_margin)
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:
@@ -173,15 +174,15 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
     return _open(state, planner, model, now_ms)
 
 
-def _judge(candidate: ReleaseState, current: ReleaseState, margin: float) -> Action:
+def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: float) -> Action:
     if candidate.base_release != current.release:
-        return DecideRelease(candidate.release, registry.Verdict("stale-base", f"{current.release} is in force by now"))
+        return DecideRelease(candidate.release, Verdict("stale-base", f"{current.release} is in force by now"))
     if candidate.evaluation is None:
         return EvaluateRelease(candidate.release)
     incumbent = current.evaluations.get(candidate.evaluation.dataset_sha256)
     if incumbent is None:
         return EvaluateRelease(current.release)
-    return DecideRelease(candidate.release, registry.gate(candidate.evaluation, incumbent, margin))
+    return DecideRelease(candidate.release, task.gate(candidate.evaluation, incumbent, margin))
 
 
 def _finish(closed: RoundState, current: ReleaseState) -> Action:
@@ -200,11 +201,10 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Acti
     if request is None:
         return Wait("no round is requested")
     number = state.rounds.next_number
-    kind = planner.next_kind(state.rounds, state.releases)
-    if kind is None:
-        planned = planner.config.planned_rounds
-        return AbortRound(round_id(number), "plan-exhausted", f"the budget is planned for {planned} rounds, which are over")
-    mechanism, config = planner.terms(kind).mechanism, planner.config
+    program = planner.next_program(state.rounds, state.releases)
+    if program is None:
+        return AbortRound(round_id(number), "plan-exhausted", planner.config.plan.exhausted)
+    mechanism, config = planner.terms(program).mechanism, planner.config
 
     def budget(client: Client, mechanism: types.Mechanism) -> str | None:
         refusal = state.ledger.check(client.client_id, mechanism, client.epsilon, client.delta)
@@ -212,7 +212,7 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Acti
 
     found = scheduler.eligible(state.people.clients.values(), mechanism, config, now_ms=now_ms, budget=budget)
     if len(found.clients) >= config.quorum:
-        return OpenRound(request.request_id, number, kind, found)
+        return OpenRound(request.request_id, number, program, found)
     last = state.rounds.last
     since_ms = max(request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0)
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"

@@ -11,7 +11,6 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 
@@ -22,11 +21,12 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import BlobError, FencedError, LogError, TensorError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.port import EventLog
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Evaluate, Verdict
 from flwr.app import ConfigRecord
 
 from fedloop_server.aggregation.merging import MergeError, merge
@@ -45,9 +45,6 @@ IDENTITIES_FILE: Final = "identities.snapshot"
 POLL_S: Final = 1.0
 """How long one step waits for news when there is nothing to do."""
 _Decided = types.ReleasePublished | types.ReleaseRejected
-
-Evaluate = Callable[[Mapping[str, Array]], Evaluation]
-"""The accuracy of a release, given its tensors, on the server's held-out set."""
 
 
 class _Run(TypedDict):
@@ -233,7 +230,7 @@ class Server:
         """Draw the cohort, once: the event that records it decides."""
         current = registry.current(self.state.releases, self.model)
         drawn = scheduler.draw(action.eligibility, self.config.cohort_size, self._source)
-        terms = self.planner.terms(action.kind)
+        terms = self.planner.terms(action.program)
         opened = types.RoundOpened(
             **self._run(),
             round_id=actions.round_id(action.number),
@@ -242,13 +239,13 @@ class Server:
             model=self.model,
             base_release=current.release,
             base=current.blob,
-            strategy=terms.strategy,
+            strategy=terms.program,
             cohort=drawn.clients,
             quorum=self.config.quorum,
             deadline_s=self.config.deadline_s,
-            upload=terms.upload(list(self._arrays(current.blob))),
+            upload=program_of(terms.program).upload(list(self._arrays(current.blob))),
             max_upload_bytes=self.config.max_upload_bytes,
-            max_update_norm=terms.max_update_norm,
+            max_update_norm=max(self.config.max_update_norm, terms.least_norm),
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded),
@@ -309,14 +306,15 @@ class Server:
         found = self._evaluate(self._arrays(state.blob))
         evaluated = types.ReleaseEvaluated(
             **self._release(release),
-            accuracy=found.accuracy,
+            metrics=found.metrics,
+            leading=found.leading,
             examples=found.examples,
             dataset_sha256=found.dataset_sha256,
         )
         first = not state.evaluations
         self._append_release(evaluated, f"evaluated{'' if first else found.dataset_sha256}{again}")
 
-    def _decide(self, release: str, verdict: registry.Verdict, again: str) -> None:
+    def _decide(self, release: str, verdict: Verdict, again: str) -> None:
         state = self.state.releases.releases[release]
         common = self._release(release)
         decided: types.ReleasePublished | types.ReleaseRejected

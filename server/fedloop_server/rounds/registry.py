@@ -6,9 +6,11 @@ from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import Evaluation, ReleaseState, ReleasesView
+from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 MAX_LINEAGE = 10_000
@@ -35,13 +37,6 @@ class Ancestor(Struct, frozen=True):
     contributions: list[Contribution]
 
 
-class Verdict(Struct, frozen=True):
-    """The gate's: `reason` is "" for a candidate that passes."""
-
-    reason: str = ""
-    detail: str = ""
-
-
 def find(releases: ReleasesView, release: str) -> ReleaseState:
     """The release of that name. Raises `UsageError` if there is none."""
     state = releases.releases.get(release)
@@ -56,6 +51,14 @@ def current(releases: ReleasesView, model: str) -> ReleaseState:
     if state is None:
         raise UsageError("the model has no release", hint="`fedloop server init` registers a model with its first release")
     return state
+
+
+def task(releases: ReleasesView, model: str) -> Task:
+    """What the model learns. Raises `UsageError` if it is not registered."""
+    spec = releases.models.get(model)
+    if spec is None:
+        raise UsageError("the log registers no such model", hint="run `fedloop server init` again, to its end")
+    return task_of(spec)
 
 
 def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[Ancestor]:
@@ -84,15 +87,6 @@ def lineage(rounds: RoundsView, releases: ReleasesView, release: str) -> list[An
         )
         name = state.base_release
     return steps
-
-
-def gate(candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-    """A candidate passes if it is at most `margin` less accurate than the release in force, on the same held-out set."""
-    if candidate.dataset_sha256 != incumbent.dataset_sha256:
-        raise ValueError("two accuracies on different held-out sets say nothing about each other")
-    if candidate.accuracy >= incumbent.accuracy - margin:
-        return Verdict()
-    return Verdict("less-accurate", f"{candidate.accuracy:.4f}, and the current release {incumbent.accuracy:.4f}")
 
 
 def roll_back(writer: EventWriter, *, release: str, reason: str, model: str = types.DEFAULT_MODEL) -> types.ReleaseRolledBack:

@@ -6,6 +6,7 @@ log again. The names and their meanings are a contract with deploy/grafana.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -104,7 +105,7 @@ class ServerCollector:
         for topic in topics.ALL:
             read.add_metric([topic], self._log.read_by_topic[topic])
         yield read
-        refused = "Events since this process began that are malformed, or not said by whom they name."
+        refused = "Events since this process began that are malformed, or not authentic."
         yield CounterMetricFamily("fedloop_events_refused", refused, server.refused)
         stale = "Decisions in the log by servers that another one had taken over from."
         yield CounterMetricFamily("fedloop_decisions_stale", stale, server.state.rounds.stale)
@@ -119,18 +120,14 @@ class ServerCollector:
         yield _by("fedloop_releases", "Releases of the model, and candidates for one.", "state", map(_standing, found), STANDINGS)
         current = view.current(model)
         number = GaugeMetricFamily("fedloop_release_number", "The number of the release in force.")
-        accuracy = GaugeMetricFamily(
-            "fedloop_release_accuracy",
-            "Accuracy, from 0 to 1, on the held-out messages: of the release in force, and of the candidate made last.",
-            labels=["release"],
-        )
+        shown: list[tuple[str, ReleaseState]] = []
         if current is not None:
             number.add_metric([], current.number)
-            _add_accuracy(accuracy, "in_force", current)
+            shown.append(("in_force", current))
         if found:
-            _add_accuracy(accuracy, "last", max(found, key=lambda each: each.number))
+            shown.append(("last", max(found, key=lambda each: each.number)))
         yield number
-        yield accuracy
+        yield from _evaluations(shown)
 
     def _clients(self) -> Iterator[Metric]:
         state, config = self._server.state, self._server.config
@@ -138,7 +135,7 @@ class ServerCollector:
         since_ms = (self._clock() - config.availability_s) * 1000
         yield GaugeMetricFamily("fedloop_clients_enrolled", "Clients that were ever enrolled.", len(clients))
         revoked = sum(each.revoked for each in clients)
-        yield GaugeMetricFamily("fedloop_clients_revoked", "Clients that are heard no more.", revoked)
+        yield GaugeMetricFamily("fedloop_clients_revoked", "Revoked clients.", revoked)
         available = sum(not each.revoked and each.seen_ms >= since_ms for each in clients)
         yield GaugeMetricFamily("fedloop_clients_available", "Clients that were seen lately enough to be asked.", available)
         suspended = sum(state.ledger.suspended(each.client_id) is not None for each in clients)
@@ -153,6 +150,7 @@ class ServerCollector:
         yield share
 
 
+_NOT_IN_NAMES: Final = re.compile("[^A-Za-z0-9_]")
 ROUND_STATES: Final = ("open", "closed", "aborted")
 STANDINGS: Final = ("proposed", "published", "rejected", "withdrawn")
 
@@ -205,9 +203,15 @@ def _standing(release: ReleaseState) -> str:
     return "withdrawn" if release.withdrawn else release.status
 
 
-def _add_accuracy(accuracy: GaugeMetricFamily, which: str, release: ReleaseState) -> None:
-    if (evaluation := release.evaluation) is not None:
-        accuracy.add_metric([which], evaluation.accuracy)
+def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
+    """A gauge for each metric of the task, such as fedloop_release_accuracy."""
+    gauges: dict[str, GaugeMetricFamily] = {}
+    for which, release in shown:
+        for metric, value in release.evaluation.metrics.items() if release.evaluation is not None else ():
+            name = f"fedloop_release_{_NOT_IN_NAMES.sub('_', metric)}"
+            meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
+            gauges.setdefault(name, GaugeMetricFamily(name, meaning, labels=["release"])).add_metric([which], value)
+    yield from gauges.values()
 
 
 def _by(name: str, meaning: str, label: str, found: Iterable[str], known: Iterable[str]) -> Metric:

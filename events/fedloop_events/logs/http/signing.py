@@ -1,6 +1,6 @@
 """Signed requests: one profile of HTTP Message Signatures (RFC 9421) with Content-Digest (RFC 9530), for both sides of a gateway.
 
-A signature covers method, authority, path, query and content, and says who (`keyid`: a client id, or "server"), when (`created`,
+A signature covers method, authority, path, query and content, and names who (`keyid`: a client id, or "server"), when (`created`,
 `expires`), once (`nonce`) and what for (`tag`). One signature, Ed25519, and nothing optional: what is not exactly this is refused
 before any of it is used. Any implementation of the two RFCs can make one.
 """
@@ -38,7 +38,7 @@ _DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/]{43}=):")
 
 
 class Claim(Struct, frozen=True, gc=False):
-    """What a request says of itself; nothing of it is true before `base` is found signed by the key of `keyid`."""
+    """What a request claims of itself; nothing of it is true before `base` is found signed by the key of `keyid`."""
 
     keyid: str
     created: int
@@ -87,9 +87,9 @@ def parse(method: str, authority: str, path: str, query: str, headers: Mapping[s
     numbers = {name: int(number) for name, number, _ in found if number}
     texts = {name: text for name, number, text in found if not number}
     if len(found) != len({name for name, *_ in found}) or not {"created", "expires"} == set(numbers):
-        raise SignatureError("the request's signature does not say once when it was created and when it expires")
+        raise SignatureError("the request's signature does not state once when it was created and when it expires")
     if not {"nonce", "keyid", "tag"} <= set(texts) <= {"nonce", "keyid", "tag", "alg"}:
-        raise SignatureError("the request's signature does not say nonce, keyid and tag")
+        raise SignatureError("the request's signature does not state nonce, keyid and tag")
     if texts["tag"] != TAG or texts.get("alg", "ed25519") != "ed25519":
         raise SignatureError(f"the request's signature is not an ed25519 one for {TAG}")
     if not 16 <= len(texts["nonce"]) <= 64:

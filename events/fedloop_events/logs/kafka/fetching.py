@@ -24,7 +24,7 @@ _AT_ONCE: Final = 250
 """Messages at a time: so many stay in the processor's cache until they are events."""
 _HIDDEN_PAUSE_S: Final = 0.02
 _PAUSE_S: Final = 0.2
-"""A wait inside librdkafka lasts no longer, so that Ctrl-C is heard."""
+"""A wait inside librdkafka lasts no longer, so that Ctrl-C is noticed."""
 _HARMLESS: Final = AWAY | frozenset(
     {
         KafkaError._RESOLVE,
@@ -65,7 +65,7 @@ class Partition:
 
 
 class Fetcher:
-    """Fetches `names` from where it is told to start. Used by one thread at a time.
+    """Fetches `names` from the position it is given. Used by one thread at a time.
 
     `written` says up to where the caller has appended, which lies within every horizon. Raises UnreachableError when brokers stay
     away for `timeout_s`, NotAllowedError without the right to read, `LogError` for events that are gone.
@@ -117,7 +117,7 @@ class Fetcher:
         """Set the horizon to the ends of all partitions now.
 
         What was acknowledged lies beyond the end while another producer's transaction is open before it. What was read already
-        does only for a broker that has not yet heard that it leads no more, or if it was another topic.
+        does only for a broker that does not know yet that it leads no more, or if it was another topic.
         """
         deadline, pause_s = time.monotonic() + self._timeout_s, _HIDDEN_PAUSE_S
         while True:

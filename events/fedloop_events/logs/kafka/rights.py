@@ -1,8 +1,8 @@
 """Who may do what on a Kafka log: the roles, and how users get them (SCRAM credentials and access control lists).
 
-These rights are the second fence. The first is the signature: what a client or the server says counts by its key, whatever the
-brokers let in. Rights keep texts, updates and the order of rounds from those who need not read or cannot say them. Whatever is
-not named is refused, transactions too: nobody needs them (docs/decisions/0008), and idempotent producers need WRITE alone.
+These rights are the second fence. The first is the signature: what a client or the server appends counts by its key, whatever the
+brokers let in. Rights keep texts, updates and the order of rounds from those who need not read or may not append them. Whatever
+is not named is refused, transactions too: nobody needs them (docs/decisions/0008), and idempotent producers need WRITE alone.
 """
 
 from __future__ import annotations
