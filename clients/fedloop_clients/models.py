@@ -12,7 +12,7 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.types import BlobRef, Spec
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Model
+from fedloop_tasks.task import Arrays, Model
 
 MAX_RELEASE_BYTES: Final = 1 << 30
 
@@ -31,6 +31,16 @@ class Held:
             self.model.load(tensors.decode(blobs.get(blob, max_bytes=MAX_RELEASE_BYTES)))
             self._release = blob.sha256
         return self.model
+
+    @contextmanager
+    def holding(self, arrays: Arrays) -> Iterator[Model]:
+        """The model with other tensors, as long as the block lasts. Raises `TensorError`."""
+        before = self.model.arrays()
+        try:
+            self.model.load(arrays)
+            yield self.model
+        finally:
+            self.model.load(before)
 
 
 class Models:

@@ -260,6 +260,13 @@ class Task(Protocol):
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
 
+    @property
+    def words(self) -> Sequence[str]:
+        """The closed set of words that the model answers with: nobody's own, they are published as they are."""
+
+    def taught(self, interaction: Interaction) -> str | None:
+        """The answer that an interaction makes an example for by itself, if it does."""
+
     def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
         """What there is to learn from, oldest first: what its programs' `compute` takes. `interactions` are oldest first."""
 

@@ -12,7 +12,7 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Status
+    from fedloop_clients.device import Status
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -152,7 +152,7 @@ def status(store: options.Store, json: options.Json = False) -> None:
 
 def _open(store: Path, model_dir: Path | None) -> Agent:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Settings
+    from fedloop_clients.device import Settings
 
     log, blobs = options.given()
     return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))
@@ -170,7 +170,7 @@ def _take_in(agent: Agent, path: Path, json: bool) -> None:
     """Feedback on each row of a file; a row that was taken in before counts once."""
     import hashlib
 
-    from fedloop_clients.capture import ConflictingFeedbackError
+    from fedloop_clients.feedback import ConflictingFeedbackError
     from fedloop_tasks.table import DEFAULT
 
     messages, known, recorded, right = DEFAULT.read(path), 0, 0, 0

@@ -119,7 +119,7 @@ class User:
         self._report(Progress(self._given(), wave.number, sum(self._agent.status().failed.values())))
 
     def _react(self, number: int, message: Message) -> None:
-        from fedloop_clients.capture import ConflictingFeedbackError
+        from fedloop_clients.feedback import ConflictingFeedbackError
 
         response = self._agent.predict(message.text)
         right = response.answer == message.answer

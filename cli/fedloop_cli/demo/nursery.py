@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MAX_ORDER_BYTES: Final = 65_536
 LOADED: Final = (
     "fedloop_clients.instructions",
-    "fedloop_clients.classifier",
     "fedloop_server.rounds.loop",
     "fedloop_privacy.dpsgd",
     "opacus.accountants.analysis.prv",

@@ -113,6 +113,13 @@ class Classification:
             return Verdict()
         return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
+    @property
+    def words(self) -> Sequence[str]:
+        return self.spec.labels
+
+    def taught(self, interaction: Interaction) -> str | None:
+        return next((each.label for each in self.examples([interaction])), None)
+
     def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
         return examples(interactions, self.spec.labels)
 

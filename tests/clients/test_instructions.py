@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from fedloop_clients import Agent
+from fedloop_clients.device import Settings, Status
 from fedloop_clients.instructions import InstructionHandler
-from fedloop_clients.loop import Settings, Status
 from fedloop_clients.outbox import SuspendedError
 from fedloop_events import types
 from fedloop_events.blobs import tensors
@@ -79,7 +79,7 @@ def enrol(deployment: Deployment, tmp_path: Path, trainer: Trainer, masker: Digi
     agents: list[Agent] = []
 
     def enrol(**terms: Any) -> Agent:
-        given: dict[str, Any] = {"client_id": "phone", "key_from": "file", "app": trainer.app, "masker": masker}
+        given: dict[str, Any] = {"client_id": "phone", "key_from": "file", "apps": {"main": trainer.app}, "masker": masker}
         agents.append(Agent.enrol(deployment.folder, tmp_path / "store", **(given | terms)))
         return agents[-1]
 
@@ -98,7 +98,7 @@ def passes(count: int) -> Callable[[Status], bool]:
 
 
 def declined(deployment: Deployment) -> list[str]:
-    return [each.reason for each in deployment.said(types.RoundDeclined)]
+    return [each.reason for each in deployment.appended(types.RoundDeclined)]
 
 
 # --- the way it should go ---
@@ -107,8 +107,8 @@ def declined(deployment: Deployment) -> list[str]:
 def test_a_round_is_paid_for_then_answered(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent, instruction = enrol(), deployment.ask("phone")
     agent.run(until=answered())
-    (spent,) = deployment.said(types.BudgetSpent)
-    (update,) = deployment.said(types.UpdateSubmitted)
+    (spent,) = deployment.appended(types.BudgetSpent)
+    (update,) = deployment.appended(types.UpdateSubmitted)
     assert (spent.spend_seq, spent.previous, spent.instruction_id) == (0, "", instruction)
     assert (update.spend_seq, update.instruction_id, update.base_release) == (0, instruction, deployment.base_release)
     assert update.mechanism == spent.mechanism
@@ -122,7 +122,7 @@ def test_under_a_mechanism_nothing_but_tensors_leaves(deployment: Deployment, en
     agent = enrol()
     deployment.ask("phone")
     agent.run(until=answered())
-    (update,) = deployment.said(types.UpdateSubmitted)
+    (update,) = deployment.appended(types.UpdateSubmitted)
     assert (update.content.metrics, update.content.configs) == ({"metrics": {"num-examples": 1}}, {})
 
 
@@ -131,7 +131,7 @@ def test_flowers_context_lives_on_in_the_store_and_nowhere_else(deployment: Depl
         with enrol() as agent:
             deployment.ask("phone")
             agent.run(until=answered(calls))
-        update = deployment.said(types.UpdateSubmitted)[-1]
+        update = deployment.appended(types.UpdateSubmitted)[-1]
         assert tensors.decode(deployment.blobs.get(update.content.arrays["arrays"]))["calls"] == calls
     kept = b"".join(path.read_bytes() for path in (tmp_path / "store").iterdir())
     assert SECRET.encode() not in deployment.bytes() + kept
@@ -144,8 +144,84 @@ def test_a_device_without_a_budget_serves_any_run(deployment: Deployment, enrol:
     deployment.ask("phone", None)
     agent.run(until=answered(3))
     assert agent.status().answers == {"submitted": 3}
-    assert [each.content.metrics["metrics"]["loss"] for each in deployment.said(types.UpdateSubmitted)] == [0.25] * 3
-    assert deployment.said(types.BudgetSpent) == []
+    assert [each.content.metrics["metrics"]["loss"] for each in deployment.appended(types.UpdateSubmitted)] == [0.25] * 3
+    assert deployment.appended(types.BudgetSpent) == []
+
+
+# --- the task and apps beside it ---
+
+
+def start_run(deployment: Deployment, run_id: str) -> None:
+    deployment.server.append(types.EpochStarted(origin="test.example", epoch=1, run_id=run_id, server_id="s1"))
+
+
+def test_one_agent_serves_each_run_with_its_own_app_and_rounds_with_the_task(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app, epsilon=None)
+    for run_id in ("theirs", "another"):
+        start_run(deployment, run_id)
+    deployment.instruct("phone", None, run_id="theirs")
+    deployment.instruct("phone", None, run_id="another")
+    deployment.instruct("phone", None, run_id="main", message_type="evaluate")
+    deployment.ask("phone", None)
+    agent.run(until=answered(4))
+    assert [each.run_id for each in deployment.appended(types.UpdateSubmitted)] == ["theirs", "another", "main"]
+    assert (theirs.count(), any_other.count()) == (1, 2)
+    # The round is not the apps': the task declines it, for nobody has taught this device anything.
+    assert [(each.reason, each.round_id) for each in deployment.appended(types.RoundDeclined)] == [("no-examples", "r0001")]
+
+
+def test_a_round_of_a_run_with_an_app_of_its_own_is_paid_for_and_answered_by_that_app(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app)
+    start_run(deployment, "theirs")
+    opened = replace(deployment.opened("phone"), run_id="theirs")
+    deployment.server.append(opened)
+    deployment.instruct("phone", opened)
+    agent.run(until=answered())
+    (update,), (spent,) = deployment.appended(types.UpdateSubmitted), deployment.appended(types.BudgetSpent)
+    assert (update.spend_seq, spent.run_id, update.content.metrics) == (0, "theirs", {"metrics": {"num-examples": 1}})
+    assert (theirs.count(), any_other.count()) == (1, 0)
+
+
+def test_no_app_of_a_device_with_a_budget_serves_what_no_mechanism_covers(
+    deployment: Deployment, enrol: Enrol, tmp_path: Path
+) -> None:
+    theirs, any_other = Trainer(tmp_path / "theirs"), Trainer(tmp_path / "any-other")
+    agent = enrol(apps={"theirs": theirs.app}, app=any_other.app)
+    for run_id in ("theirs", "another"):
+        start_run(deployment, run_id)
+        deployment.instruct("phone", None, run_id=run_id)
+        opened = replace(deployment.opened("phone", mechanism=None), run_id=run_id)
+        deployment.server.append(opened)
+        deployment.instruct("phone", opened)
+    agent.run(until=answered(4))
+    assert declined(deployment) == ["not-private"] * 4
+    assert (theirs.count(), any_other.count(), deployment.appended(types.BudgetSpent)) == (0, 0, [])
+
+
+def test_what_nobody_on_the_device_serves_is_declined_without_spending(deployment: Deployment, enrol: Enrol) -> None:
+    agent = enrol(apps=None, epsilon=None)
+    deployment.instruct("phone", None)
+    terms = {"origin": "test.example", "model": "other", "epoch": 1, "release": "0000-o", "number": 0}
+    deployment.server.append(
+        types.ReleaseProposed(**terms, blob=deployment.base),  # type: ignore[arg-type]
+        types.ReleasePublished(**terms, blob=deployment.base),  # type: ignore[arg-type]
+    )
+    other = replace(deployment.opened("phone"), model="other", base_release="0000-o")
+    evaluation = deployment.opened("phone", mechanism=None)
+    unknown = replace(deployment.opened("phone"), strategy="no-such")
+    deployment.server.append(other, evaluation, unknown)
+    deployment.instruct("phone", other)
+    deployment.instruct("phone", evaluation, message_type="evaluate")
+    deployment.instruct("phone", unknown)
+    agent.run(until=answered(4))
+    assert declined(deployment) == ["no-app", "other-model", "not-training", "unknown-program"]
+    assert deployment.appended(types.BudgetSpent) == []
 
 
 # --- the gate ---
@@ -162,7 +238,7 @@ def test_a_round_without_privacy_is_declined_by_a_device_with_a_budget(
     deployment.instruct("phone", opened, message_type="evaluate")
     agent.run(until=answered(3))
     assert declined(deployment) == ["not-private"] * 3
-    assert (trainer.count(), deployment.said(types.BudgetSpent)) == (0, [])
+    assert (trainer.count(), deployment.appended(types.BudgetSpent)) == (0, [])
 
 
 def test_no_round_exceeds_the_budget_of_a_life(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
@@ -171,9 +247,9 @@ def test_no_round_exceeds_the_budget_of_a_life(deployment: Deployment, enrol: En
             deployment.ask("phone")
             agent.run(until=answered(asked))
             assert agent.status().epsilon_spent <= 3.0
-    assert trainer.count() == len(deployment.said(types.BudgetSpent)) == 2
+    assert trainer.count() == len(deployment.appended(types.BudgetSpent)) == 2
     assert declined(deployment) == ["budget-exceeded"] * 2
-    refused = deployment.said(types.BudgetRefused)
+    refused = deployment.appended(types.BudgetRefused)
     assert [each.budget_epsilon for each in refused] == [3.0] * 2
     assert all(each.would_be_epsilon is not None and each.would_be_epsilon > 3 for each in refused)
 
@@ -183,7 +259,7 @@ def test_a_mechanism_without_noise_is_declined(deployment: Deployment, enrol: En
     deployment.ask("phone", Mechanism(1.0, 1e-9, 1.0, 1, 1.0))
     agent.run(until=answered())
     assert (declined(deployment), trainer.count()) == (["budget-exceeded"], 0)
-    assert deployment.said(types.BudgetRefused)[0].would_be_epsilon is None
+    assert deployment.appended(types.BudgetRefused)[0].would_be_epsilon is None
 
 
 def test_a_server_cannot_drain_the_budget_in_a_day(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
@@ -218,13 +294,13 @@ def test_a_base_that_has_not_arrived_is_waited_for_without_spending(deployment: 
     path.unlink()
     deployment.ask("phone")
     agent.run(until=passes(2))
-    assert deployment.said(types.BudgetSpent) == []
+    assert deployment.appended(types.BudgetSpent) == []
     deployment.blobs.put([content])
     agent.run(until=answered())
     assert agent.status().answers == {"submitted": 1}
 
 
-def test_what_the_server_did_not_say_is_not_heard(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
+def test_an_instruction_that_the_server_did_not_sign_is_rejected(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent = enrol(epsilon=None)
     real, deployment.server = deployment.server, EventWriter(deployment.log, SigningKey.generate())
     deployment.instruct("phone", None)
@@ -234,7 +310,7 @@ def test_what_the_server_did_not_say_is_not_heard(deployment: Deployment, enrol:
     assert (trainer.count(), agent.status().answers) == (0, {})
 
 
-def test_a_fenced_server_is_not_heard(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
+def test_an_instruction_of_a_fenced_server_is_rejected(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent = enrol()
     deployment.server.append(types.EpochStarted(origin="test.example", epoch=2, run_id="main", server_id="s2"))
     deployment.ask("phone")
@@ -260,26 +336,26 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
         deployment.instruct("phone", opened)
     deployment.server.append(short)
     deployment.instruct("phone", short, ttl_s=1e-6)
-    said = {"origin": "test.example", "epoch": 1, "run_id": "main"}
+    common = {"origin": "test.example", "epoch": 1, "run_id": "main"}
     deployment.server.append(
-        types.RoundClosed(**said, step=1, accepted=[], round_id=closed.round_id),  # type: ignore[arg-type]
-        types.RoundAborted(**said, round_id=aborted.round_id, reason="quorum"),  # type: ignore[arg-type]
+        types.RoundClosed(**common, step=1, accepted=[], round_id=closed.round_id),  # type: ignore[arg-type]
+        types.RoundAborted(**common, round_id=aborted.round_id, reason="quorum"),  # type: ignore[arg-type]
     )
     agent.run(until=answered(2))
     assert agent.status().answers == {"late": 2}
-    assert (trainer.count(), deployment.said(types.BudgetSpent), declined(deployment)) == (0, [], [])
+    assert (trainer.count(), deployment.appended(types.BudgetSpent), declined(deployment)) == (0, [], [])
 
 
 @pytest.mark.slow
 def test_the_classifier_declines_without_examples_or_without_its_base_model(deployment: Deployment, enrol: Enrol) -> None:
-    with enrol(app=None) as agent:
+    with enrol(apps=None) as agent:
         deployment.ask("phone")
         agent.run(until=answered(1))
         agent.feedback(agent.record("hello", "loan").response_id, thumb="up")
         deployment.ask("phone")
         agent.run(until=lambda status: status.settled and sum(status.answers.values()) == 2)
     assert declined(deployment) == ["no-examples", "no-model"]
-    assert deployment.said(types.BudgetSpent) == []
+    assert deployment.appended(types.BudgetSpent) == []
 
 
 # --- failures of the app ---
@@ -289,19 +365,19 @@ def test_an_app_that_fails_is_declined_by_its_exceptions_name_alone(deployment: 
     def broken(message: Message, context: Context) -> Message:
         raise ValueError(SECRET)
 
-    agent = enrol(app=broken)
+    agent = enrol(apps={"main": broken})
     deployment.ask("phone")
     agent.run(until=answered())
-    assert [(each.reason, each.detail) for each in deployment.said(types.RoundDeclined)] == [
+    assert [(each.reason, each.detail) for each in deployment.appended(types.RoundDeclined)] == [
         ("client-error", "app-failed ValueError")
     ]
     assert SECRET.encode() not in deployment.bytes()
-    assert len(deployment.said(types.BudgetSpent)) == 1
+    assert len(deployment.appended(types.BudgetSpent)) == 1
 
 
 @pytest.mark.parametrize("answer", [None, 7, RecordDict()])
 def test_an_app_that_answers_nonsense_is_declined(deployment: Deployment, enrol: Enrol, answer: object) -> None:
-    agent = enrol(app=lambda message, context: answer)
+    agent = enrol(apps={"main": lambda message, context: answer})
     deployment.ask("phone")
     agent.run(until=answered())
     assert declined(deployment) == ["client-error"]
@@ -311,7 +387,7 @@ def test_an_answer_too_large_for_an_event_is_declined(deployment: Deployment, en
     def verbose(message: Message, context: Context) -> Message:
         return Message(RecordDict({"m": MetricRecord({f"metric-{i}": i for i in range(9000)})}), reply_to=message)
 
-    agent = enrol(app=verbose, epsilon=None)
+    agent = enrol(apps={"main": verbose}, epsilon=None)
     deployment.instruct("phone", None)
     agent.run(until=answered())
     assert declined(deployment) == ["client-error"]
@@ -368,11 +444,11 @@ def test_wherever_it_is_killed_a_device_pays_once_and_at_most_one_result_leaves(
             agent.run(until=answered())
             assert agent.status().answers == {outcome: 1}
     assert trainer.count() == trained
-    assert len(deployment.said(types.BudgetSpent)) == 1
-    updates = deployment.said(types.UpdateSubmitted)
+    assert len(deployment.appended(types.BudgetSpent)) == 1
+    updates = deployment.appended(types.UpdateSubmitted)
     assert (len(updates), declined(deployment)) == ((1, []) if outcome == "submitted" else (0, ["interrupted"]))
-    said = deployment.said(types.ClientEvent)
-    assert [each.seq for each in said] == list(range(len(said)))
+    own = deployment.appended(types.ClientEvent)
+    assert [each.seq for each in own] == list(range(len(own)))
     # A later round goes on as if nothing had happened, and the ledger's chain is whole.
     deployment.ask("phone")
     with enrol() as agent:
@@ -393,7 +469,7 @@ def test_a_blob_store_that_fails_after_the_spend_costs_the_round_and_not_the_dev
 
         broken.setattr(type(deployment.blobs), "put", away)
         agent.run(until=answered())
-    assert (declined(deployment), trainer.count(), len(deployment.said(types.BudgetSpent))) == (["interrupted"], 1, 1)
+    assert (declined(deployment), trainer.count(), len(deployment.appended(types.BudgetSpent))) == (["interrupted"], 1, 1)
 
 
 # --- copies of the store ---
@@ -414,7 +490,7 @@ def test_a_store_from_before_the_round_pays_and_trains_no_second_time(
         assert (trainer.count(), restored.status().spends) == (1, 1)
         deployment.ask("phone")
         restored.run(until=answered())
-    assert [each.spend_seq for each in deployment.said(types.BudgetSpent)] == [0, 1]
+    assert [each.spend_seq for each in deployment.appended(types.BudgetSpent)] == [0, 1]
 
 
 def test_a_spend_that_another_copy_makes_at_the_same_time_stops_the_device_before_it_trains(
@@ -446,4 +522,4 @@ def test_a_spend_that_another_copy_makes_at_the_same_time_stops_the_device_befor
     monkeypatch.undo()
     with pytest.raises(SuspendedError):
         agent.run(until=answered())
-    assert (trainer.count(), deployment.said(types.UpdateSubmitted)) == (0, [])
+    assert (trainer.count(), deployment.appended(types.UpdateSubmitted)) == (0, [])
