@@ -81,7 +81,7 @@ def _held(folder: Path) -> int:
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:
-    from fedloop_cli.certificates import make_ca
+    from fedloop_cli.provisioning.certificates import make_ca
 
     issued = make_ca(folder / "tls").issue("bench", ["localhost"], folder / "tls")
     return issued.certificate, issued.key

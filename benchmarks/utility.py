@@ -2,8 +2,8 @@
 
 `python -m benchmarks.utility [--epsilon 8 | --no-dp] [--rounds 8] [--clients 10] [--alpha 0.5] [--masked] [--seed 0]`
 
-Devices hold Dirichlet(alpha) shares of the training questions. Each round runs the server's terms, the devices' trainer and the
-server's merge, in one process and without the log. The classifier head alone, trained from the same first release under the
+Devices hold Dirichlet(alpha) shares of the training questions. Each round runs the plan's terms, its program on each device and
+the server's merge, in one process and without the log. The classifier head alone, trained from the same first release under the
 same terms, is the baseline that an adapter has to beat. Reads banking77 from FEDLOOP_DATA, else from ../shared/data.
 """
 
@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fedloop_clients.model import Arrays, EmbeddingClassifier, describe
-from fedloop_clients.trainer import train
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.types import AcceptedUpdate, RoundOpened
 from fedloop_privacy.accounting import epsilon, noise_multiplier_for
 from fedloop_server.aggregation.merging import merge
-from fedloop_server.config import ServerConfig
-from fedloop_server.rounds.planner import Planner, RoundTerms
+from fedloop_tasks.classification.examples import Example
+from fedloop_tasks.classification.model import EmbeddingClassifier, describe
+from fedloop_tasks.classification.plan import ClassificationPlan
+from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Arrays, Terms
 from msgspec.structs import replace
 
 from benchmarks.harness import Row, scratch
@@ -78,19 +79,20 @@ class Federation:
     def __init__(self, model: EmbeddingClassifier, shares: Sequence[Questions], test: Questions, blobs: BlobStore) -> None:
         self.model, self.shares, self.test, self._blobs = model, shares, test, blobs
 
-    def round(self, number: int, release: Arrays, terms: RoundTerms, upload: Sequence[str] | None = None) -> Arrays:
+    def round(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
         """The release that all devices make of `release` under `terms`."""
-        opened = self._opened(number, release, terms, upload or terms.upload(list(release)))
+        opened = self._opened(number, release, terms, upload or program_of(terms.program).upload(list(release)))
         accepted = []
         for client, share in enumerate(self.shares):
             self.model.load(release)
-            update = train(self.model, share.texts, share.labels, opened)
+            examples = [Example(text, label) for text, label in zip(share.texts, share.labels, strict=True)]
+            update = program_of(terms.program).compute(self.model, examples, opened)
             blob = self._blobs.put(tensors.encode(update))
             weight = 1.0 if terms.mechanism else float(len(share.texts))
             accepted.append(AcceptedUpdate(f"c{client}", f"{client:032x}", f"{client:032x}", blob, weight))
         return merge(self._blobs, opened, release, accepted)
 
-    def rounds(self, first: int, last: int, release: Arrays, terms: RoundTerms, upload: Sequence[str] | None = None) -> Arrays:
+    def rounds(self, first: int, last: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
         for number in range(first, last + 1):
             start = time.perf_counter()
             release = self.round(number, release, terms, upload)
@@ -102,7 +104,7 @@ class Federation:
         self.model.load(release)
         return self.model.accuracy(self.test.texts, self.test.labels)
 
-    def _opened(self, number: int, release: Arrays, terms: RoundTerms, upload: Sequence[str]) -> RoundOpened:
+    def _opened(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str]) -> RoundOpened:
         return RoundOpened(
             origin="benchmark",
             epoch=0,
@@ -113,45 +115,45 @@ class Federation:
             model="default",
             base_release="base",
             base=self._blobs.put(tensors.encode(release)),
-            strategy=terms.strategy,
+            strategy=terms.program,
             cohort=[f"c{client}" for client in range(len(self.shares))],
             quorum=len(self.shares),
             deadline_s=60.0,
             upload=list(upload),
             max_upload_bytes=1 << 30,
-            max_update_norm=terms.max_update_norm,
+            max_update_norm=1e12,
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
         )
 
 
-def private(federation: Federation, config: ServerConfig, seed: int) -> dict[str, float]:
-    """Accuracies at the budget of `config`: class sums alone, head alone, head and adapter."""
-    assert config.epsilon is not None
-    planner = Planner(config)
-    sums, training = planner.terms("sums"), planner.terms("train")
+def private(federation: Federation, plan: ClassificationPlan, seed: int) -> dict[str, float]:
+    """Accuracies at the budget of `plan`: class sums alone, head alone, head and adapter."""
+    assert plan.epsilon is not None
+    mechanisms = plan.mechanisms()
+    sums, training = (plan.terms(program, mechanisms[program]) for program in ("sums", plan.merge))
     assert sums.mechanism is not None
     assert training.mechanism is not None
     initial = federation.model.initial_arrays(seed)
-    spent = epsilon([sums.mechanism] + [training.mechanism] * (config.planned_rounds - 1), config.delta)
-    print(f"epsilon {spent:.3f} of {config.epsilon:g} a client, delta {config.delta:g}", file=sys.stderr)
-    whole = replace(sums.mechanism, noise_multiplier=noise_multiplier_for(config.epsilon, config.delta, 1.0, 1))
+    spent = epsilon([sums.mechanism] + [training.mechanism] * (plan.planned_rounds - 1), plan.delta)
+    print(f"epsilon {spent:.3f} of {plan.epsilon:g} a client, delta {plan.delta:g}", file=sys.stderr)
+    whole = replace(sums.mechanism, noise_multiplier=noise_multiplier_for(plan.epsilon, plan.delta, 1.0, 1))
     first = federation.rounds(1, 1, initial, sums)
     head = ["head.weight", "head.bias"]
     return {
         "class sums alone, the whole budget": federation.accuracy(federation.round(1, initial, replace(sums, mechanism=whole))),
-        "sums, then the head alone": federation.accuracy(federation.rounds(2, config.planned_rounds, first, training, head)),
-        f"sums, then head and LoRA ({config.merge})": federation.accuracy(
-            federation.rounds(2, config.planned_rounds, first, training)
+        "sums, then the head alone": federation.accuracy(federation.rounds(2, plan.planned_rounds, first, training, head)),
+        f"sums, then head and LoRA ({plan.merge})": federation.accuracy(
+            federation.rounds(2, plan.planned_rounds, first, training)
         ),
     }
 
 
-def plain(federation: Federation, config: ServerConfig, seed: int) -> dict[str, float]:
+def plain(federation: Federation, plan: ClassificationPlan, seed: int) -> dict[str, float]:
     """Accuracy without differential privacy."""
-    terms = Planner(config).terms("train")
-    release = federation.rounds(1, config.planned_rounds, federation.model.initial_arrays(seed), terms)
-    return {f"head and LoRA ({config.merge}), no privacy": federation.accuracy(release)}
+    terms = plan.terms(plan.merge, None)
+    release = federation.rounds(1, plan.planned_rounds, federation.model.initial_arrays(seed), terms)
+    return {f"head and LoRA ({plan.merge}), no privacy": federation.accuracy(release)}
 
 
 def federate(folder: Path, clients: int, alpha: float, seed: int, *, part: float = 1.0, mask: bool = False) -> Federation:
@@ -165,10 +167,10 @@ def federate(folder: Path, clients: int, alpha: float, seed: int, *, part: float
     return Federation(model, shares, test, BlobStore(folder))
 
 
-def _config(budget: float | None, rounds: int) -> ServerConfig:
+def _plan(budget: float | None, rounds: int) -> ClassificationPlan:
     """The server's defaults: learning rates, scale and share were chosen with these very questions, which public data allows
     and private data does not."""
-    return ServerConfig(planned_rounds=rounds, epsilon=budget, delta=DELTA)
+    return ClassificationPlan(planned_rounds=rounds, epsilon=budget, delta=DELTA)
 
 
 def _masked(questions: Questions) -> Questions:
@@ -182,8 +184,8 @@ def rows(quick: bool) -> list[Row]:
     rounds, clients, part = (2, 2, 0.02) if quick else (8, 10, 1.0)
     with scratch() as folder:
         federation = federate(folder, clients, 0.5, 0, part=part)
-        _, head, lora = private(federation, _config(8.0, rounds), 0).values()
-        (without,) = plain(federation, _config(None, rounds), 0).values()
+        _, head, lora = private(federation, _plan(8.0, rounds), 0).values()
+        (without,) = plain(federation, _plan(None, rounds), 0).values()
     return [
         Row("banking77 at epsilon 8, head and LoRA", "head alone, same terms", lora, head, "accuracy", lora / head, 1.0),
         Row(
@@ -217,9 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with scratch() as folder:
             federation = federate(folder, given.clients, given.alpha, given.seed, mask=given.masked)
             if not given.no_dp:
-                measured |= private(federation, _config(given.epsilon or 8.0, given.rounds), given.seed)
+                measured |= private(federation, _plan(given.epsilon or 8.0, given.rounds), given.seed)
             if given.no_dp or given.epsilon is None:
-                measured |= plain(federation, _config(None, given.rounds), given.seed)
+                measured |= plain(federation, _plan(None, given.rounds), given.seed)
     except FedloopError as error:
         print(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
         return error.exit_status

@@ -26,17 +26,19 @@ from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
 from fedloop_server.rounds.loop import Server
+from fedloop_tasks.classification.plan import ClassificationPlan
 
 P = TypeVar("P", bound=types.Payload)
 Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
 """What becomes of an honest update: other tensors, the reason of a refusal, or None for silence."""
 
-SPEC = types.ModelSpec(
+SPEC = types.ClassificationSpec(
     base_model="tiny", base_sha256="0" * 64, labels=["a", "b", "c"], rank=2, alpha=4.0, targets=["query"], layers=1
 )
 # At sampling rate 1 the accountant has a closed form and needs no torch.
-CONFIG = ServerConfig(planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100, quorum=2, deadline_s=30.0)
-OPEN_CONFIG = ServerConfig(epsilon=None, quorum=2, deadline_s=30.0)
+PLAN = ClassificationPlan(planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100)
+CONFIG = ServerConfig(plan=PLAN, quorum=2, deadline_s=30.0)
+OPEN_CONFIG = ServerConfig(plan=ClassificationPlan(epsilon=None), quorum=2, deadline_s=30.0)
 
 
 def initial_arrays() -> dict[str, Array]:
@@ -49,8 +51,12 @@ def initial_arrays() -> dict[str, Array]:
     }
 
 
+def evaluation(accuracy: float, dataset: str = "e") -> Evaluation:
+    return Evaluation({"accuracy": accuracy}, "accuracy", 100, dataset * 64)
+
+
 def evaluate(arrays: Mapping[str, Array]) -> Evaluation:
-    return Evaluation(0.5, 100, "e" * 64)
+    return evaluation(0.5)
 
 
 class Following:
@@ -170,7 +176,7 @@ class Device:
         seed = hashlib.sha256(f"{self.client_id} {opened.number}".encode()).digest()
         random = np.random.default_rng(int.from_bytes(seed[:8], "big"))
         base = tensors.decode(self._blobs.get(opened.base))
-        if opened.kind == "sums":
+        if opened.strategy == "sums":
             return {"sums": np.asarray(random.normal(size=base["head.weight"].shape), np.float32)}
         return {name: np.asarray(base[name] + random.normal(size=base[name].shape), np.float32) for name in opened.upload}
 
@@ -238,10 +244,9 @@ class World:
         reader.catch_up()
         return reader.fold
 
-    def crowd(self, *client_ids: str) -> None:
+    def crowd(self, *client_ids: str, epsilon: float | None = 8.0) -> None:
         """Enrolled devices that read the log together."""
         following = Following(self.log)
-        epsilon = self.config.epsilon
         for client_id in client_ids:
             device = Device(self.log, self.blobs, client_id, epsilon=epsilon, following=following)
             device.enrol()

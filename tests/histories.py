@@ -33,7 +33,8 @@ from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.journal import start_epoch
 from fedloop_server.flower.steps import RunReader
 from fedloop_server.flower.strategies import Durable
-from fedloop_server.rounds.actions import ServerState
+from fedloop_server.state import ServerState
+from fedloop_tasks.table import kind_of
 from fleet import as_bytes, initial_arrays
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
@@ -207,7 +208,7 @@ def _round(state: RoundState) -> Document:
         "times_ms": [state.opened_ms, state.closed_ms, state.ended_ms],
         "terms": opened
         and {
-            "kind": opened.kind,
+            "kind": kind_of(opened.strategy),
             "strategy": opened.strategy,
             "base": [opened.base_release, opened.base.sha256],
             "cohort": opened.cohort,
@@ -242,7 +243,7 @@ def _release(state: ReleaseState) -> Document:
         "base": state.base_release,
         "strategy": state.strategy,
         "updates": state.updates,
-        "accuracy": [[each.accuracy, each.examples, each.dataset_sha256] for each in state.evaluations.values()],
+        "accuracy": [[each.metrics["accuracy"], each.examples, each.dataset_sha256] for each in state.evaluations.values()],
         "times_ms": [state.proposed_ms, state.decided_ms],
     }
 

@@ -6,8 +6,10 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -53,3 +55,45 @@ def test_tracked_files_name_no_folder_of_a_developers_machine() -> None:
     )
     lines = [line for line in listed.stdout.splitlines() if not line.startswith("tests/test_project.py")]
     assert not lines
+
+
+TASK_WORDS = {"label", "labels", "head"}
+OTHER_MEANINGS = {
+    "server/fedloop_server/telemetry/metrics.py": "labels of Prometheus",
+    "server/fedloop_server/gateway/app.py": "HTTP's HEAD",
+    "server/fedloop_server/gateway/describing.py": "HTTP's HEAD",
+    "cli/fedloop_cli/commands/log.py": "the beginning of a line",
+    "cli/fedloop_cli/demo/live.py": "the head of a column",
+}
+
+
+def words(tree: ast.Module) -> Iterator[str]:
+    """The words of every name and text in a module, but for its comments."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "asname", "module", "value"):
+            if isinstance(text := getattr(node, field, None), str):
+                yield from re.findall(r"[a-z]+", text.lower())
+
+
+def test_server_and_command_line_know_no_task() -> None:
+    """Which labels there are, and which tensors are a head, stands in `tasks` alone, behind its table and its seams."""
+    named, imported = {}, []
+    for path, tree in sources():
+        where = str(path.relative_to(ROOT))
+        if not where.startswith(("server/", "cli/")) or where.startswith("cli/fedloop_cli/corpus/"):
+            continue
+        if found := TASK_WORDS & set(words(tree)):
+            named[where] = found
+        modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        allowed = ("fedloop_tasks.table", "fedloop_tasks.task")
+        imported += [f"{where}: {name}" for name in modules if name.startswith("fedloop_tasks") and name not in allowed]
+    assert named.keys() == OTHER_MEANINGS.keys(), named
+    assert not imported
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor for types alone: what is in a circle can only be understood, moved and tested together."""
+    graph = grimp.build_graph(*(f"fedloop_{package}" for package in PACKAGES), cache_dir=None)
+    assert len(graph.modules) > 150
+    TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()

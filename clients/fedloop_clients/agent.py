@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,22 +13,21 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
 from fedloop_events.masked import MaskedText
-from fedloop_events.types import ModelSpec
+from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
+from fedloop_tasks.table import task_of
 
 from fedloop_clients import enrolment
-from fedloop_clients.capture import MAX_TEXT_CHARS, Capture, Feedback, FeedbackInput, Response, Thumb, check_text
-from fedloop_clients.device_view import DeviceView
+from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.enrolment import Identity, kept
+from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
-from fedloop_clients.loop import FOLLOWING, Loop, Settings, Status, read_status
-from fedloop_clients.models import Models
+from fedloop_clients.loop import Loop
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
-
-    from fedloop_clients.instructions import App
 
 
 class Masks(Protocol):
@@ -45,8 +44,13 @@ class Agent:
     """One device: its encrypted store, and the deployment that it is a client of.
 
     `predict` and `feedback` may be called from any thread, and from other processes than the one that runs, which is one at most.
-    The model, the masker and Flower are loaded when they are first needed. `app` is any Flower `ClientApp` (or callable like one)
-    to serve in place of the text classifier's; what data it trains on is then its own business, and so is its noise.
+    The model, the masker and Flower are loaded when they are first needed.
+
+    Rounds of the deployment's model are answered with what users taught this device. Beside them it serves other Flower runs with
+    any `ClientApp` (or callable like one): `apps` gives a run's own by the run's name, which then serves all instructions of that
+    run, rounds among them; `app` serves the instructions of all other runs that belong to no round. What data an app trains
+    on is its own business, and so is the noise that a round's mechanism asks for. The budget holds for everything: a device
+    that has one declines what no mechanism covers.
     """
 
     def __init__(
@@ -56,17 +60,15 @@ class Agent:
         place: DeploymentLocation,
         *,
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> None:
         self.identity, self.settings = identity, settings
-        self._store = store
-        self._log, self._blobs = open_log(place.log), open_blobs(place.blobs)
-        identity.introduce(self._log, self._blobs)
-        self._capture = Capture(store)
-        self._models = Models(settings.model_dir)
-        self._masker, self._app = masker, app
-        self._following = DeviceView(identity.client_id, identity.server_key, store.kept(FOLLOWING))
+        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings)
+        identity.introduce(self._device.log, self._device.blobs)
+        self._apps = Apps(dict(apps or {}), app)
+        self._masker = masker
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._running = 0
 
@@ -82,13 +84,14 @@ class Agent:
         delta: float = 1e-5,
         key_from: KeySource = "auto",
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
         """Make this device a client of the deployment with this `log`, with a store in the folder `store_dir`.
 
-        `log` and `blobs` are locations (`fedloop_events.locations`): a folder, a broker, a gateway; most logs say where the blobs
-        are. The device keeps them, and signs what it asks of a gateway with its own key, which it shows nobody.
+        `log` and `blobs` are locations (`fedloop_events.locations`): a folder, a broker, a gateway; most logs name the place of
+        the blobs. The device keeps them, and signs its requests to a gateway with its own key, which it shows nobody.
         `epsilon` and `delta` are its privacy budget for life; `epsilon` None allows rounds without differential privacy.
         `key_from` says where the store's key is kept. Called again with the same terms it ends what was interrupted.
         Raises `UsageError` (name taken, terms wrong), `StoreError`, `KeyUnavailableError`, `UnreachableError`.
@@ -108,7 +111,7 @@ class Agent:
             )
         finally:
             opened.close()
-        return cls(store, identity, place, app=app, masker=masker, settings=settings)
+        return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
 
     @classmethod
     def open(
@@ -118,6 +121,7 @@ class Agent:
         *,
         blobs: str | Path | None = None,
         app: ClientAppCallable | None = None,
+        apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
     ) -> Self:
@@ -128,13 +132,13 @@ class Agent:
         store, identity = enrolment.open_store(Path(store_dir))
         try:
             place = identity.place if log is None and blobs is None else locate(None, log or identity.location, blobs)
-            return cls(store, identity, place, app=app, masker=masker, settings=settings)
+            return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
         except BaseException:
             store.close()
             raise
 
     def predict(self, text: str) -> Response:
-        """Classify `text` with the release in force and keep the response, so that feedback can name it.
+        """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
         The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
@@ -143,15 +147,20 @@ class Agent:
         check_text("text", text, MAX_TEXT_CHARS)
         spec, release = self._in_force()
         masked = self._masked_or_none(text)
-        with self._models.borrowed(spec) as held:
-            labels, confidences = held.load(release.blob, self._blobs).predict([masked.text if masked else text])
-        response_id = self._capture.respond(text, masked, labels[0], release.release, spec.labels)
-        return Response(response_id, labels[0], confidences[0], release.release)
+        with self._device.models.borrowed(spec) as held:
+            answers, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
+        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(spec).words)
+        return Response(response_id, answers[0], confidences[0], release.release)
 
-    def record(self, text: str, label: str, *, response_id: str | None = None) -> Response:
-        """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`."""
+    def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
+        """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
+
+        `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
+        """
         spec, release = self._in_force()
-        response_id = self._capture.respond(text, None, label, release.release, spec.labels, response_id)
+        response_id = self._device.interactions.respond(
+            text, None, label, release.release, task_of(spec).words, response=response, response_id=response_id
+        )
         return Response(response_id, label, 1.0, release.release)
 
     def feedback(
@@ -163,37 +172,37 @@ class Agent:
         label: str | None = None,
         correction: str | None = None,
         comment: str | None = None,
+        preferred_over: str | None = None,
         feedback_id: str | None = None,
     ) -> Feedback:
-        """Record what the user says of a response; it is on disk when this returns, and needs no connection.
+        """Record what the user did about a response; it is on disk when this returns, and needs no connection.
 
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
-        own words. `feedback_id` is the caller's: the same one again is the same feedback, with other content an error. What
-        the user wrote leaves the device masked or not at all.
+        own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
+        same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
+        was the worse of two does not leave it.
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
         """
-        said = FeedbackInput(thumb, rating, label, correction, comment)
-        spec = self._spec()
-        if spec is None:
+        given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
+        if self._device.spec is None:
             self._read()
-            spec = self._spec()
-        return self._capture.record(response_id, said, spec.labels if spec else (), feedback_id)
+        task = self._device.task
+        feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
+        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
-        """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` says so of the status.
+        """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
 
         Goes on where a process that was killed has stopped. An unreachable log is waited for; what is due stays in the store.
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """
-        loop = Loop(
-            self.identity, self.settings, self._store, self._log, self._blobs, self._following, self._reading, self._masked
-        )
+        loop = Loop(self._device, self._apps, self._masked, self._reading)
         with self._reading:
             self._running += 1
         try:
-            loop.run(self._serve(), stop or threading.Event(), until)
+            loop.run(stop or threading.Event(), until)
         finally:
             with self._reading:
                 self._running -= 1
@@ -201,12 +210,12 @@ class Agent:
     def status(self) -> Status:
         """Where the device stands, as of what it can read now."""
         self._read()
-        return read_status(self.identity, self._store, self._following, self.settings.model)
+        return self._device.status()
 
     def close(self) -> None:
         """Let go of the store and the log; nothing is lost."""
-        self._log.close()
-        self._store.close()
+        self._device.log.close()
+        self._device.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -218,14 +227,11 @@ class Agent:
         """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""
         with self._reading, suppress(UnreachableError):
             if not self._running:
-                self._following.catch_up(self._log)
+                self._device.view.catch_up(self._device.log)
 
-    def _spec(self) -> ModelSpec | None:
-        return self._following.releases.models.get(self.settings.model)
-
-    def _in_force(self) -> tuple[ModelSpec, ReleaseState]:
+    def _in_force(self) -> tuple[Spec, ReleaseState]:
         self._read()
-        spec, release = self._spec(), self._following.releases.current(self.settings.model)
+        spec, release = self._device.spec, self._device.view.releases.current(self.settings.model)
         if spec is None or release is None:
             raise UsageError(f"no release of model {self.settings.model!r} is published yet", hint="start the server first")
         return spec, release
@@ -251,12 +257,3 @@ class Agent:
         with suppress(MaskingError):
             return self._masked(text)
         return None
-
-    def _serve(self) -> App:
-        from fedloop_clients.classifier import ClassifierApp, PlainApp
-
-        if self._app is not None:
-            return PlainApp(self._app)
-        return ClassifierApp(
-            self.settings.model, self._capture, self._models, self._spec, min_examples=self.settings.min_examples
-        )

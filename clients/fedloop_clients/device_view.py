@@ -27,7 +27,7 @@ from fedloop_clients.outbox import Mine
 TOPICS: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES, topics.AUDIT, topics.UPDATES, topics.FEEDBACK)
 _SPARED: Final = (topics.UPDATES, topics.FEEDBACK)
 """Topics of which a device reads back its own events alone. Where brokers let it read nobody's, it goes on without: then a store
-that was restored from a backup says again what it had said in them, under new numbers."""
+that was restored from a backup appends again what it had appended to them, under new numbers."""
 BATCH: Final = 5_000
 MAX_PENDING: Final = 1_000
 """Unanswered instructions that are kept: the oldest give way."""
@@ -171,7 +171,7 @@ class DeviceView:
                 self.topics = tuple(name for name in self.topics if name != spared)
 
     def apply(self, record: Record) -> None:
-        """Take in one event. What is malformed, or not said by whom it names, is counted and changes nothing."""
+        """Take in one event. What is malformed, or not signed by whom it names, is counted and changes nothing."""
         self._state.newest_ms = max(self._state.newest_ms, record.appended_ms)
         own = record.key == self.client_id
         if record.topic not in (topics.ROUNDS, topics.RELEASES) and not own and record.type != types.DeploymentCreated.type_name:

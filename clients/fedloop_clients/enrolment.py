@@ -31,8 +31,8 @@ _IDENTITY: Final = "identity"
 class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     """Who the device is, which server it believes, and the privacy budget of its whole life.
 
-    `location` is the log's, `blobs` where the blobs are, if the log does not say it. `epsilon` None means that its owner allows
-    rounds without differential privacy. `signing_key` is secret (32 bytes).
+    `location` is the log's, `blobs` where the blobs are, if the log does not name the place. `epsilon` None means that its owner
+    allows rounds without differential privacy. `signing_key` is secret (32 bytes).
     """
 
     client_id: str
@@ -55,11 +55,11 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
         return SigningKey.from_private_bytes(self.signing_key)
 
     def writer(self, log: EventLog) -> EventWriter:
-        """Who signs what this device says."""
+        """Who signs the events of this device."""
         return EventWriter(log, self.key)
 
     def introduce(self, *places: EventLog | BlobStore) -> None:
-        """Ask as this device, wherever who asks must say so: gateways."""
+        """Be this device to the places that authenticate who reads and writes: gateways."""
         for each in places:
             if isinstance(each, Identifiable):
                 each.identify(self.client_id, self.key)
@@ -141,12 +141,12 @@ def open_store(folder: Path) -> tuple[Store, Identity]:
 
 
 def _enrolled(store: Store, writer: EventWriter, reader: Reader[Identities], client_id: str) -> Client | None:
-    """Whom the log has under this name, after it has been told."""
+    """Whom the log has under this name, once what is due has been appended."""
     try:
         Outbox(store, writer).flush(writer.log)
         reader.catch_up()
     except NotAllowedError:
-        return None  # a gateway hears nobody who has the name without the key
+        return None  # a gateway rejects who has the name without the key
     return reader.fold.clients.get(client_id)
 
 

@@ -1,4 +1,4 @@
-"""The agent's loop: publish what users said, say that the device is up, answer what the server asks, again and again.
+"""The agent's loop: publish feedback, report that the device is up, answer instructions, again and again.
 
 Every step is safe to repeat: what is due stands in the store, and what was done stands in the log.
 """
@@ -12,286 +12,132 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from fedloop_events import types
-from fedloop_events.blobs.store import BlobStore
-from fedloop_events.errors import InvalidEventError, PolicyError, UnreachableError
-from fedloop_events.logs.port import EventLog
+from fedloop_events.errors import PolicyError, UnreachableError
 from fedloop_events.masked import MaskedText
-from fedloop_privacy.masking import MaskingError
-from msgspec import Struct
 
-from fedloop_clients.capture import Capture, Unpublished
-from fedloop_clients.device_view import DeviceView
-from fedloop_clients.enrolment import Identity
-from fedloop_clients.outbox import Outbox, SuspendedError
-from fedloop_clients.store import Store
+from fedloop_clients.device import VIEW, Device, Status
+from fedloop_clients.gate import Apps
+from fedloop_clients.instructions import InstructionHandler
+from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.publishing import Publisher
 
-if TYPE_CHECKING:
-    from fedloop_clients.instructions import App, InstructionHandler
-
-FOLLOWING: Final = "following"
-"""Name of the followed state in the store."""
 IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
 RETRY_S: Final = 2.0
 ALONE_TIMEOUT_S: Final = 5.0
-_PUBLISH_BATCH: Final = 50
 
 
 class RevokedError(PolicyError):
-    """The operator has revoked this client: nothing that it says counts any more."""
-
-
-class Settings(Struct, frozen=True, kw_only=True):
-    """How a device takes part.
-
-    `heartbeat_s` is how often it says that it is up; `rounds_per_day` bounds what a server can make it spend in a day, by the
-    log's clock; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not installed
-    packages.
-    """
-
-    model: str = types.DEFAULT_MODEL
-    model_dir: Path | None = None
-    heartbeat_s: float = 30.0
-    rounds_per_day: int = 48
-    min_examples: int = 1
-
-
-class Status(Struct, frozen=True):
-    """Where a device stands.
-
-    `waiting` pieces of feedback are not masked yet, `failed` (by reason) could not be and stay on the device until the next run;
-    `unsent` events are not in the log yet; `answers` counts instructions by outcome; `problem` is why the loop cannot go on now.
-    """
-
-    client_id: str
-    release: str | None
-    waiting: int
-    published: int
-    failed: dict[str, int]
-    unsent: int
-    examples: int
-    answers: dict[str, int]
-    spends: int
-    epsilon_spent: float
-    epsilon: float | None
-    delta: float
-    suspended: str | None
-    problem: str = ""
-
-    @property
-    def settled(self) -> bool:
-        """Whether everything that users said, and that can be masked, is in the log."""
-        return not (self.waiting or self.unsent)
-
-
-def read_status(identity: Identity, store: Store, following: DeviceView, model: str, problem: str = "") -> Status:
-    """The status as of what `following` has read."""
-    capture, me = Capture(store), identity.client_id
-    counts, suspended, release = capture.counts(), following.ledger.suspended(me), following.releases.current(model)
-    spends = len(following.ledger.spends(me))
-    return Status(
-        client_id=me,
-        release=release.release if release else None,
-        waiting=counts.get("captured", 0),
-        published=counts.get("published", 0),
-        failed=capture.failures(),
-        unsent=store.rows("SELECT count(*) FROM outbox WHERE event IS NOT NULL")[0][0],
-        examples=capture.count_examples(),
-        answers=dict(store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
-        spends=spends,
-        epsilon_spent=following.ledger.epsilon(me, identity.delta) if spends else 0.0,
-        epsilon=identity.epsilon,
-        delta=identity.delta,
-        suspended=suspended.reason if suspended else None,
-        problem=problem,
-    )
+    """The operator has revoked this client: no event of its own counts any more."""
 
 
 class Loop:
-    """One device's loop. Under `reading` alone is `following` changed, which other threads read; `mask` raises `MaskingError`."""
+    """One device's loop. Under `reading` alone is its view changed, which other threads read; `mask` raises `MaskingError`."""
 
-    def __init__(
-        self,
-        identity: Identity,
-        settings: Settings,
-        store: Store,
-        log: EventLog,
-        blobs: BlobStore,
-        following: DeviceView,
-        reading: threading.Lock,
-        mask: Callable[[str], MaskedText],
-    ) -> None:
-        self._identity, self._settings, self._store, self._log, self._blobs = identity, settings, store, log, blobs
-        self._following, self._reading, self._mask = following, reading, mask
-        self._capture, self._outbox = Capture(store), Outbox(store, identity.writer(log))
+    def __init__(self, device: Device, apps: Apps, mask: Callable[[str], MaskedText], reading: threading.Lock) -> None:
+        self._device, self._apps, self._reading = device, apps, reading
+        self._publisher = Publisher(device, mask)
         self._problem = ""
         self._news = True  # whether the log may hold what was not read
-        self._seen: tuple[int, float] | None = None  # what the last heartbeat said, and when
+        self._seen: tuple[int, float] | None = None  # what the last heartbeat reported, and when
 
-    def run(self, app: App, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
+    def run(self, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
         """See `Agent.run`."""
-        from fedloop_events.blobs.reader import TensorReader
-
-        from fedloop_clients.instructions import InstructionHandler
-
-        answering = InstructionHandler(
-            self._identity,
-            self._store,
-            self._outbox,
-            self._following,
-            self._log,
-            TensorReader(self._blobs, keep_bytes=0),
-            app,
-            catch_up=self._catch_up,
-            rounds_per_day=self._settings.rounds_per_day,
-        )
-        with _alone(self._store.path.with_name("agent.lock")):
+        handler = InstructionHandler(self._device, self._apps, self._catch_up)
+        with _alone(self._device.store.path.with_name("agent.lock")):
             begun = False
             while not stop.is_set():
                 try:
                     begun = begun or self._begin()
-                    self._pass(answering)
+                    self._pass(handler)
                     self._problem = ""
                 except UnreachableError as error:
                     self._problem = error.message
-                if until is not None and until(self._status()):
+                if until is not None and until(self._device.status(self._problem)):
                     return
                 self._wait(stop)
 
     def _begin(self) -> bool:
-        """Before anything is said: a store that was restored from a backup learns here what it has said already."""
-        self._following.check_end(self._log)
+        """Before anything is appended: a store that was restored from a backup learns here what it has appended already."""
+        device = self._device
+        device.view.check_end(device.log)
         self._catch_up(0.0)
-        self._capture.retry_failed()
+        device.interactions.retry_failed()
         return True
 
-    def _pass(self, answering: InstructionHandler) -> None:
-        if self._outbox.flush(self._log) or self._news:
+    def _pass(self, handler: InstructionHandler) -> None:
+        log, outbox = self._device.log, self._device.outbox
+        if outbox.flush(log) or self._news:
             self._catch_up(0.0)
-        self._publish()
+        while self._publisher.publish():
+            outbox.flush(log)
         self._heartbeat()
-        self._outbox.flush(self._log)
-        for instruction in answering.due():
-            answering.answer(instruction)
-            self._outbox.flush(self._log)
+        outbox.flush(log)
+        for instruction in handler.due():
+            handler.answer(instruction)
+            outbox.flush(log)
 
     def _wait(self, stop: threading.Event) -> None:
         self._news = True
         if self._problem:
             stop.wait(RETRY_S)
             return
-        with suppress(UnreachableError):  # the next pass meets it again, and says so
-            if not self._capture.unpublished(1):
-                self._news = self._following.wait(self._log, IDLE_S)
-
-    def _status(self) -> Status:
-        return read_status(self._identity, self._store, self._following, self._settings.model, self._problem)
+        with suppress(UnreachableError):  # the next pass meets it again, and reports it
+            if not self._device.interactions.counts().get("captured"):
+                self._news = self._device.view.wait(self._device.log, IDLE_S)
 
     def _catch_up(self, wait_s: float) -> None:
         """Read to the end of the log, and keep what that changes, together with how far it was read."""
+        view, log = self._device.view, self._device.log
         if wait_s:
-            self._following.wait(self._log, wait_s)
+            view.wait(log, wait_s)
         with self._reading:
-            self._following.catch_up(self._log)
-            if self._following.changed:
+            view.catch_up(log)
+            if view.changed:
                 self._keep()
         self._check_standing()
 
     def _keep(self) -> None:
-        following = self._following
-        with self._store.transaction():
-            self._outbox.reconcile(following.mine)
-            for feedback_id in following.published:
-                self._capture.published(feedback_id)
-            self._store.keep(FOLLOWING, following.to_state())
-        following.mine.clear()
-        following.published.clear()
-        following.changed = False
+        device, view = self._device, self._device.view
+        with device.store.transaction():
+            device.outbox.reconcile(view.mine)
+            for feedback_id in view.published:
+                device.interactions.published(feedback_id)
+            device.store.keep(VIEW, view.to_state())
+        view.mine.clear()
+        view.published.clear()
+        view.changed = False
 
     def _check_standing(self) -> None:
-        me = self._identity.client_id
-        client = self._following.identities.clients.get(me)
+        me, view = self._device.identity.client_id, self._device.view
+        client = view.identities.clients.get(me)
         if client is not None and client.revoked:
-            raise RevokedError(f"client {me} has been revoked", hint="nothing it says counts; ask the operator why")
-        if evidence := self._following.ledger.suspended(me):
+            raise RevokedError(f"client {me} has been revoked", hint="none of its events counts; ask the operator why")
+        if evidence := view.ledger.suspended(me):
             raise SuspendedError(
                 f"client {me} is suspended: event {evidence.event_id} does not continue its chain of spends ({evidence.reason})",
                 cause="two copies of the device's store have been used",
                 hint="revoke this client and enrol the device under a new name, with a new store",
             )
 
-    # --- feedback ---
-
-    def _publish(self) -> None:
-        while due := self._capture.unpublished(_PUBLISH_BATCH):
-            for each in due:
-                try:
-                    self._publish_one(each)
-                except MaskingError as error:
-                    self._capture.failed(each.feedback_id, error.cause or error.message)
-                except InvalidEventError:
-                    self._capture.failed(each.feedback_id, "too large for one event")
-            self._outbox.flush(self._log)
-
-    def _publish_one(self, each: Unpublished) -> None:
-        """Mask one piece of feedback and put it into the outbox, with the counts of what was masked. Only masked text gets in."""
-        said = each.said
-        text = each.masked or self._mask(each.text or "")
-        correction = None if said.correction is None else self._mask(said.correction)
-        comment = None if said.comment is None else self._mask(said.comment)
-        counts: dict[str, int] = {}
-        for masked in (text, correction, comment):
-            for kind, count in masked.counts.items() if masked else ():
-                counts[kind] = counts.get(kind, 0) + count
-        me = self._identity
-        with self._store.transaction():
-            self._capture.mask(each.response_id, text)
-            self._outbox.add(
-                lambda seq: types.FeedbackRecorded(
-                    origin=me.origin,
-                    client_id=me.client_id,
-                    seq=seq,
-                    feedback_id=each.feedback_id,
-                    response_id=each.response_id,
-                    release=each.release,
-                    use_case=self._settings.model,
-                    text=text,
-                    predicted=each.predicted,
-                    thumb=said.thumb,
-                    rating=said.rating,
-                    label=said.label,
-                    correction=correction,
-                    comment=comment,
-                )
-            )
-            self._outbox.add(
-                lambda seq: types.TextMasked(
-                    origin=me.origin, client_id=me.client_id, seq=seq, feedback_id=each.feedback_id, counts=counts
-                )
-            )
-            self._capture.published(each.feedback_id)
-
-    # --- heartbeat ---
-
     def _heartbeat(self) -> None:
-        """Say that the device is up: at first, at times, and when the number of examples has another power of two."""
-        count = self._capture.count_examples()
+        """Report that the device is up: at first, at times, and when the number of examples has another power of two."""
+        me, settings, count = self._device.identity, self._device.settings, self._device.count_examples()
         at_least, now = 1 << count.bit_length() - 1 if count else 0, time.monotonic()
-        if self._seen is not None and self._seen[0] == at_least and now < self._seen[1] + self._settings.heartbeat_s:
+        if self._seen is not None and self._seen[0] == at_least and now < self._seen[1] + settings.heartbeat_s:
             return
-        me = self._identity
-        self._outbox.add(
+        self._device.outbox.add(
             lambda seq: types.ClientSeen(
-                origin=me.origin, client_id=me.client_id, seq=seq, examples_at_least=at_least, device=_device()
+                origin=me.origin, client_id=me.client_id, seq=seq, examples_at_least=at_least, device=_accelerator()
             )
         )
         self._seen = (at_least, now)
 
 
-def _device() -> Literal["cpu", "cuda", "mps"]:
+def _accelerator() -> Literal["cpu", "cuda", "mps"]:
     """What this process trains on; "cpu" until it has loaded torch."""
     torch = sys.modules.get("torch")
     if torch is None or getattr(torch.__spec__, "_initializing", False):  # another thread may be loading it

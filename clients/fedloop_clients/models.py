@@ -6,14 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.types import BlobRef, ModelSpec
-
-if TYPE_CHECKING:
-    from fedloop_clients.model import EmbeddingClassifier
+from fedloop_events.types import BlobRef, Spec
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Arrays, Model
 
 MAX_RELEASE_BYTES: Final = 1 << 30
 
@@ -21,17 +20,27 @@ MAX_RELEASE_BYTES: Final = 1 << 30
 class Held:
     """A model, and the release that it holds."""
 
-    def __init__(self, model: EmbeddingClassifier) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self._release = ""
 
-    def load(self, blob: BlobRef, blobs: BlobStore) -> EmbeddingClassifier:
+    def load(self, blob: BlobRef, blobs: BlobStore) -> Model:
         """The model with the release in `blob`, whose hash is checked. Raises `BlobError` or `TensorError`."""
         if self._release != blob.sha256:
             self._release = ""
             self.model.load(tensors.decode(blobs.get(blob, max_bytes=MAX_RELEASE_BYTES)))
             self._release = blob.sha256
         return self.model
+
+    @contextmanager
+    def holding(self, arrays: Arrays) -> Iterator[Model]:
+        """The model with other tensors, as long as the block lasts. Raises `TensorError`."""
+        before = self.model.arrays()
+        try:
+            self.model.load(arrays)
+            yield self.model
+        finally:
+            self.model.load(before)
 
 
 class Models:
@@ -47,14 +56,12 @@ class Models:
         self._lock = threading.Lock()
 
     @contextmanager
-    def borrowed(self, spec: ModelSpec) -> Iterator[Held]:
+    def borrowed(self, spec: Spec) -> Iterator[Held]:
         """A model of `spec`. Raises `ModelError` if its base is not on this machine."""
         with self._lock:
             held = self._idle.pop() if self._idle else None
         if held is None or held.model.spec != spec:
-            from fedloop_clients.model import EmbeddingClassifier
-
-            held = Held(EmbeddingClassifier(spec, model_dir=self._model_dir))
+            held = Held(task_of(spec).model(self._model_dir))
         try:
             yield held
         finally:

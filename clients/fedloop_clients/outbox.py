@@ -1,4 +1,4 @@
-"""What the device has to say, in order: signed events that are durable before the log has them.
+"""The device's own events, in order: signed, and durable before the log has them.
 
 A sequence number, an event id and the signature are fixed in the transaction that makes the event due. A crash on either side of
 the append therefore sends the same event again, and an event id counts once.
@@ -26,7 +26,7 @@ _decode = msgspec.msgpack.Decoder(Event).decode
 
 
 class SuspendedError(PolicyError):
-    """The log shows this device's sequence numbers used twice: a copy of its store speaks, or has spoken, in its name."""
+    """The log shows this device's sequence numbers used twice: a copy of its store signs, or has signed, in its name."""
 
 
 class Mine(Struct, frozen=True):
@@ -68,7 +68,7 @@ class Outbox:
         return int(self._store.rows("SELECT count(*) FROM outbox WHERE event IS NOT NULL")[0][0])
 
     def reconcile(self, mine: Sequence[Mine]) -> None:
-        """Compare with what the log has of this device, before anything else is said.
+        """Compare with what the log has of this device, before anything else is appended.
 
         Numbers that the store does not know (it was restored from a backup) are taken over from the log, and what is there
         already is not sent again. Raises `SuspendedError` if a number stands in the log for another event than ours.

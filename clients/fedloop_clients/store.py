@@ -1,7 +1,8 @@
 """The device's encrypted store: one SQLCipher file that holds everything the device knows and the log must not.
 
 A process may open it while another one has it open: writes take turns (`BEGIN IMMEDIATE`) and wait for a bounded time. What was
-committed survives the loss of power; what was deleted is overwritten.
+committed survives the loss of power; what was deleted is overwritten. Opening a store of an older version makes it one of the
+newest (`migrations.py`).
 """
 
 from __future__ import annotations
@@ -16,51 +17,11 @@ from typing import Any, Final
 from fedloop_events.errors import FedloopError, UnreachableError
 from sqlcipher3 import dbapi2
 
+from fedloop_clients.migrations import STEPS
+
 FILE_NAME: Final = "store.db"
 BUSY_TIMEOUT_S: Final = 10.0
-"""How long one process waits for another one's transaction; the longest of ours takes milliseconds."""
-_VERSION: Final = 1
-
-_SCHEMA: Final = """
-CREATE TABLE kept (
-    name TEXT PRIMARY KEY,
-    value BLOB NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE responses (
-    response_id TEXT PRIMARY KEY,
-    text TEXT,               -- as the user wrote it, until it is masked
-    masked BLOB,             -- JSON of the MaskedText
-    predicted TEXT NOT NULL,
-    release TEXT NOT NULL
-) STRICT;
-CREATE TABLE feedback (
-    number INTEGER PRIMARY KEY,
-    feedback_id TEXT NOT NULL UNIQUE,
-    response_id TEXT NOT NULL REFERENCES responses,
-    digest BLOB NOT NULL,    -- of everything the user said: the same id with another digest is refused
-    said BLOB,               -- JSON, as the user wrote it, until it is published
-    target TEXT,             -- the label that it teaches, if any
-    standing INTEGER NOT NULL, -- 2: it names a label; 1: it judges the predicted one; 0: a remark
-    state TEXT NOT NULL CHECK (state IN ('captured', 'published', 'failed')),
-    failure TEXT
-) STRICT;
-CREATE INDEX feedback_response ON feedback (response_id, standing, number);
-CREATE INDEX feedback_state ON feedback (state, number);
-CREATE TABLE outbox (
-    seq INTEGER PRIMARY KEY,
-    event_id TEXT NOT NULL UNIQUE,
-    event BLOB               -- signed, until the log has it
-) STRICT;
-CREATE INDEX outbox_unsent ON outbox (seq) WHERE event IS NOT NULL;
-CREATE TABLE answers (
-    instruction_id TEXT PRIMARY KEY,
-    outcome TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE contexts (      -- Flower's, which may hold secrets: they never leave the device
-    run_id TEXT PRIMARY KEY,
-    state BLOB NOT NULL
-) STRICT, WITHOUT ROWID;
-"""
+"""How long one process waits for another one's transaction: ours take milliseconds, a migration seconds."""
 
 
 class StoreError(FedloopError):
@@ -68,7 +29,7 @@ class StoreError(FedloopError):
 
 
 class WrongKeyError(StoreError):
-    """The key does not open the store (or the file is no store: the two cannot be told apart)."""
+    """The key does not open the store (or the file is no store: the two look the same)."""
 
 
 class Store:
@@ -105,7 +66,7 @@ class Store:
         with _translated(path):
             db = dbapi2.connect(str(path), isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
             try:
-                db.execute("PRAGMA cipher_log_level = NONE")  # a wrong key is told by an exception, not on standard error
+                db.execute("PRAGMA cipher_log_level = NONE")  # a wrong key is an exception, and nothing on standard error
                 db.execute("PRAGMA cipher_memory_security = ON")
                 db.execute(f"PRAGMA key = \"x'{key.hex()}'\"")
                 store = cls(path, db)
@@ -131,16 +92,24 @@ class Store:
             "trusted_schema = OFF",
         ):
             self._db.execute(f"PRAGMA {pragma}")
+        while self._migrate(may_create=may_create):
+            pass
+
+    def _migrate(self, *, may_create: bool) -> bool:
+        """Take the store one version on, wholly or not at all; whether it was not of the newest."""
         with self.transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0 and may_create:
-                for statement in _statements(_SCHEMA):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version == 0:
+            version: int = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0 and not may_create:
                 raise StoreError(f"{self.path} was never finished", hint="enrol this device again")
-            elif version != _VERSION:
-                raise StoreError(f"{self.path} is a store of version {version}; this program reads {_VERSION}", hint="upgrade it")
+            if version > len(STEPS):
+                raise StoreError(
+                    f"{self.path} is a store of version {version}; this program knows versions up to {len(STEPS)}",
+                    hint="upgrade this program",
+                )
+            if version < len(STEPS):
+                STEPS[version](db)
+                db.execute(f"PRAGMA user_version = {version + 1}")
+        return version < len(STEPS)
 
     @contextmanager
     def transaction(self) -> Iterator[Any]:
@@ -166,6 +135,11 @@ class Store:
             found: list[tuple[Any, ...]] = self._db.execute(query, arguments).fetchall()
         return found
 
+    def changes(self) -> tuple[int, int]:
+        """Another value once anybody has changed anything in the store."""
+        with self._lock, _translated(self.path):
+            return self._db.total_changes, self._db.execute("PRAGMA data_version").fetchone()[0]
+
     def keep(self, name: str, value: bytes) -> None:
         """Put a value under a name, in place of an earlier one."""
         with self.transaction() as db:
@@ -180,16 +154,6 @@ class Store:
         """Let go of the file; nothing is lost."""
         with self._lock:
             self._db.close()
-
-
-def _statements(script: str) -> Iterator[str]:
-    """`executescript` would commit the transaction it is in, so that a crash could leave half a schema."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if dbapi2.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 @contextmanager

@@ -114,42 +114,6 @@ def noise_multiplier_for(
     return high
 
 
-def plan(
-    epsilon: float,
-    delta: float,
-    rounds: int,
-    sampling_rate: float,
-    steps: int,
-    clip_norm: float,
-    divisor: float,
-    sums_share: float = 0.5,
-) -> tuple[Mechanism, Mechanism]:
-    """The terms of a run of `rounds` rounds that together stay within (epsilon, delta) for every client.
-
-    The first round releases noisy per-class sums at `sums_share` of epsilon (sampling rate 1, one step, clip norm and divisor
-    1); each of the other `rounds - 1` is DP-SGD with `steps` steps, its noise the least that keeps the whole, jointly composed,
-    within epsilon.
-
-    Raises MechanismError for terms out of range, BudgetTooSmallError if no noise keeps them.
-    """
-    if rounds < 2:
-        raise MechanismError(f"a run has one round of sums and at least one of DP-SGD, so 2 or more rounds, not {rounds!r}")
-    if not 0 < sums_share < 1:
-        raise MechanismError(f"the sums' share of epsilon must be in (0, 1), not {sums_share!r}")
-    sums = Mechanism(
-        sampling_rate=1.0,
-        noise_multiplier=noise_multiplier_for(sums_share * epsilon, delta, 1.0, 1),
-        clip_norm=1.0,
-        steps=1,
-        divisor=1.0,
-    )
-    noise_multiplier = noise_multiplier_for(epsilon, delta, sampling_rate, (rounds - 1) * steps, (sums,))
-    training = Mechanism(
-        sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, clip_norm=clip_norm, steps=steps, divisor=divisor
-    )
-    return sums, validate(training)
-
-
 def _checked(delta: float) -> float:
     if not 0 < delta < 1:
         raise MechanismError(f"delta must be in (0, 1), not {delta!r}")

@@ -29,6 +29,8 @@ from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.table import DEFAULT, task_of
+from fedloop_tasks.task import Plan
 from msgspec import Struct
 
 from fedloop_server import config as configuration
@@ -64,13 +66,13 @@ class _Intent(Struct, frozen=True, forbid_unknown_fields=True):
     """What the folder is to become; written before anything else."""
 
     origin: types.Identifier
-    spec: types.ModelSpec
+    spec: types.Spec
     initial: types.BlobRef
 
 
 def create_deployment(
     directory: Path | str,
-    spec: types.ModelSpec,
+    spec: types.Spec,
     initial_arrays: Mapping[str, tensors.Array],
     config: ServerConfig,
     place: DeploymentLocation | None = None,
@@ -78,8 +80,8 @@ def create_deployment(
     """Make a deployment whose release 0 is `initial_arrays`; one that is there already, of the same model, is opened as it is.
 
     Its log and blobs are at `place`, which the folder remembers; by default in the folder itself. Raises `UsageError` if the
-    folder holds anything else, the log another deployment, or if the arrays are not finite F32 tensors with a head for the
-    spec's labels.
+    folder holds anything else, the log another deployment, or if the arrays are not finite F32 tensors that the task takes for a
+    model of this spec.
     """
     root = Path(directory)
     folder = root / SERVER_FOLDER
@@ -120,7 +122,7 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
     log = locations.open_log(place.log)
     if not (folder / KEY_FILE).exists():
         raise UsageError(f"{directory} holds no server's key", hint="run this where the server was set up")
-    key, config = SigningKey.load(folder / KEY_FILE), configuration.load(folder / CONFIG_FILE)
+    key, config = SigningKey.load(folder / KEY_FILE), configuration.load(folder / CONFIG_FILE, _plan(folder / INTENT_FILE))
     blobs = locations.open_blobs(place.blobs)
     for each in (log, blobs):
         if isinstance(each, Identifiable):
@@ -131,6 +133,13 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
             hint="name that log; or, if its making was cut short, run `fedloop server init` again, to its end",
         )
     return Deployment(folder, log, blobs, EventWriter(log, key), config)
+
+
+def _plan(intent_file: Path) -> type[Plan]:
+    """What the rounds are planned by: the task's."""
+    if not intent_file.exists():
+        return DEFAULT.plan
+    return task_of(msgspec.json.decode(intent_file.read_bytes(), type=_Intent).spec).plan
 
 
 def _check_free(log: EventLog, key_file: Path) -> None:
@@ -194,16 +203,11 @@ def release_id(number: int, blob: types.BlobRef) -> str:
     return f"{number:04d}-{blob.sha256[:12]}"
 
 
-def _check(spec: types.ModelSpec, arrays: Mapping[str, tensors.Array]) -> None:
+def _check(spec: types.Spec, arrays: Mapping[str, tensors.Array]) -> None:
     registered = types.ModelRegistered(origin="x", model=DEFAULT_MODEL, spec=spec)
     envelope.expect(envelope.encode(registered, id="0" * 32, time_s=0), types.ModelRegistered)
-    if not spec.labels or len(set(spec.labels)) != len(spec.labels):
-        raise UsageError("the model has no labels, or one label twice")
-    found = tensors.specs(arrays)
-    head = [(each.name, len(each.shape), each.shape[:1]) for each in found if each.name.startswith("head.")]
-    if head != [("head.weight", 2, (len(spec.labels),)), ("head.bias", 1, (len(spec.labels),))]:
-        raise UsageError(f"the initial tensors have no head.weight [{len(spec.labels)}, d] and head.bias [{len(spec.labels)}]")
-    for each in found:
+    task_of(spec).check(arrays)
+    for each in tensors.specs(arrays):
         if each.dtype != "F32" or not bool(np.isfinite(arrays[each.name]).all()):
             raise UsageError(f"the initial tensor {each.name} does not hold finite float32 numbers")
 

@@ -1,26 +1,44 @@
 """The two seams: a task says what a model learns, a program how one round learns it. Nothing here imports torch.
 
 Nothing outside this package knows a label, a head, a loss or a tensor's name. A new task is a folder here, a new way to learn a
-file in `programs`, and both stand in the table of those that exist.
+file in `programs`, and both stand in the `table` of those that exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fedloop_events.blobs.tensors import Array, TensorSpec
+from fedloop_events.errors import FedloopError
+from fedloop_events.folds.releases import Evaluation
 from fedloop_events.masked import MaskedText
-from fedloop_events.types import RoundOpened
+from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
+Evaluate = Callable[[Arrays], Evaluation]
+"""What a release is worth, given its tensors, on the server's held-out set."""
 
 
-class Interaction(Struct, frozen=True):
-    """One response of a model, and what its user did about it. Every text is masked."""
+class ModelError(FedloopError):
+    """The base model is absent, is not the one that the spec names, or is of a kind that cannot be adapted."""
+
+
+class TermsError(FedloopError):
+    """A round asks for something that its program does not do."""
+
+
+# --- what users say ------------------------------------------------------------------------------------------------------
+
+
+class Interaction(Struct, frozen=True, kw_only=True):
+    """One response of a model, and one thing that its user did about it. Every text is masked.
+
+    A user who comes back to a response makes another interaction of the same id.
+    """
 
     interaction_id: str
     release: str
@@ -38,30 +56,91 @@ class Interaction(Struct, frozen=True):
     """The interaction whose response was the worse of two."""
 
 
-class Evaluation(Struct, frozen=True):
-    """Named metrics of one release on one held-out set; `leading` names the one that decides."""
+class Message(Struct, frozen=True):
+    """What a user writes, and the answer that the user knows to be right."""
 
-    metrics: dict[str, float]
-    leading: str
-    examples: int
-    dataset_sha256: str
+    text: str
+    answer: str
 
 
-class Verdict(Struct, frozen=True):
-    """The gate's: `reason` is "" for a candidate that passes."""
+class Messages(Struct, frozen=True):
+    """The messages of the file at `path` that can be used, and how many were skipped for which reason."""
 
-    reason: str = ""
-    detail: str = ""
+    path: Path
+    rows: list[Message]
+    skipped: dict[str, int]
+
+
+class Option(Struct, frozen=True):
+    """What the command line takes for a task: `--name METAVAR`, a file or, where `kind` is str, a word."""
+
+    name: str
+    metavar: str
+    help: str
+    kind: type = Path
+    required: bool = False
+
+
+class Material(Struct, frozen=True):
+    """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels."""
+
+    about: list[str]
+    held_out: list[Message]
+    skipped: dict[str, int]
+
+
+# --- rounds --------------------------------------------------------------------------------------------------------------
+
+
+class Terms(Struct, frozen=True):
+    """What every client of a round is asked for. Updates may be as long as `least_norm`, whatever the server's bound is."""
+
+    program: str
+    mechanism: Mechanism | None
+    hyperparameters: dict[str, float]
+    least_norm: float = 0.0
+
+
+class Plan(Protocol):
+    """The rounds of a deployment, planned by its task from the operator's settings: public numbers alone, none from a device.
+
+    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them.
+    """
+
+    MEANING: ClassVar[Mapping[str, str]]
+    NONE: ClassVar[Mapping[str, str]]
+    """What stands for None, by key: TOML does not have it."""
+
+    def mechanisms(self) -> dict[str, Mechanism]:
+        """Each program's mechanism, which together keep the budget; none without one. May take seconds.
+
+        Raises `BudgetTooSmallError` if no noise keeps the budget.
+        """
+
+    def next_program(self, made: Sequence[str]) -> str | None:
+        """The program of the next round, after rounds of the programs `made`; None if the plan is used up."""
+
+    def terms(self, program: str, mechanism: Mechanism | None) -> Terms:
+        """The terms of a round of that program."""
+
+    @property
+    def exhausted(self) -> str:
+        """Why there is no round any more, once the plan is used up."""
 
 
 class Model(Protocol):
     """A model in memory that holds one release at a time. Not safe for concurrent use."""
 
+    spec: Spec
+
     def load(self, arrays: Arrays) -> None:
         """Take a release's tensors. Raises `TensorError`, and is then as it was, unless they are exactly this model's."""
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """The tensors that it holds, or those named."""
+        """Copies of the tensors `names` (all, if None). Raises `TensorError` for a name that is not the model's."""
+
+    def predict(self, texts: Sequence[str]) -> tuple[list[str], list[float]]:
+        """Each text's answer, and how sure the model is of it, from 0 to 1."""
 
 
 class Program(Protocol):
@@ -72,8 +151,16 @@ class Program(Protocol):
         """As in `RoundOpened.strategy`; another way to compute is another name."""
 
     @property
+    def kind(self) -> Literal["sums", "train"]:
+        """What a list of rounds shows."""
+
+    @property
     def combines(self) -> Literal["sum", "mean"]:
         """How the updates become one: the linear part of a merge, which `fedloop_server.aggregation` does."""
+
+    @property
+    def from_base(self) -> bool:
+        """Whether an update is a changed part of the base: what is bounded is then its distance from the base, else its norm."""
 
     def upload(self, release: Sequence[str]) -> list[str]:
         """The tensors of an update, of a release that has these."""
@@ -81,24 +168,107 @@ class Program(Protocol):
     def specs(self, opened: RoundOpened, base: Arrays) -> list[TensorSpec]:
         """What an update of the round holds, exactly. Raises `TensorError` if the base lacks what it rests on."""
 
-    def starts_from_base(self) -> bool:
-        """Whether an update is a changed part of the base, so that its distance from the base is what is bounded."""
+    def compute(self, model: Any, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
+        """A device's contribution: exactly the tensors `opened.upload`, float32. `model` holds the base release.
 
-    def compute(self, model: Model, examples: Any, opened: RoundOpened) -> dict[str, Array]:
-        """A device's contribution; `model` holds the base release. Under a mechanism it costs exactly that mechanism."""
+        Under a mechanism what comes out costs exactly that mechanism for one example more or less; there may be none at all.
+        Raises `TermsError` for terms that cannot be followed, `TensorError` for a tensor that is not the model's.
+        """
 
     def apply(self, opened: RoundOpened, base: Arrays, combined: Arrays) -> dict[str, Array]:
-        """The release that the combined updates make of the base."""
+        """The release that the combined updates make of the base: a function of its arguments, the same on every machine."""
+
+
+# --- the task ------------------------------------------------------------------------------------------------------------
+
+
+class Verdict(Struct, frozen=True):
+    """The gate's: `reason` is "" for a candidate that passes."""
+
+    reason: str = ""
+    detail: str = ""
 
 
 class Task(Protocol):
-    """What a model learns."""
+    """What a model learns. The class makes a deployment's model, an object is the task of one model's spec."""
 
-    def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
-        """What there is to learn from, oldest first: what its programs' `compute` takes."""
+    plan: ClassVar[type[Plan]]
+    """What the operator sets, and the rounds that follow from it."""
+    base_model: ClassVar[str]
+    """The base model, unless the operator names another one."""
+    files: ClassVar[Sequence[Option]]
+    """What the command line takes to make a model; one of them is the held-out set."""
+    remarks: ClassVar[Sequence[Option]]
+    """What a user can say of a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    metrics: ClassVar[Sequence[str]]
+    """What its evaluations name, in letters, digits and underscores; the first one leads."""
+    columns: ClassVar[str]
+    """What a file of messages holds, in words."""
+
+    def __init__(self, spec: Any) -> None: ...
+
+    # --- making a model ---
+
+    @classmethod
+    def read(cls, path: Path) -> Messages:
+        """A file of messages. Raises `UsageError`."""
+
+    @classmethod
+    def material(cls, files: Mapping[str, Path | None]) -> Material:
+        """What the `files` hold, by the names of the options. Raises `UsageError`."""
+
+    @classmethod
+    def material_of(cls, messages: Messages, held_out: Messages) -> Material:
+        """The same from messages to learn from and messages to measure with. Raises `UsageError` if they do not fit."""
+
+    @classmethod
+    def written(cls, messages: Sequence[Message]) -> str:
+        """A file's text, of which `read` gives the messages again."""
+
+    @classmethod
+    def files_of(cls, material: Material) -> dict[str, str]:
+        """Texts by file names, from which `material` gives the same again."""
+
+    @classmethod
+    def make(cls, material: Material, base_model: str, model_dir: Path | None, seed: int) -> tuple[Spec, dict[str, Array]]:
+        """The spec of a model over a base on this machine, and its first release: the same bytes for the same seed.
+
+        Raises `ModelError` if the base is not there.
+        """
+
+    @classmethod
+    def remark(cls, answer: str) -> dict[str, Any]:
+        """What a user says who knows the right answer: arguments of `Agent.feedback`."""
+
+    # --- one model ---
+
+    def summary(self) -> dict[str, int]:
+        """What is shown of a model that was made."""
+
+    def check(self, arrays: Arrays) -> None:
+        """Raises `UsageError` for a spec that describes no model, or tensors that cannot be its first release."""
+
+    def keep(self, folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | None]) -> dict[str, int]:
+        """Keep the held-out set in `folder`, unless that was done before; how many were left out, by reason.
+
+        `mask` gives a text as devices see it, or None if it cannot.
+        """
+
+    def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
+        """Evaluation on the held-out set in `folder`. Raises `UsageError` if there is none; the model is loaded when needed."""
 
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
+
+    @property
+    def words(self) -> Sequence[str]:
+        """The closed set of words that the model answers with: nobody's own, they are published as they are."""
+
+    def taught(self, interaction: Interaction) -> str | None:
+        """The answer that an interaction makes an example for by itself, if it does."""
+
+    def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
+        """What there is to learn from, oldest first: what its programs' `compute` takes. `interactions` are oldest first."""
 
     def model(self, model_dir: Path | None) -> Model:
         """The model on this machine, with its base checked by hash. Imports what it needs when called. Raises `ModelError`."""

@@ -65,7 +65,7 @@ def release_arrays(labels: int = 2, width: int = 3) -> dict[str, Array]:
 
 def deploy(directory: Path, place: DeploymentLocation | None = None) -> Deployment:
     """A deployment without a real base model: its log can be read, and rounds can be asked for."""
-    spec = types.ModelSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
+    spec = types.ClassificationSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
     return create_deployment(directory, spec, release_arrays(), ServerConfig(), place)
 
 

@@ -22,8 +22,8 @@ def test_the_generator_makes_the_files_in_the_package_byte_by_byte() -> None:
 def test_there_are_enough_messages_and_intents_and_no_message_is_in_both_parts() -> None:
     train, test = corpus.load("train"), corpus.load("test")
     assert len({message.text for message in train}) == len(train) >= 1_500
-    assert len({message.label for message in train}) >= 12
-    assert {message.label for message in test} == {message.label for message in train}
+    assert len({message.answer for message in train}) >= 12
+    assert {message.answer for message in test} == {message.answer for message in train}
     assert not {message.text for message in test} & {message.text for message in train}
 
 

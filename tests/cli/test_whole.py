@@ -24,11 +24,11 @@ LABELS = ("lost_card", "refund", "loan")
 
 
 def write(path: Path, part: str, messages: int) -> Path:
-    chosen = [each for each in corpus.load("train" if part == "train" else "test") if each.label in LABELS][:messages]
+    chosen = [each for each in corpus.load("train" if part == "train" else "test") if each.answer in LABELS][:messages]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows([each.text, each.label] for each in chosen)
+        writer.writerows([each.text, each.answer] for each in chosen)
     return path
 
 

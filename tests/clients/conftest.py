@@ -1,4 +1,4 @@
-"""A deployment without a server: the tests say themselves what a server would."""
+"""A deployment without a server: the tests append themselves what a server would."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MECHANISM = Mechanism(sampling_rate=1.0, noise_multiplier=2.0, clip_norm=1.0, st
 
 
 class DigitMasker:
-    """Masks digits, and fails on texts that say so."""
+    """Masks digits, and fails on certain texts."""
 
     def mask(self, text: str) -> MaskedText:
         if "unmaskable" in text:
@@ -49,7 +49,7 @@ class Deployment:
         self.rounds = self.releases = 0
 
     def register(self) -> None:
-        spec = types.ModelSpec(
+        spec = types.ClassificationSpec(
             base_model="none", base_sha256="0" * 64, labels=LABELS, rank=1, alpha=1.0, targets=["query"], layers=1
         )
         self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
@@ -76,7 +76,7 @@ class Deployment:
     def opened(
         self, *cohort: str, mechanism: Mechanism | None = MECHANISM, epoch: int = 1, deadline_s: float = 600
     ) -> RoundOpened:
-        """The terms of a new round; nothing is said yet."""
+        """The terms of a new round; nothing is appended yet."""
         self.rounds += 1
         return RoundOpened(
             origin=ORIGIN,
@@ -106,6 +106,7 @@ class Deployment:
         message_type: str = "train",
         ttl_s: float = 600,
         base: BlobRef | None = None,
+        run_id: str = "main",
         step: int = 0,
     ) -> str:
         """Send one instruction of a round (or of none); its event id."""
@@ -113,7 +114,7 @@ class Deployment:
         sent = types.InstructionSent(
             origin=ORIGIN,
             epoch=opened.epoch if opened else 1,
-            run_id="main",
+            run_id=opened.run_id if opened else run_id,
             step=step,
             client_id=client_id,
             message_type=message_type,
@@ -130,7 +131,7 @@ class Deployment:
         self.server.append(opened)
         return self.instruct(client_id, opened)
 
-    def said(self, kind: type[P]) -> list[P]:
+    def appended(self, kind: type[P]) -> list[P]:
         """Every event of a type, in the order of the log."""
         return [payload for record in read_all(self.log) if isinstance(payload := decode(record), kind)]
 

@@ -1,4 +1,4 @@
-"""The agent against a log in which the tests say what a server would: capture, masking, publication, standing."""
+"""The agent against a log in which the tests append what a server would: capture, masking, publication, standing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fedloop_clients import Agent, loop
+from fedloop_clients.device import Settings, Status
 from fedloop_clients.device_view import LogChangedError
-from fedloop_clients.loop import RevokedError, Settings, Status
+from fedloop_clients.interactions import Interactions
+from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.store import StoreError
 from fedloop_events import types
@@ -37,7 +39,7 @@ def settled(status: Status) -> bool:
     return status.settled
 
 
-def telling(event: threading.Event) -> Callable[[Status], bool]:
+def signalling(event: threading.Event) -> Callable[[Status], bool]:
     """Never the end, but the sign that a pass is over."""
 
     def until(status: Status) -> bool:
@@ -58,9 +60,9 @@ def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Itera
         yield agent
 
 
-def give(agent: Agent, text: str = "my card is lost", **said: str) -> str:
+def give(agent: Agent, text: str = "my card is lost", **given: str) -> str:
     """Feedback on a new response; its id."""
-    return agent.feedback(agent.record(text, "card-lost").response_id, **(said or {"thumb": "up"})).feedback_id  # type: ignore[arg-type]
+    return agent.feedback(agent.record(text, "card-lost").response_id, **(given or {"thumb": "up"})).feedback_id  # type: ignore[arg-type]
 
 
 # --- enrolment ---
@@ -76,7 +78,7 @@ def test_an_enrolled_device_is_known_to_everybody(deployment: Deployment, agent:
 def test_enrolling_again_on_the_same_terms_changes_nothing(deployment: Deployment, agent: Agent, store_dir: Path) -> None:
     with Agent.enrol(deployment.folder, store_dir, key_from="file") as again:
         assert again.identity == agent.identity
-    assert len(deployment.said(types.ClientEnrolled)) == 1
+    assert len(deployment.appended(types.ClientEnrolled)) == 1
     with pytest.raises(UsageError, match="the device phone"):
         Agent.enrol(deployment.folder, store_dir, epsilon=9.0, key_from="file")
 
@@ -91,9 +93,9 @@ def test_an_enrolment_that_was_interrupted_is_ended_later(
         broken.setattr(type(deployment.log), "append", away)
         with pytest.raises(UnreachableError):
             Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file")
-    assert deployment.said(types.ClientEnrolled) == []
+    assert deployment.appended(types.ClientEnrolled) == []
     Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file").close()
-    assert len(deployment.said(types.ClientEnrolled)) == 1
+    assert len(deployment.appended(types.ClientEnrolled)) == 1
 
 
 def test_a_name_that_is_taken_leaves_no_store_behind(deployment: Deployment, agent: Agent, tmp_path: Path) -> None:
@@ -131,17 +133,17 @@ def test_feedback_is_published_masked_with_what_was_masked(deployment: Deploymen
         response.response_id, rating=2, label="loan", correction=f"{NUMBER} no", comment=f"{NUMBER} {NUMBER}", feedback_id="mine"
     )
     agent.run(until=settled)
-    (recorded,) = deployment.said(types.FeedbackRecorded)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
     assert recorded.text.text == "card <NUMBER_1> is lost"
     assert (recorded.feedback_id, recorded.rating, recorded.label, recorded.predicted) == ("mine", 2, "loan", "card-lost")
     assert recorded.correction is not None
     assert recorded.comment is not None
     assert (recorded.correction.text, recorded.comment.text) == ("<NUMBER_1> no", "<NUMBER_1> <NUMBER_1>")
-    assert [each.counts for each in deployment.said(types.TextMasked)] == [{"NUMBER": 4}]
+    assert [each.counts for each in deployment.appended(types.TextMasked)] == [{"NUMBER": 4}]
     assert agent.status().examples == 1
 
 
-def test_nothing_that_a_user_said_is_readable_outside_the_process(
+def test_nothing_that_a_user_wrote_is_readable_outside_the_process(
     deployment: Deployment, agent: Agent, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(5):
@@ -162,8 +164,8 @@ def test_what_cannot_be_masked_stays_and_the_rest_goes_on(deployment: Deployment
     give(agent, "hello", comment="explosive")
     fine = give(agent, "hello")
     agent.run(until=settled)
-    assert [each.feedback_id for each in deployment.said(types.FeedbackRecorded)] == [fine]
-    assert len(deployment.said(types.TextMasked)) == 1
+    assert [each.feedback_id for each in deployment.appended(types.FeedbackRecorded)] == [fine]
+    assert len(deployment.appended(types.TextMasked)) == 1
     status = agent.status()
     assert (status.published, status.failed) == (1, {"the deadline passed": 1, "ValueError": 1})
 
@@ -171,16 +173,16 @@ def test_what_cannot_be_masked_stays_and_the_rest_goes_on(deployment: Deployment
 def test_feedback_too_large_for_an_event_is_kept_back(deployment: Deployment, agent: Agent) -> None:
     give(agent, "\x01" * 9_999 + "x", comment="\x01" * 1_999 + "x")
     agent.run(until=settled)
-    assert deployment.said(types.FeedbackRecorded) == []
+    assert deployment.appended(types.FeedbackRecorded) == []
     assert agent.status().failed == {"too large for one event": 1}
 
 
-def test_what_the_device_says_is_numbered_densely_and_signed(deployment: Deployment, agent: Agent) -> None:
+def test_events_of_the_device_are_numbered_densely_and_signed(deployment: Deployment, agent: Agent) -> None:
     for _ in range(3):
         give(agent)
     agent.run(until=settled)
-    said = [*deployment.said(types.ClientEvent)]
-    assert [each.seq for each in said] == list(range(len(said)))
+    own = [*deployment.appended(types.ClientEvent)]
+    assert [each.seq for each in own] == list(range(len(own)))
     reader = Reader(deployment.log, Identities(), identities=Identities())
     reader.catch_up()
     assert reader.refused == 0
@@ -209,7 +211,7 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
     assert other.wait(60) == 0
     running.join(60)
     assert not running.is_alive()
-    recorded = deployment.said(types.FeedbackRecorded)
+    recorded = deployment.appended(types.FeedbackRecorded)
     assert {each.feedback_id for each in recorded} == {f"{who}-{number}" for who in ("own", "other") for number in range(20)}
     assert len(recorded) == 40
 
@@ -217,7 +219,7 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
 def test_only_one_process_runs_a_device(agent: Agent, store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "ALONE_TIMEOUT_S", 0.1)
     stop, started = threading.Event(), threading.Event()
-    running = threading.Thread(target=agent.run, args=(stop, telling(started)))
+    running = threading.Thread(target=agent.run, args=(stop, signalling(started)))
     running.start()
     assert started.wait(30)
     with Agent.open(store_dir) as other, pytest.raises(UnreachableError, match="another process runs"):
@@ -255,27 +257,43 @@ def test_a_process_killed_while_it_publishes_publishes_once(
     assert in_child(work) == -9
     with Agent.open(store_dir, masker=masker) as again:
         again.run(until=settled)
-    assert len(deployment.said(types.FeedbackRecorded)) == len(deployment.said(types.TextMasked)) == 1
-    said = deployment.said(types.ClientEvent)
-    assert [each.seq for each in said] == list(range(len(said)))
+    assert len(deployment.appended(types.FeedbackRecorded)) == len(deployment.appended(types.TextMasked)) == 1
+    own = deployment.appended(types.ClientEvent)
+    assert [each.seq for each in own] == list(range(len(own)))
 
 
-# --- presence ---
+def test_the_number_of_examples_is_read_again_only_when_the_store_has_changed(
+    agent: Agent, store_dir: Path, masker: DigitMasker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(agent)
+    agent.run(until=settled)
+    assert agent.status().examples == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Interactions, "judged", None)
+        assert [agent.status().examples for _ in range(3)] == [1, 1, 1]
+    with Agent.open(store_dir, masker=masker) as other:
+        other.feedback(other.record("hello", "loan").response_id, thumb="up")
+        assert agent.status().examples == 1
+        other.run(until=settled)
+    assert agent.status().examples == 2
 
 
-def test_presence_is_told_at_the_start_and_when_the_power_of_two_changes(deployment: Deployment, agent: Agent) -> None:
+# --- heartbeat ---
+
+
+def test_a_heartbeat_is_appended_at_the_start_and_when_the_power_of_two_changes(deployment: Deployment, agent: Agent) -> None:
     for number in range(5):
         give(agent, f"text {number}")
         agent.run(until=settled)
-    assert [each.examples_at_least for each in deployment.said(types.ClientSeen)] == [1, 2, 2, 4, 4]
+    assert [each.examples_at_least for each in deployment.appended(types.ClientSeen)] == [1, 2, 2, 4, 4]
 
 
-def test_presence_is_told_again_after_a_while(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> None:
+def test_a_heartbeat_is_appended_again_after_a_while(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> None:
     settings = Settings(heartbeat_s=0.0)
     with Agent.enrol(deployment.folder, store_dir, key_from="file", masker=masker, settings=settings) as agent:
         passes = iter(range(3))
         agent.run(until=lambda status: next(passes, None) is None)
-    assert len(deployment.said(types.ClientSeen)) == 4
+    assert len(deployment.appended(types.ClientSeen)) == 4
 
 
 # --- releases ---
@@ -328,14 +346,14 @@ def test_a_store_from_a_backup_goes_on_where_the_log_is(
     with Agent.open(tmp_path / "backup", masker=masker) as restored:
         give(restored, "new")
         restored.run(until=settled)
-    recorded = deployment.said(types.FeedbackRecorded)
+    recorded = deployment.appended(types.FeedbackRecorded)
     assert [each.text.text for each in recorded] == ["kept", "lost with the store", "new"]
     assert [each.feedback_id for each in recorded].count(kept) == 1
-    said = deployment.said(types.ClientEvent)
-    assert [each.seq for each in said] == list(range(len(said)))
+    own = deployment.appended(types.ClientEvent)
+    assert [each.seq for each in own] == list(range(len(own)))
 
 
-def test_a_device_whose_store_was_copied_stops_when_both_have_spoken(
+def test_a_device_whose_store_was_copied_stops_when_both_copies_have_appended(
     deployment: Deployment, agent: Agent, store_dir: Path, masker: DigitMasker, tmp_path: Path
 ) -> None:
     agent.close()
@@ -346,18 +364,18 @@ def test_a_device_whose_store_was_copied_stops_when_both_have_spoken(
 
         def run() -> None:
             try:
-                one.run(stop, telling(reached))
+                one.run(stop, signalling(reached))
             except SuspendedError as error:
                 problems.append(error)
 
         running = threading.Thread(target=run)
-        # The copy has read the log before the other speaks, and then speaks under the same number.
+        # The copy has read the log before the other appends, and then appends under the same number.
         other.status()
         running.start()
         assert reached.wait(30)
         from fedloop_clients.outbox import Outbox
 
-        clone = Outbox(other._store, other.identity.writer(deployment.log))
+        clone = Outbox(other._device.store, other.identity.writer(deployment.log))
         clone.add(lambda seq: types.ClientSeen(origin="test.example", client_id="phone", seq=seq, examples_at_least=0))
         clone.flush(deployment.log)
         running.join(30)
@@ -404,7 +422,7 @@ def test_a_log_that_is_away_is_waited_for(deployment: Deployment, agent: Agent, 
     agent.run(until=until)
     assert "the log is away" in seen
     assert seen[-1] == ""
-    assert len(deployment.said(types.FeedbackRecorded)) == 1
+    assert len(deployment.appended(types.FeedbackRecorded)) == 1
 
 
 def test_a_stop_is_heeded(agent: Agent) -> None:

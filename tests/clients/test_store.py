@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fedloop_clients import store as store_module
+from fedloop_clients.migrations import STEPS
 from fedloop_clients.store import Store, StoreError, WrongKeyError
 from fedloop_events.errors import UnreachableError
 
@@ -76,9 +77,13 @@ def test_a_store_whose_making_was_interrupted_is_made_again(path: Path) -> None:
 
 def test_a_store_of_a_newer_version_is_refused(path: Path) -> None:
     with Store.create(path, KEY).transaction() as db:
-        db.execute("PRAGMA user_version = 2")
-    with pytest.raises(StoreError, match="version 2"):
-        Store.open(path, KEY)
+        db.execute("PRAGMA user_version = 3")
+    for opened in (Store.open, Store.create):
+        with pytest.raises(StoreError, match="version 3; this program knows versions up to 2"):
+            opened(path, KEY)
+    with pytest.MonkeyPatch.context() as newer:
+        newer.setattr(store_module, "STEPS", (*STEPS, lambda db: None))
+        assert Store.open(path, KEY).rows("PRAGMA user_version") == [(3,)]
 
 
 def test_a_damaged_page_is_an_error(path: Path) -> None:

@@ -131,7 +131,7 @@ def test_identities_are_taken_in_once_and_a_refused_enrolment_stays_refused() ->
 
 def test_a_reader_that_goes_on_from_a_snapshot_knows_who_is_fenced(tmp_path: Path) -> None:
     log, kept = SqliteLog(tmp_path / "log.sqlite"), Snapshots(tmp_path / "rounds.snapshot")
-    log.append([samples.signed(each) for each in (samples.created(), samples.epoch(2), nodes(1))])
+    log.append([samples.signed(each, by="server") for each in (samples.created(), samples.epoch(2), nodes(1))])
     first = Reader(log, RoundsView(), identities=Identities(), snapshots=kept)
     first.catch_up()
     first.save()

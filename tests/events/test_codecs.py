@@ -31,6 +31,8 @@ def values(kind: structure.Type) -> st.SearchStrategy[object]:
         case structure.StructType():
             fields = {field.encode_name: values(field.type) for field in kind.fields if field.required}
             optional = {field.encode_name: values(field.type) for field in kind.fields if not field.required}
+            if kind.tag_field is not None:
+                fields[kind.tag_field] = st.just(kind.tag)
             return st.fixed_dictionaries(fields, optional=optional)
         case structure.StrType(pattern=str(pattern)):
             lengths = (kind.min_length or 0, kind.max_length or 80)
@@ -71,6 +73,49 @@ def test_every_type_comes_back_equal_and_fits_its_schema(payload_type: type[type
     assert envelope.decode(event) == payload
     assert envelope.expect(event, payload_type) == payload
     jsonschema.validate(json.loads(event.data), schemas.json_schema(payload_type, payload_type.type_name))
+
+
+@pytest.mark.parametrize("older", list(types.OLDER.values()), ids=lambda older: older.__name__)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_older_version_is_upcast_to_the_newest(older: type[types.Older], data: st.DataObject) -> None:
+    found = data.draw(values(structure.type_info(older)))
+    event = samples.record(samples.event(samples.feedback()), 1)
+    payload = envelope.decode(msgspec.structs.replace(event, type=older.type_name, data=msgspec.json.encode(found)))
+    newest = types.newest(older.type_name)
+    assert newest is not None
+    assert isinstance(payload, newest)
+    again = envelope.encode(payload, id=event.id, time_s=1)
+    assert envelope.decode(again) == payload
+
+
+def test_a_model_of_version_1_is_a_classifier_and_an_accuracy_of_version_1_leads() -> None:
+    spec = {
+        "base_model": "m",
+        "base_sha256": "0" * 64,
+        "labels": ["a", "b"],
+        "rank": 8,
+        "alpha": 4.0,
+        "targets": ["q"],
+        "layers": 1,
+    }
+    older: dict[str, dict[str, object]] = {
+        "model.registered": {"spec": spec},
+        "release.evaluated": {"epoch": 1, "release": "0001-x", "accuracy": 0.5, "examples": 9, "dataset_sha256": "1" * 64},
+    }
+    event = samples.event(samples.feedback())
+    registered, evaluated = (
+        envelope.decode(
+            msgspec.structs.replace(
+                event, type=f"io.fedloop.{name}.v1", data=json.dumps({"origin": "o", "model": "default"} | fields).encode()
+            )
+        )
+        for name, fields in older.items()
+    )
+    assert isinstance(registered, types.ModelRegistered)
+    assert msgspec.to_builtins(registered.spec) == {"task": "classification"} | spec
+    assert isinstance(evaluated, types.ReleaseEvaluated)
+    assert (evaluated.metrics, evaluated.leading, evaluated.examples) == ({"accuracy": 0.5}, "accuracy", 9)
 
 
 def test_type_names_and_topics_are_well_formed_and_unique() -> None:

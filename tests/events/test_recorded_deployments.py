@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from devices import CONFIG, OPEN_CONFIG, World
+from devices import CONFIG, OPEN_CONFIG, PLAN, World
 from fedloop_events import envelope, types
 from fedloop_events.blobs import tensors
 from fedloop_events.logs.port import read_all
@@ -24,11 +24,11 @@ from histories import DEPLOYMENTS, Document, Folds, counts, flower_run, open_wor
 from msgspec.structs import replace
 
 EXPECTED: Final[Document] = json.loads((DEPLOYMENTS / "expected.json").read_text())
-CONFIGS: Final = {"private": replace(CONFIG, planned_rounds=4), "open": OPEN_CONFIG}
+CONFIGS: Final = {"private": replace(CONFIG, plan=replace(PLAN, planned_rounds=4)), "open": OPEN_CONFIG}
 """With one more private round than were recorded."""
 NOT_RECORDED: Final = {"io.fedloop.event.quarantined.v1"}
 """Nothing writes it."""
-LATER: Final = {"io.fedloop.cohort.listed.v1", "io.fedloop.replies.listed.v1", "io.fedloop.step.collected.v1"}
+LATER: Final = {"io.fedloop.cohort.listed.v1", "io.fedloop.replies.listed.v1", "io.fedloop.round.closed.v2"}
 """Types that there were not yet when these logs were written."""
 
 
@@ -162,7 +162,7 @@ def test_a_server_goes_on_after_a_recorded_past_and_decides_nothing_of_it_again(
     kept = [name for name, each in expected["clients"].items() if not each["revoked_at"]]
     world.writer.append(*(types.ClientRevoked(origin, name, "its key is lost") for name in kept))
     for name in ("new-1", "new-2"):
-        world.device(name, epsilon=config.epsilon and 20.0)
+        world.device(name, epsilon=20.0 if world.folder.name == "private" else None)
     world.request(1, "next")
     with world.serving():
         assert server.run(rounds=1) == 1

@@ -13,8 +13,9 @@ import pytest
 from clients.conftest import Deployment, DigitMasker
 from devices import OPEN_CONFIG, SPEC, evaluate, initial_arrays
 from fedloop_clients import Agent
+from fedloop_clients.device import Status
 from fedloop_clients.enrolment import Identity
-from fedloop_clients.loop import RevokedError, Status
+from fedloop_clients.loop import RevokedError
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import decode
@@ -80,28 +81,28 @@ def test_feedback_is_published_masked_and_read_back(deployment: Deployment, serv
         agent.feedback(response.response_id, comment="4711 again")
         agent.run(until=settled)
         assert agent.status().published == 1
-    (said,) = deployment.said(types.FeedbackRecorded)
-    assert said.text.text == "card <NUMBER_1> is lost"
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert recorded.text.text == "card <NUMBER_1> is lost"
     with Agent.open(tmp_path / "store", masker=DigitMasker()) as again:
         assert again.status().settled
         assert again.identity.location == served.url
 
 
 def test_a_round_is_answered_paid_for_once_and_its_terms_are_kept(deployment: Deployment, served: Served, tmp_path: Path) -> None:
-    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", app=adding_one()) as agent:
+    with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", apps={"main": adding_one()}) as agent:
         instruction = deployment.ask("phone")
         other = deployment.ask("another")
         agent.run(until=lambda status: bool(status.answers))
         status = agent.status()
-    (update,) = deployment.said(types.UpdateSubmitted)
-    (spent,) = deployment.said(types.BudgetSpent)
+    (update,) = deployment.appended(types.UpdateSubmitted)
+    (spent,) = deployment.appended(types.BudgetSpent)
     assert (update.instruction_id, spent.instruction_id, update.spend_seq) == (instruction, instruction, 0)
     assert other != instruction
     assert (status.answers, status.spends) == ({"submitted": 1}, 1)
     assert deployment.blobs.exists(update.content.arrays["arrays"])
 
 
-def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
+def test_a_store_that_was_restored_learns_from_the_log_what_it_has_appended(
     deployment: Deployment, served: Served, tmp_path: Path
 ) -> None:
     import shutil
@@ -109,12 +110,12 @@ def test_a_store_that_was_restored_learns_from_the_log_what_it_has_said(
     store = tmp_path / "store"
     Agent.enrol(served.url, store, client_id="phone", key_from="file").close()
     shutil.copytree(store, tmp_path / "backup")
-    with Agent.open(store, app=adding_one()) as agent:
+    with Agent.open(store, apps={"main": adding_one()}) as agent:
         deployment.ask("phone")
         agent.run(until=lambda status: bool(status.answers))
     shutil.rmtree(store)
     (tmp_path / "backup").rename(store)
-    with Agent.open(store, app=adding_one()) as agent:
+    with Agent.open(store, apps={"main": adding_one()}) as agent:
         deployment.ask("phone")
         agent.run(until=lambda status: bool(status.answers))
         assert agent.status().spends == 2
@@ -126,7 +127,7 @@ def test_a_name_that_is_taken_is_refused(deployment: Deployment, served: Served,
     Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
     with pytest.raises(UsageError, match="another device is enrolled as phone"):
         Agent.enrol(served.url, tmp_path / "other", client_id="phone", key_from="file")
-    assert len(deployment.said(types.ClientEnrolled)) == 1
+    assert len(deployment.appended(types.ClientEnrolled)) == 1
     Agent.enrol(served.url, tmp_path / "one", client_id="phone", key_from="file").close()
 
 
@@ -134,7 +135,7 @@ def test_a_device_that_is_revoked_stops(deployment: Deployment, served: Served, 
     with Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker()) as agent:
         agent.run(until=settled)
         deployment.server.append(
-            types.ClientRevoked(origin=deployment.said(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
+            types.ClientRevoked(origin=deployment.appended(types.DeploymentCreated)[0].origin, client_id="phone", reason="lost")
         )
         with pytest.raises((RevokedError, NotAllowedError)):
             agent.run()
@@ -159,13 +160,13 @@ def test_an_older_store_which_knows_nothing_of_blobs_still_opens() -> None:
 def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: Path) -> None:
     with gateway(deployment.log, deployment.blobs, tmp_path) as served:
         agent = Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker())
-    agent._log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
-    agent._blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._device.log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._device.blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     with agent:
-        agent.feedback(agent._capture.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
+        agent.feedback(agent._device.interactions.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")
         agent.run(until=lambda status: "does not answer" in status.problem)
         with pytest.raises(UnreachableError):
-            agent._log.end()
+            agent._device.log.end()
 
 
 def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
@@ -173,7 +174,7 @@ def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
     deployment = create_deployment(folder / "deployment", SPEC, initial_arrays(), CONFIG, place)
     with gateway(deployment.log, deployment.blobs, folder) as served:
         agents = [
-            Agent.enrol(served.url, folder / name, client_id=name, epsilon=None, key_from="file", app=adding_one())
+            Agent.enrol(served.url, folder / name, client_id=name, epsilon=None, key_from="file", apps={"main": adding_one()})
             for name in ("one", "two", "three")
         ]
         stop = threading.Event()
@@ -195,9 +196,9 @@ def _rounds(folder: Path, place: DeploymentLocation | None) -> None:
     for record in read_all(deployment.log):
         if (payload := decode(record)) is not None and payload.topic == "rounds":
             rounds.apply(record, payload)
-    said = [payload for record in read_all(deployment.log) if (payload := decode(record)) is not None]
-    assert len([each for each in said if isinstance(each, types.UpdateSubmitted)]) == 6
-    assert len([each for each in said if isinstance(each, types.ReleaseProposed)]) == 3
+    own = [payload for record in read_all(deployment.log) if (payload := decode(record)) is not None]
+    assert len([each for each in own if isinstance(each, types.UpdateSubmitted)]) == 6
+    assert len([each for each in own if isinstance(each, types.ReleaseProposed)]) == 3
     deployment.log.close()
 
 

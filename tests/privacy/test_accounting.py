@@ -16,7 +16,6 @@ from fedloop_privacy.accounting import (
     MechanismError,
     epsilon,
     noise_multiplier_for,
-    plan,
     validate,
 )
 from hypothesis import given, settings
@@ -162,22 +161,6 @@ def test_calibrated_noise_meets_its_target_from_below(target: float, rate: float
 def test_calibration_says_when_no_noise_is_enough() -> None:
     with pytest.raises(BudgetTooSmallError, match="already spent"):
         noise_multiplier_for(4.0, DELTA, 0.1, 10, [mechanism(1.0, 1.0, 1)])
-
-
-@pytest.mark.parametrize("rounds", [2, 8])
-def test_all_rounds_of_a_plan_stay_within_epsilon_and_use_it(rounds: int) -> None:
-    sums, training = plan(8.0, DELTA, rounds, 0.1, 10, 1.0, 40.0)
-    assert (sums.sampling_rate, sums.steps, sums.clip_norm) == (1.0, 1, 1.0)
-    assert (training.steps, training.clip_norm, training.divisor) == (10, 1.0, 40.0)
-    assert 3.95 < epsilon([sums], DELTA) <= 4.0
-    assert 7.9 < epsilon([sums, *[training] * (rounds - 1)], DELTA) <= 8.0
-    assert pld([sums, *[training] * (rounds - 1)], DELTA) <= 8.0
-
-
-@pytest.mark.parametrize(("rounds", "share"), [(1, 0.5), (8, 0.0), (8, 1.0)])
-def test_a_plan_without_room_for_both_kinds_of_round_is_refused(rounds: int, share: float) -> None:
-    with pytest.raises(MechanismError):
-        plan(8.0, DELTA, rounds, 0.1, 10, 1.0, 40.0, sums_share=share)
 
 
 @pytest.mark.parametrize(

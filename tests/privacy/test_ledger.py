@@ -12,6 +12,7 @@ from fedloop_events.envelope import Record
 from fedloop_events.types import BudgetSpent, Mechanism, Payload, TextMasked
 from fedloop_privacy import accounting
 from fedloop_privacy.ledger import BudgetRefusal, Ledger, spend_sha256
+from fedloop_tasks.classification.plan import ClassificationPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,7 +182,8 @@ def test_no_sequence_of_accepted_spends_exceeds_the_budget(asked: list[Mechanism
 
 
 def test_all_rounds_of_a_plan_are_accepted_and_one_more_is_not() -> None:
-    sums, training = accounting.plan(8.0, DELTA, 4, 0.1, 10, 1.0, 40.0)
+    plan = ClassificationPlan(planned_rounds=4, sampling_rate=0.1, nominal_examples=400, sums_share=0.5).mechanisms()
+    sums, training = plan["sums"], plan["ffa"]
     ledger = Ledger()
     for terms in (sums, training, training, training):
         assert ledger.check("ada", terms, 8.0, DELTA) is None

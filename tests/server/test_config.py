@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 from fedloop_events.errors import UsageError
-from fedloop_server.config import MEANING, ServerConfig, decode, dump, load
+from fedloop_server.config import ServerConfig, decode, dump, load, meaning
+from fedloop_tasks.classification.plan import ClassificationPlan
 
 
 @pytest.mark.parametrize(
     "config",
     [
         ServerConfig(),
-        ServerConfig(epsilon=None),
-        ServerConfig(epsilon=3.5, strategy="fedavg", sampling_rate=0.1, steps=3, head_lr=1.0, model_dir='a "b" \\ c\n'),
+        ServerConfig(plan=ClassificationPlan(epsilon=None)),
+        ServerConfig(
+            plan=ClassificationPlan(epsilon=3.5, strategy="fedavg", sampling_rate=0.1, steps=3, head_lr=1.0),
+            model_dir='a "b" \\ c\n',
+        ),
     ],
 )
 def test_what_is_written_is_read_back(config: ServerConfig, tmp_path: Path) -> None:
@@ -24,25 +28,10 @@ def test_what_is_written_is_read_back(config: ServerConfig, tmp_path: Path) -> N
 
 
 def test_every_key_has_a_meaning_in_the_file_that_is_written() -> None:
-    assert list(MEANING) == list(ServerConfig.__struct_fields__)
+    fields = [*ClassificationPlan.__struct_fields__, *(name for name in ServerConfig.__struct_fields__ if name != "plan")]
+    assert list(meaning()) == fields
     text = dump(ServerConfig())
-    assert all(f"# {meaning}\n{key} = " in text for key, meaning in MEANING.items())
-
-
-def test_the_private_numbers_follow_from_public_ones() -> None:
-    config = ServerConfig(nominal_examples=1000, sampling_rate=0.128)
-    assert (config.round_steps, config.divisor) == (8, 128.0)
-    small = ServerConfig(nominal_examples=100, sampling_rate=1.0)
-    assert (small.round_steps, small.divisor) == (1, 100.0)
-    assert ServerConfig(steps=3).round_steps == 3
-
-
-def test_the_strategy_and_the_hyperparameters_depend_on_whether_rounds_are_private() -> None:
-    assert ServerConfig().merge == "ffa"
-    assert ServerConfig().hyperparameters == {"head_lr": 40.0, "lora_lr": 4.0}
-    assert ServerConfig(epsilon=None).merge == "fedavg"
-    assert set(ServerConfig(epsilon=None).hyperparameters) == {"head_lr", "lora_lr", "local_epochs", "batch"}
-    assert ServerConfig(strategy="fedavg").merge == "fedavg"
+    assert all(f"# {said}\n{key} = " in text for key, said in meaning().items())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def run_to_its_end(server: Server) -> None:
 def released(folder: Path, *killed_by: type[types.Payload]) -> str:
     """The hash of what a round makes, with one server after the other killed by these events."""
     world = World(folder, CONFIG)
-    world.crowd(*NAMES)
+    world.crowd(*NAMES, epsilon=None)
     world.request(1)
     with world.serving_together():
         for kind in killed_by:

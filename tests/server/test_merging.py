@@ -18,7 +18,8 @@ from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, Mechanism, RoundOpened
 from fedloop_server.aggregation import merging
-from fedloop_server.aggregation.merging import MergeError, merge, total, upload_specs, weighted_mean
+from fedloop_server.aggregation.merging import MergeError, merge, total, weighted_mean
+from fedloop_tasks.table import UnknownProgramError, program_of
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import HealthCheck, given, settings
@@ -132,12 +133,12 @@ BASE: Arrays = {
 FFA = ["lora.5.query.B", "head.weight", "head.bias"]
 
 
-def opened(kind: str, upload: list[str], **hyperparameters: float) -> RoundOpened:
+def opened(program: str, upload: list[str], **hyperparameters: float) -> RoundOpened:
     return msgspec.convert(
         {
             "origin": "tests", "epoch": 1, "run_id": "main", "round_id": "r0001", "request_id": "q", "number": 1,
             "model": "default", "base_release": "0000-x", "base": {"sha256": "0" * 64, "size_bytes": 1},
-            "strategy": kind, "cohort": [], "quorum": 1, "deadline_s": 1, "upload": upload, "max_upload_bytes": 10**6,
+            "strategy": program, "cohort": [], "quorum": 1, "deadline_s": 1, "upload": upload, "max_upload_bytes": 10**6,
             "max_update_norm": 1e6, "hyperparameters": hyperparameters,
             "mechanism": Mechanism(1.0, 1.0, 1.0, 1, 1.0),
         },
@@ -156,7 +157,7 @@ def test_what_is_uploaded_replaces_the_base_and_the_rest_stays(blobs: BlobStore,
     assert list(merged) == list(BASE), "a release keeps its order"
     for name, values in merged.items():
         np.testing.assert_array_equal(values, np.full_like(BASE[name], 1.5) if name in upload else BASE[name])
-    assert [spec.name for spec in upload_specs(opened("ffa", upload), BASE)] == upload
+    assert [spec.name for spec in program_of("ffa").specs(opened("ffa", upload), BASE)] == upload
 
 
 def test_class_sums_become_the_head(blobs: BlobStore) -> None:
@@ -173,6 +174,8 @@ def test_an_update_without_tensors_or_a_base_without_the_upload_is_an_error(blob
         merge(blobs, opened("ffa", FFA), BASE, [AcceptedUpdate("c", "0" * 32, "0" * 32, None)])
     with pytest.raises(TensorError):
         merge(blobs, opened("ffa", ["absent"]), BASE, [])
+    with pytest.raises(UnknownProgramError):
+        merge(blobs, opened("no-such", FFA), BASE, [])
 
 
 _SCRIPT = """

@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from devices import CONFIG, World
+from devices import CONFIG, PLAN, World
 from fedloop_events import envelope, types
 from fedloop_events.folds.identities import Client, RecordPosition
 from fedloop_events.parts import split
 from fedloop_events.types import Exclusion, Mechanism
-from fedloop_privacy import accounting
 from fedloop_server.config import MAX_COHORT, ServerConfig
 from fedloop_server.rounds.planner import Planner
 from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible
+from fedloop_tasks.classification.plan import ClassificationPlan
 from msgspec.structs import replace
 
 PLACE = RecordPosition("log", 1, 0)
@@ -116,48 +116,30 @@ def test_the_largest_round_fits_into_its_events() -> None:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_plan_costs_a_client_the_configured_epsilon() -> None:
-    planner = Planner(CONFIG)
-    sums, training = planner.terms("sums").mechanism, planner.terms("train").mechanism
-    assert sums is not None
-    assert training is not None
-    spent = [sums, *[training] * (CONFIG.planned_rounds - 1)]
-    assert CONFIG.epsilon is not None
-    assert 0.97 * CONFIG.epsilon < accounting.epsilon(spent, CONFIG.delta) <= CONFIG.epsilon
-    assert accounting.epsilon([sums], CONFIG.delta) <= CONFIG.epsilon * CONFIG.sums_share
-    assert training.divisor == CONFIG.divisor
+def planned(**changes: object) -> ServerConfig:
+    return replace(CONFIG, plan=replace(PLAN, **changes))
 
 
 def test_the_plan_is_found_once_and_again_when_the_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    real = accounting.plan
+    real = ClassificationPlan.mechanisms
 
-    def counting(*args: float) -> tuple[Mechanism, Mechanism]:
-        calls.append(args)
-        return real(*args)  # type: ignore[arg-type]
+    def counting(plan: ClassificationPlan) -> dict[str, Mechanism]:
+        calls.append(plan)
+        return real(plan)
 
-    monkeypatch.setattr(accounting, "plan", counting)
+    monkeypatch.setattr(ClassificationPlan, "mechanisms", counting)
     cache = tmp_path / "plan.json"
-    first = Planner(CONFIG, cache=cache).terms("train")
-    assert Planner(CONFIG, cache=cache).terms("train") == first
+    first = Planner(CONFIG, cache=cache).terms("ffa")
+    assert Planner(CONFIG, cache=cache).terms("ffa") == first
     assert len(calls) == 1
-    other = Planner(replace(CONFIG, epsilon=4.0), cache=cache).terms("train")
+    other = Planner(planned(epsilon=4.0), cache=cache).terms("ffa")
     assert other != first
     assert len(calls) == 2
-    cache.write_bytes(b"{")
-    assert Planner(CONFIG, cache=cache).terms("train") == first
-    assert Planner(CONFIG, cache=tmp_path / "absent" / "plan.json").terms("train") == first
-
-
-def test_terms_name_what_each_kind_of_round_uploads() -> None:
-    names = ["lora.0.query.A", "lora.0.query.B", "head.weight", "head.bias"]
-    planner = Planner(CONFIG)
-    assert planner.terms("sums").upload(names) == ["sums"]
-    assert planner.terms("train").upload(names) == names[1:]
-    assert Planner(ServerConfig(epsilon=None)).terms("train").upload(names) == names
-    assert planner.terms("sums").hyperparameters == {"head_scale": 20.0}
-    assert planner.terms("sums").max_update_norm == 1000.0
-    assert Planner(replace(CONFIG, nominal_examples=1000)).terms("sums").max_update_norm == 4000.0
+    for broken in (b"{", b'{"config_sha256": "0", "sums": {}, "training": {}}'):
+        cache.write_bytes(broken)
+        assert Planner(CONFIG, cache=cache).terms("ffa") == first
+    assert Planner(CONFIG, cache=tmp_path / "absent" / "plan.json").terms("ffa") == first
 
 
 def test_an_aborted_round_does_not_use_up_the_plan(tmp_path: Path) -> None:
@@ -168,7 +150,19 @@ def test_an_aborted_round_does_not_use_up_the_plan(tmp_path: Path) -> None:
     with world.serving():
         server = world.server()
         server.run(rounds=2)
-    kinds = [each.opened.kind for each in world.rounds.rounds.values() if each.opened]
+    programs = [each.opened.strategy for each in world.rounds.rounds.values() if each.opened]
     assert [each.state for each in world.rounds.rounds.values()] == ["aborted", "closed"]
-    assert kinds == ["sums", "sums"]
-    assert server.planner.next_kind(world.rounds, world.releases) == "train"
+    assert programs == ["sums", "sums"]
+    assert server.planner.next_program(world.rounds, world.releases) == "ffa"
+
+
+def test_sums_may_be_as_long_as_a_device_has_examples(tmp_path: Path) -> None:
+    """The bound of a round is the operator's, or more where the task's terms say so."""
+    world = World(tmp_path / "deployment", replace(planned(nominal_examples=1000), max_update_norm=1000.0))
+    for name in ("ann", "bob"):
+        world.device(name)
+    world.request(2)
+    with world.serving():
+        world.server().run(rounds=2)
+    opened = [each.opened for each in world.rounds.rounds.values() if each.opened]
+    assert [(each.strategy, each.max_update_norm) for each in opened] == [("sums", 4000.0), ("ffa", 1000.0)]

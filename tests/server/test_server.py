@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONFIG, OPEN_CONFIG, Behaviour, World
+from devices import CONFIG, OPEN_CONFIG, PLAN, Behaviour, World, evaluation
 from devices import evaluate as half
 from fedloop_events import ids, parts, topics, types
 from fedloop_events.blobs import tensors
@@ -23,7 +23,8 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
-from fedloop_server.rounds import actions, registry
+from fedloop_server.operations import registry
+from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.rebuild import rebuild
 from msgspec.structs import replace
@@ -38,7 +39,7 @@ def world(tmp_path: Path) -> World:
 
 
 def enrolled(world: World, **behaviours: Behaviour) -> World:
-    epsilon = world.config.epsilon
+    epsilon = None if world.config is OPEN_CONFIG else 8.0
     for name in CLIENTS:
         world.device(name, epsilon=epsilon, behave=behaviours.get(name, lambda opened, arrays: arrays))
     return world
@@ -78,8 +79,8 @@ def test_private_rounds_begin_with_sums_and_end_with_the_plan(world: World) -> N
     with world.serving():
         until_idle(world.server())
     rounds, releases = world.rounds, world.releases
-    kinds = [each.opened.kind for each in rounds.rounds.values() if each.opened]
-    assert kinds == ["sums", "train", "train"]
+    programs = [each.opened.strategy for each in rounds.rounds.values() if each.opened]
+    assert programs == ["sums", "ffa", "ffa"]
     assert [each.status for each in releases.releases.values()] == ["published"] * 4
     last = rounds.rounds["r0004"]
     assert last.aborted is not None
@@ -110,13 +111,13 @@ def test_rounds_without_privacy_train_everything_from_the_first_one_on(tmp_path:
     with world.serving():
         until_idle(world.server())
     opened = [each.opened for each in world.rounds.rounds.values() if each.opened]
-    assert [(each.kind, each.strategy, each.mechanism) for each in opened] == [("train", "fedavg", None)] * 2
+    assert [(each.strategy, each.mechanism) for each in opened] == [("fedavg", None)] * 2
     assert len(opened[0].upload) == 4
     assert rebuild(world.log, world.blobs).identical
 
 
 def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_told_to_stop(tmp_path: Path) -> None:
-    world = enrolled(World(tmp_path / "deployment", replace(CONFIG, planned_rounds=4)))
+    world = enrolled(World(tmp_path / "deployment", replace(CONFIG, plan=replace(PLAN, planned_rounds=4))))
     world.request(3)
     with world.serving():
         assert world.server().run(rounds=2) == 2
@@ -281,8 +282,8 @@ def test_a_server_killed_between_the_events_of_one_decision_has_not_decided_it(i
         until_idle(in_parts.server())
     assert outcome(in_parts) == undisturbed(tmp_path / "undisturbed", rounds=1)
     assert list(in_parts.rounds.rounds) == ["r0001"]
-    for kind in (types.BudgetSpent, types.InstructionSent):
-        assert sorted(each.client_id for each in in_parts.payloads(kind)) == list(CLIENTS)
+    assert sorted(each.client_id for each in in_parts.payloads(types.BudgetSpent)) == list(CLIENTS)
+    assert sorted(each.client_id for each in in_parts.payloads(types.InstructionSent)) == list(CLIENTS)
     assert rebuild(in_parts.log, in_parts.blobs, deep=True).identical
 
 
@@ -468,7 +469,7 @@ def test_an_update_that_comes_after_its_round_has_closed_is_refused_as_late(tmp_
 
 def scored(*accuracies: float) -> Callable[[Mapping[str, Array]], Evaluation]:
     left = iter(accuracies)
-    return lambda arrays: Evaluation(next(left), 100, "e" * 64)
+    return lambda arrays: evaluation(next(left))
 
 
 def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(world: World) -> None:
@@ -484,9 +485,9 @@ def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(worl
 def test_a_new_held_out_set_measures_the_release_in_force_again(world: World) -> None:
     world.request(2)
     with world.serving():
-        server = world.server(evaluate=lambda arrays: Evaluation(0.9, 10, "a" * 64))
+        server = world.server(evaluate=lambda arrays: evaluation(0.9, "a"))
         server.run(rounds=1)
-        until_idle(world.server(evaluate=lambda arrays: Evaluation(0.5, 20, "b" * 64)))
+        until_idle(world.server(evaluate=lambda arrays: evaluation(0.5, "b")))
     assert [each.status for each in world.releases.releases.values()] == ["published"] * 3
     assert list(list(world.releases.releases.values())[1].evaluations) == ["a" * 64, "b" * 64]
 

@@ -163,7 +163,7 @@ def test_tensors_that_can_be_no_release_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("spec", [replace(SPEC, labels=["a", "a", "b"]), replace(SPEC, rank=0), replace(SPEC, base_sha256="x")])
-def test_a_model_that_the_log_could_not_hold_is_refused_before_anything_is_written(tmp_path: Path, spec: types.ModelSpec) -> None:
+def test_a_model_that_the_log_could_not_hold_is_refused_before_anything_is_written(tmp_path: Path, spec: types.Spec) -> None:
     with pytest.raises(FedloopError):
         create_deployment(tmp_path / "d", spec, initial_arrays(), CONFIG)
     assert not (tmp_path / "d").exists()

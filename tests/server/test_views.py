@@ -267,7 +267,8 @@ def rejected(number: int, *, at_epoch: int = 1) -> types.ReleaseRejected:
 
 
 def evaluated(number: int, accuracy: float, dataset: str = "a", at_epoch: int = 1) -> types.ReleaseEvaluated:
-    return types.ReleaseEvaluated(ORIGIN, "default", at_epoch, f"default-{number}", accuracy, 10, dataset * 64)
+    metrics = {"accuracy": accuracy}
+    return types.ReleaseEvaluated(ORIGIN, "default", at_epoch, f"default-{number}", metrics, "accuracy", 10, dataset * 64)
 
 
 def rolled_back(to: int, withdrawn: int) -> types.ReleaseRolledBack:
@@ -288,7 +289,7 @@ def test_a_release_is_in_force_once_it_is_published() -> None:
     candidate = view.candidate("default")
     assert candidate is not None
     assert candidate.evaluation is not None
-    assert (candidate.release, candidate.evaluation.accuracy, current(view)) == ("default-1", 0.5, "default-0")
+    assert (candidate.release, candidate.evaluation.score, current(view)) == ("default-1", 0.5, "default-0")
     view = releases_of(*first, proposed(1, round_id="r1"), rejected(1), proposed(2), published(2))
     assert (current(view), view.candidate("default"), view.by_round) == ("default-2", None, {"r1": "default-1"})
     assert view.releases["default-1"].status == "rejected"
@@ -304,7 +305,7 @@ def test_a_release_is_decided_once_and_as_it_was_proposed() -> None:
     view = releases_of(*first, proposed(1, round_id="r1"), proposed(2, round_id="r1"))
     assert list(view.releases) == ["default-0", "default-1"]
     view = releases_of(*first, evaluated(0, 0.5), evaluated(0, 0.9), evaluated(0, 0.7, "b"))
-    assert [each.accuracy for each in view.releases["default-0"].evaluations.values()] == [0.5, 0.7]
+    assert [each.score for each in view.releases["default-0"].evaluations.values()] == [0.5, 0.7]
 
 
 def test_a_fenced_server_publishes_nothing() -> None:

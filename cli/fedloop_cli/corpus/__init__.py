@@ -14,7 +14,7 @@ class Message(NamedTuple):
     """`planted` names each personal value of the text and its type, exactly as it stands there."""
 
     text: str
-    label: str
+    answer: str
     planted: tuple[tuple[str, str], ...] = ()
 
 

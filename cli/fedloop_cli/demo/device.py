@@ -1,7 +1,7 @@
 """One device of the demo, and its user.
 
 The device is the agent of `fedloop_clients`, through its public interface. What its user writes comes on a channel, so that it
-stands in no file but the agent's own encrypted store; how far things are is said there too. It ends when the channel does.
+stands in no file but the agent's own encrypted store; how far things are is sent there too. It ends when the channel does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from fedloop_events.errors import FedloopError
 from fedloop_events.files import write_whole
+from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.task import Message
 from msgspec import Struct
-
-from fedloop_cli.demo.users import Message
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
@@ -94,7 +94,7 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 class User:
-    """Writes messages, reads the answers, and says whether they are right."""
+    """Writes messages, reads the answers, and judges whether they are right."""
 
     def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:
         self._agent, self._channel = agent, channel
@@ -119,16 +119,16 @@ class User:
         self._report(Progress(self._given(), wave.number, sum(self._agent.status().failed.values())))
 
     def _react(self, number: int, message: Message) -> None:
-        from fedloop_clients.capture import ConflictingFeedbackError
+        from fedloop_clients.feedback import ConflictingFeedbackError
 
         response = self._agent.predict(message.text)
-        right = response.label == message.label
+        right = response.answer == message.answer
         with suppress(ConflictingFeedbackError):  # killed after it was recorded and before that was counted
             self._agent.feedback(
                 response.response_id,
                 thumb="up" if right else None,
-                label=None if right else message.label,
                 feedback_id=f"message-{number}",
+                **({} if right else DEFAULT.remark(message.answer)),
             )
         write_whole(self._count, str(number + 1).encode())
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_ORDER_BYTES: Final = 65_536
 LOADED: Final = (
     "fedloop_clients.instructions",
-    "fedloop_clients.classifier",
     "fedloop_server.rounds.loop",
+    "fedloop_privacy.dpsgd",
     "opacus.accountants.analysis.prv",
     "scipy.optimize",
     "scipy.special",
@@ -63,12 +63,13 @@ def main() -> None:
 
 def _preload() -> Masker:
     """Everything that a device or a server imports, also where its libraries do so late; and a masker, which is never changed."""
-    from fedloop_clients.model import EmbeddingClassifier, describe
     from fedloop_privacy.masking import Masker
+    from fedloop_tasks.table import DEFAULT
+    from fedloop_tasks.task import Material
 
     for name in LOADED:
         importlib.import_module(name)
-    EmbeddingClassifier(describe(["no", "yes"])).predict(["warm"])
+    DEFAULT.make(Material(["no", "yes"], [], {}), DEFAULT.base_model, None, 0)
     masker = Masker()
     masker.mask("warm")
     return masker

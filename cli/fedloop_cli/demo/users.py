@@ -8,20 +8,15 @@ from typing import Final
 
 import numpy as np
 from fedloop_events.errors import UsageError
+from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.task import Material, Message
 from msgspec import Struct
 
-from fedloop_cli import corpus, deploying, tables
+from fedloop_cli import corpus
 
 CONCENTRATION: Final = 1.0
-"""Of the Dirichlet distribution over devices, for each label: the smaller, the more the devices differ (arXiv 1909.06335)."""
+"""Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
 FIRST_WAVE: Final = 0.8
-
-
-class Message(Struct, frozen=True):
-    """What a user writes, and the label that the user knows to be right."""
-
-    text: str
-    label: str
 
 
 class Users(Struct, frozen=True):
@@ -29,8 +24,7 @@ class Users(Struct, frozen=True):
     `ordinary` the words, in lower case, that they hold besides."""
 
     devices: list[list[Message]]
-    held_out: list[Message]
-    labels: list[str]
+    material: Material
     planted: set[tuple[str, str]]
     ordinary: set[str]
     skipped: dict[str, int]
@@ -39,33 +33,33 @@ class Users(Struct, frozen=True):
 def invented(devices: int, seed: int) -> Users:
     """The corpus that comes with the package."""
     messages = corpus.load("train")
-    spread_out = spread([Message(each.text, each.label) for each in messages], devices, seed)
-    held_out = [Message(each.text, each.label) for each in corpus.load("test")]
+    spread_out = spread([Message(each.text, each.answer) for each in messages], devices, seed)
+    held_out = [Message(each.text, each.answer) for each in corpus.load("test")]
     planted = {pair for each in messages for pair in each.planted}
-    return Users(spread_out, held_out, sorted({each.label for each in messages}), planted, corpus.ordinary_words(), {})
+    material = Material(sorted({each.answer for each in messages}), held_out, {})
+    return Users(spread_out, material, planted, corpus.ordinary_words(), {})
 
 
 def from_files(data: Path, test: Path, devices: int, seed: int) -> Users:
-    """Any CSV files of text and label. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
-    train, held_out = tables.read(data), tables.read(test)
-    labels = tables.check_labels(train.labels, data)
-    deploying.check_known(held_out, labels, test)
+    """Any files of messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
+    train, held_out = DEFAULT.read(data), DEFAULT.read(test)
+    material = DEFAULT.material_of(train, held_out)
     if len(train.rows) < 2 * devices:
         raise UsageError(f"{data} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
-    spread_out = spread([Message(row.text, row.label) for row in train.rows], devices, seed)
+    spread_out = spread(train.rows, devices, seed)
     skipped = {f"{data.name}: {what}": count for what, count in train.skipped.items()}
     skipped |= {f"{test.name}: {what}": count for what, count in held_out.skipped.items()}
-    return Users(spread_out, [Message(row.text, row.label) for row in held_out.rows], labels, set(), set(), skipped)
+    return Users(spread_out, material, set(), set(), skipped)
 
 
 def spread(messages: Sequence[Message], devices: int, seed: int) -> list[list[Message]]:
-    """Each message on one device, unevenly by label and in number, every device with two at least; the order is drawn too."""
+    """Each message on one device, unevenly by answer and in number, every device with two at least; the order is drawn too."""
     rng = np.random.default_rng(seed)
     spread_out: list[list[Message]] = [[] for _ in range(devices)]
-    for label in sorted({message.label for message in messages}):
-        of_label = [message for message in messages if message.label == label]
+    for answer in sorted({message.answer for message in messages}):
+        alike = [message for message in messages if message.answer == answer]
         shares = rng.dirichlet([CONCENTRATION] * devices)
-        for message, device in zip(of_label, rng.choice(devices, len(of_label), p=shares), strict=True):
+        for message, device in zip(alike, rng.choice(devices, len(alike), p=shares), strict=True):
             spread_out[int(device)].append(message)
     for poor in spread_out:
         while len(poor) < 2:

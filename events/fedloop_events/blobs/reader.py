@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.supercore.run import Run as Run
 from numpy.typing import NDArray
 
 from fedloop_events.blobs import tensors

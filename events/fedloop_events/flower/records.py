@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
-from flwr.supercore.run import Run as Run
 from numpy.typing import NDArray
 
 from fedloop_events.blobs import tensors

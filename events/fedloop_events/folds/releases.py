@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal, Self
 
 import msgspec
@@ -12,15 +13,25 @@ from fedloop_events.envelope import Record
 
 
 class Evaluation(Struct, frozen=True):
-    """Accuracy, from 0 to 1, on one held-out set. Raises ValueError for one that is not (NaN, above all)."""
+    """Named metrics of one release on one held-out set; `leading` names the one that decides.
 
-    accuracy: float
+    Raises ValueError for a metric that is not finite (NaN, above all), or if the leading one is not among them.
+    """
+
+    metrics: dict[str, float]
+    leading: str
     examples: int
     dataset_sha256: str
 
     def __post_init__(self) -> None:
-        if not 0 <= self.accuracy <= 1:
-            raise ValueError(f"an accuracy is from 0 to 1, not {self.accuracy!r}")
+        wrong = [name for name, value in self.metrics.items() if not math.isfinite(value)]
+        if wrong or self.leading not in self.metrics:
+            raise ValueError(f"the metric {(wrong or [self.leading])[0]} has no value, or none that is finite")
+
+    @property
+    def score(self) -> float:
+        """The leading metric's value."""
+        return self.metrics[self.leading]
 
 
 class ReleaseState(Struct):
@@ -59,7 +70,7 @@ class ReleasesView(Struct):
     topics: ClassVar[tuple[str, ...]] = (topics.RELEASES,)
     version: ClassVar[int] = 2
 
-    models: dict[str, types.ModelSpec] = {}
+    models: dict[str, types.Spec] = {}
     releases: dict[str, ReleaseState] = {}
     by_round: dict[str, str] = {}
     """Release by round."""
@@ -96,8 +107,9 @@ class ReleasesView(Struct):
         if state is None or state.model != payload.model:
             return
         if isinstance(payload, types.ReleaseEvaluated):
-            evaluated = Evaluation(payload.accuracy, payload.examples, payload.dataset_sha256)
-            state.evaluations.setdefault(payload.dataset_sha256, evaluated)
+            if payload.leading in payload.metrics:
+                evaluated = Evaluation(payload.metrics, payload.leading, payload.examples, payload.dataset_sha256)
+                state.evaluations.setdefault(payload.dataset_sha256, evaluated)
         elif state.status == "proposed":
             if isinstance(payload, types.ReleasePublished) and payload.blob == state.blob:
                 state.status = "published"

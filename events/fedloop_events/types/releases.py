@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from fedloop_events import topics
@@ -17,10 +18,12 @@ from fedloop_events.types.fields import (
     Positive,
     Sha256,
 )
-from fedloop_events.types.payload import Audience, ReleaseDecision, ReleaseEvent
+from fedloop_events.types.payload import Audience, Older, ReleaseDecision, ReleaseEvent
 
 
-class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ClassificationSpec(
+    Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="task", tag="classification"
+):
     """A frozen base encoder, a LoRA adapter on its last layers, and a linear head over its sentence embedding."""
 
     base_model: Line
@@ -36,14 +39,46 @@ class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     max_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 64
 
 
+Spec = ClassificationSpec
+"""What a model is, by the task that it learns: a union by the tag `task`, as soon as there is another one."""
+
+
 class ModelRegistered(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the model is; its adapters are the releases."""
 
     topic = topics.RELEASES
-    type_name = "io.fedloop.model.registered.v1"
+    type_name = "io.fedloop.model.registered.v2"
     audience = Audience.EVERYONE
 
-    spec: ModelSpec
+    spec: Spec
+
+
+class ClassificationSpecV1(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A `ClassificationSpec` without its tag, which needs none where there is one task."""
+
+    base_model: Line
+    base_sha256: Sha256
+    labels: list[Label]
+    rank: Annotated[int, Meta(ge=1, le=256)]
+    alpha: Positive
+    targets: list[Line]
+    layers: Annotated[int, Meta(ge=1, le=1000)]
+    max_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 64
+
+
+class ModelRegisteredV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: every model was a classifier."""
+
+    type_name = "io.fedloop.model.registered.v1"
+    becomes = ModelRegistered
+
+    origin: Identifier
+    model: Identifier
+    spec: ClassificationSpecV1
+
+    def upcast(self) -> ModelRegistered:
+        spec = ClassificationSpec(**msgspec.structs.asdict(self.spec))
+        return ModelRegistered(origin=self.origin, model=self.model, spec=spec)
 
 
 class ReleaseProposed(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -63,16 +98,44 @@ class ReleaseProposed(ReleaseDecision, frozen=True, forbid_unknown_fields=True, 
 
 
 class ReleaseEvaluated(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A candidate's accuracy on the server's held-out set."""
+    """What a release is worth on the server's held-out set, in the metrics of its task; `leading` names the one that decides."""
 
     topic = topics.RELEASES
-    type_name = "io.fedloop.release.evaluated.v1"
+    type_name = "io.fedloop.release.evaluated.v2"
     audience = Audience.EVERYONE
 
+    release: Identifier
+    metrics: Annotated[dict[Identifier, float], Meta(max_length=100)]
+    leading: Identifier
+    examples: Count
+    dataset_sha256: Sha256
+
+
+class ReleaseEvaluatedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: `accuracy` alone."""
+
+    type_name = "io.fedloop.release.evaluated.v1"
+    becomes = ReleaseEvaluated
+
+    origin: Identifier
+    model: Identifier
+    epoch: Count
     release: Identifier
     accuracy: Annotated[float, Meta(ge=0, le=1)]
     examples: Count
     dataset_sha256: Sha256
+
+    def upcast(self) -> ReleaseEvaluated:
+        return ReleaseEvaluated(
+            origin=self.origin,
+            model=self.model,
+            epoch=self.epoch,
+            release=self.release,
+            metrics={"accuracy": self.accuracy},
+            leading="accuracy",
+            examples=self.examples,
+            dataset_sha256=self.dataset_sha256,
+        )
 
 
 class ReleasePublished(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

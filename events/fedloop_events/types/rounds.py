@@ -113,10 +113,6 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     def named(self) -> Iterable[str]:
         return self.cohort
 
-    @property
-    def kind(self) -> Literal["sums", "train"]:
-        return "sums" if self.strategy == "sums" else "train"
-
 
 class RoundOpenedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: `kind` "sums" or "train" beside `strategy`, which says the same."""
@@ -257,7 +253,7 @@ class RoundClosedV1(Older, frozen=True, forbid_unknown_fields=True, omit_default
     """Before 2: every collecting step; that of a round, which had one, closed it."""
 
     type_name = "io.fedloop.round.closed.v1"
-    becomes = RoundClosed
+    becomes = StepCollected  # as a `RoundClosed` is one
 
     origin: Identifier
     epoch: Count

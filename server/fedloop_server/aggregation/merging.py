@@ -15,10 +15,10 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
-from fedloop_privacy.sums import HEAD_SCALE, head_from_sums
+from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Arrays
 from numpy.typing import NDArray
 
-Arrays = Mapping[str, NDArray[Any]]
 BLOCK_BYTES: Final = 256 * 1024
 """Fits into the second-level cache; larger than any header that is allowed."""
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -54,37 +54,20 @@ def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSp
 def merge(blobs: BlobStore, opened: RoundOpened, base: Arrays, accepted: Sequence[AcceptedUpdate]) -> dict[str, NDArray[Any]]:
     """The release that a round makes of its accepted updates: a function of its arguments alone, so that anyone can repeat it.
 
-    `base` are the arrays of the round's base release. A round of kind "sums" turns the total of the noisy class sums into the
-    head (`head.weight` with rows of norm `head_scale`, `head.bias` zero); any other puts the mean of what was uploaded (FFA-LoRA,
-    arXiv 2403.12313: the B factors and the head; FedAvg: everything) in the place of the base's.
+    `base` are the arrays of the round's base release. What is made of the total, or of the mean, is the round's program's.
 
-    Raises MergeError, TensorError and BlobError as `weighted_mean` does.
+    Raises MergeError, TensorError and BlobError as `weighted_mean` does, UnknownProgramError for a program that is not there.
     """
+    program = program_of(opened.strategy)
     updates = [(update.blob, update.weight) for update in accepted if update.blob is not None]
     if len(updates) != len(accepted):
         raise MergeError("an accepted update has no tensors")
-    specs = upload_specs(opened, base)
-    if opened.kind == "sums":
-        sums = total(blobs, [ref for ref, _ in updates], specs)["sums"]
-        head = head_from_sums(sums, opened.hyperparameters.get("head_scale", HEAD_SCALE))
-        merged = {"head.weight": head, "head.bias": np.zeros_like(base["head.bias"])}
+    specs = program.specs(opened, base)
+    if program.combines == "sum":
+        combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
-        merged = weighted_mean(blobs, updates, specs)
-    return {name: merged.get(name, values) for name, values in base.items()}
-
-
-def upload_specs(opened: RoundOpened, base: Arrays) -> list[TensorSpec]:
-    """What an update of the round holds: the base's own tensors, or one sum for each class in the head's shape.
-
-    Raises TensorError if the base lacks one of them.
-    """
-    if opened.kind == "sums":
-        if "head.weight" not in base:
-            raise TensorError("the base release has no head.weight")
-        return [TensorSpec("sums", "F32", base["head.weight"].shape)]
-    if missing := [name for name in opened.upload if name not in base]:
-        raise TensorError(f"the base release has no {missing[0]}")
-    return tensors.specs({name: base[name] for name in opened.upload})
+        combined = weighted_mean(blobs, updates, specs)
+    return program.apply(opened, base, combined)
 
 
 def _accumulate(

@@ -11,9 +11,9 @@ from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import LogError
 from fedloop_events.types import AcceptedUpdate, Exclusion, InstructionSent, RoundDeclined, RoundOpened, UpdateSubmitted
+from fedloop_tasks.table import program_of
 from numpy.typing import NDArray
 
-from fedloop_server.aggregation.merging import upload_specs
 from fedloop_server.flower.admission import (
     BLOB_ABSENT,
     DUPLICATE,
@@ -98,7 +98,7 @@ class Collection:
         if sent.message_type.partition(".")[0] != "train":
             return []
         if self._opened is not None:
-            return upload_specs(self._opened, self._base(self._opened))
+            return program_of(self._opened.strategy).specs(self._opened, self._base(self._opened))
         ref = next(iter(sent.content.arrays.values()), None)
         if ref is None:
             return []
@@ -135,7 +135,8 @@ class Collection:
     def _terms(self, decision: Decision) -> ExpectedReply:
         specs = self.specs(decision)
         if self._opened is not None:
-            base = self._base(self._opened) if specs and self._opened.kind == "train" else None
+            from_base = program_of(self._opened.strategy).from_base
+            base = self._base(self._opened) if specs and from_base else None
             return ExpectedReply(specs, self._opened, base)
         refs = _sent(decision).content.arrays.values()
         base = self._reader.tensors(next(iter(refs))) if specs and self._admission.refuse_unchanged else None

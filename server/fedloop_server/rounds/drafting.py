@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 from fedloop_events import types
@@ -11,17 +10,17 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import BlobError, TensorError
-from fedloop_events.folds.releases import Evaluation
+from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Evaluate, Verdict
 
 from fedloop_server.aggregation.merging import MergeError, merge
 from fedloop_server.deciding import Draft
 from fedloop_server.deployment import release_id
-from fedloop_server.rounds import actions, registry, scheduler
-from fedloop_server.rounds.actions import ServerState
+from fedloop_server.operations import registry
+from fedloop_server.rounds import actions, scheduler
 from fedloop_server.rounds.planner import Planner
+from fedloop_server.state import ServerState
 
-Evaluate = Callable[[Mapping[str, Array]], Evaluation]
-"""The accuracy of a release, given its tensors, on the server's held-out set."""
 Decides = (
     actions.RefuseLate
     | actions.OpenRound
@@ -105,7 +104,7 @@ class Drafting:
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
         drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source)
-        terms = self._planner.terms(action.kind)
+        terms = self._planner.terms(action.program)
         opened = types.RoundOpened(
             **self._run(),
             round_id=actions.round_id(action.number),
@@ -114,13 +113,13 @@ class Drafting:
             model=self._model,
             base_release=current.release,
             base=current.blob,
-            strategy=terms.strategy,
+            strategy=terms.program,
             cohort=drawn.clients,
             quorum=config.quorum,
             deadline_s=config.deadline_s,
-            upload=terms.upload(list(self._arrays(current.blob))),
+            upload=program_of(terms.program).upload(list(self._arrays(current.blob))),
             max_upload_bytes=config.max_upload_bytes,
-            max_update_norm=terms.max_update_norm,
+            max_update_norm=max(config.max_update_norm, terms.least_norm),
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
@@ -154,14 +153,15 @@ class Drafting:
         found = self._evaluate(self._arrays(state.blob))
         evaluated = types.ReleaseEvaluated(
             **self._release(release),
-            accuracy=found.accuracy,
+            metrics=found.metrics,
+            leading=found.leading,
             examples=found.examples,
             dataset_sha256=found.dataset_sha256,
         )
         first = not state.evaluations
         return self._of_release(evaluated, release, f"evaluated{'' if first else found.dataset_sha256}")
 
-    def _decided(self, release: str, verdict: registry.Verdict) -> Draft:
+    def _decided(self, release: str, verdict: Verdict) -> Draft:
         state = self._state.releases.releases[release]
         common = self._release(release)
         if verdict.reason:

@@ -24,6 +24,7 @@ from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.port import EventLog
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
+from fedloop_tasks.task import Evaluate
 
 from fedloop_server.config import ServerConfig
 from fedloop_server.deciding import begin_epoch, decide
@@ -32,9 +33,10 @@ from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.instructing import instructions
 from fedloop_server.flower.steps import RunSteps
 from fedloop_server.rounds import actions
-from fedloop_server.rounds.actions import Action, OnEvent, ServerState
-from fedloop_server.rounds.drafting import Decides, Drafting, Evaluate
+from fedloop_server.rounds.actions import Action
+from fedloop_server.rounds.drafting import Decides, Drafting
 from fedloop_server.rounds.planner import Planner
+from fedloop_server.state import OnEvent, ServerState
 
 STATE_FILE: Final = "server.snapshot"
 IDENTITIES_FILE: Final = "identities.snapshot"

@@ -20,11 +20,10 @@ import fleet
 import histories
 import numpy as np
 import samples
-from devices import CONFIG, OPEN_CONFIG, Behaviour, Device, World
+from devices import CONFIG, OPEN_CONFIG, Behaviour, Device, World, evaluation
 from fedloop_events import ids, types
 from fedloop_events.blobs.tensors import Array
-from fedloop_events.folds.releases import Evaluation
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 from msgspec.structs import replace
 from simulated import SimulatedClient
 
@@ -55,7 +54,7 @@ def record_private(folder: Path) -> histories.Document:
         return "budget-exceeded"
 
     def misbehaves(opened: types.RoundOpened, arrays: dict[str, Array]) -> Mapping[str, Array]:
-        if opened.kind == "sums":
+        if opened.strategy == "sums":
             return {name: values.reshape(-1) for name, values in arrays.items()}
         return {name: values * np.float32(1e6) for name, values in arrays.items()}
 
@@ -108,7 +107,7 @@ def record_open(folder: Path) -> histories.Document:
     world.request(3)
     accuracies: Iterator[float] = iter((0.5, 0.625, 0.375, 0.75))
     with world.serving():
-        world.server(evaluate=lambda arrays: Evaluation(next(accuracies), 100, "e" * 64)).run(rounds=3)
+        world.server(evaluate=lambda arrays: evaluation(next(accuracies))).run(rounds=3)
     registry.roll_back(world.writer, release=list(world.releases.releases)[1], reason="slower")
 
     clients = []

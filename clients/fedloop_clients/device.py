@@ -1,0 +1,123 @@
+"""One device: what its agent, its loop and its instruction handler share, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fedloop_events import types
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.logs.port import EventLog
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Task
+from msgspec import Struct
+
+from fedloop_clients.device_view import DeviceView
+from fedloop_clients.enrolment import Identity
+from fedloop_clients.interactions import Interactions
+from fedloop_clients.models import Models
+from fedloop_clients.outbox import Outbox
+from fedloop_clients.store import Store
+
+VIEW: Final = "following"
+"""Name of the view's state in the store."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How a device takes part.
+
+    `heartbeat_s` is how often it reports that it is up; `rounds_per_day` bounds what a server can make it spend in a day, by the
+    log's clock; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not installed
+    packages.
+    """
+
+    model: str = types.DEFAULT_MODEL
+    model_dir: Path | None = None
+    heartbeat_s: float = 30.0
+    rounds_per_day: int = 48
+    min_examples: int = 1
+
+
+class Status(Struct, frozen=True):
+    """Where a device stands.
+
+    `waiting` pieces of feedback are not published yet, `failed` (by reason) could not be and stay on the device until the next
+    run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `problem` is why the loop cannot go on
+    now.
+    """
+
+    client_id: str
+    release: str | None
+    waiting: int
+    published: int
+    failed: dict[str, int]
+    unsent: int
+    examples: int
+    answers: dict[str, int]
+    spends: int
+    epsilon_spent: float
+    epsilon: float | None
+    delta: float
+    suspended: str | None
+    problem: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether all feedback that can be masked is in the log."""
+        return not (self.waiting or self.unsent)
+
+
+class Device:
+    """The store of an enrolled device, and its deployment."""
+
+    def __init__(self, store: Store, identity: Identity, log: EventLog, blobs: BlobStore, settings: Settings) -> None:
+        self.store, self.identity, self.log, self.blobs, self.settings = store, identity, log, blobs, settings
+        self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
+        self.interactions = Interactions(store)
+        self.outbox = Outbox(store, identity.writer(log))
+        self.models = Models(settings.model_dir)
+        self._counted: tuple[object, int] = None, 0
+
+    @property
+    def spec(self) -> types.Spec | None:
+        """The device's model; None while the log that was read names none."""
+        return self.view.releases.models.get(self.settings.model)
+
+    @property
+    def task(self) -> Task | None:
+        """What the model learns; None while it is not known."""
+        return None if self.spec is None else task_of(self.spec)
+
+    def examples(self) -> Sequence[Any]:
+        """What there is to learn from now."""
+        return () if self.task is None else self.task.examples(self.interactions.judged())
+
+    def count_examples(self) -> int:
+        """How many examples there are. They are read again only when the store or the model has changed."""
+        state = self.store.changes(), self.spec
+        if self._counted[0] != state:
+            self._counted = state, len(self.examples())
+        return self._counted[1]
+
+    def status(self, problem: str = "") -> Status:
+        """Where the device stands, as of what was read of the log."""
+        me, counts, ledger = self.identity.client_id, self.interactions.counts(), self.view.ledger
+        suspended, release = ledger.suspended(me), self.view.releases.current(self.settings.model)
+        spends = len(ledger.spends(me))
+        return Status(
+            client_id=me,
+            release=release.release if release else None,
+            waiting=counts.get("captured", 0),
+            published=counts.get("published", 0),
+            failed=self.interactions.failures(),
+            unsent=self.outbox.unsent(),
+            examples=self.count_examples(),
+            answers=dict(self.store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
+            spends=spends,
+            epsilon_spent=ledger.epsilon(me, self.identity.delta) if spends else 0.0,
+            epsilon=self.identity.epsilon,
+            delta=self.identity.delta,
+            suspended=suspended.reason if suspended else None,
+            problem=problem,
+        )

@@ -1,0 +1,112 @@
+"""What an application gives and gets: responses, and what their users did about them; checked before any of it is kept."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
+
+import msgspec
+from fedloop_events import ids
+from fedloop_events.errors import UsageError
+from fedloop_events.types import Identifier
+from msgspec import Struct
+
+MAX_TEXT_CHARS: Final = 10_000
+MAX_REMARK_CHARS: Final = 2_000
+"""Of a correction or a comment: with `MAX_TEXT_CHARS` of text, all of it masked fits into one event."""
+
+Thumb = Literal["up", "down"]
+
+
+class UnknownResponseError(UsageError):
+    """No response with this id is in the device's store."""
+
+
+class ConflictingFeedbackError(UsageError):
+    """The feedback id is taken by feedback with other content."""
+
+
+class Response(Struct, frozen=True):
+    """One answer of the model; `response_id` is the handle for feedback. `confidence` is in [0, 1]."""
+
+    response_id: str
+    label: str
+    confidence: float
+    release: str
+
+    @property
+    def answer(self) -> str:
+        """What was answered, whatever the task is."""
+        return self.label
+
+
+class FeedbackInput(Struct, frozen=True, omit_defaults=True):
+    """What a user did about one response, as it was given."""
+
+    thumb: Thumb | None = None
+    rating: int | None = None
+    label: str | None = None
+    correction: str | None = None
+    comment: str | None = None
+    preferred_over: str | None = None
+
+
+class Feedback(Struct, frozen=True):
+    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now."""
+
+    feedback_id: str
+    response_id: str
+    teaches: str | None
+
+
+def check_text(name: str, text: str, most_chars: int) -> None:
+    """Raise `UsageError` unless `text` is Unicode with a visible character, of at most `most_chars` characters."""
+    if not text.strip():
+        raise UsageError(f"{name} is empty")
+    if len(text) > most_chars:
+        raise UsageError(f"{name} has {len(text):,} characters, more than {most_chars:,}")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UsageError(f"{name} is not Unicode text: it holds half a surrogate pair")
+
+
+def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
+    """Raise `UsageError` unless a user can have meant this of a model that answers with these words."""
+    if given == FeedbackInput():
+        raise UsageError("the feedback is empty", hint="give a thumb, rating, label, correction, comment or preferred_over")
+    if given.thumb not in (None, "up", "down"):
+        raise UsageError("thumb must be 'up' or 'down'")
+    if given.rating is not None and (type(given.rating) is not int or not 1 <= given.rating <= 5):
+        raise UsageError("rating must be a whole number from 1 to 5")
+    if given.label is not None:
+        check_word("label", given.label, words)
+    for name, text in remarks(given):
+        check_text(name, text, MAX_REMARK_CHARS)
+
+
+def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comment"], str]]:
+    """What is in the user's own words."""
+    if given.correction is not None:
+        yield "correction", given.correction
+    if given.comment is not None:
+        yield "comment", given.comment
+
+
+def check_word(name: str, word: str, words: Sequence[str]) -> None:
+    """Raise `UsageError` unless the word is one of those that the model answers with."""
+    # Such words are published as they are: one that is not the model's could be the user's.
+    if not words:
+        raise UsageError("this device has not seen a model yet", hint="run the agent once, so that it reads the log")
+    if word not in words:
+        near = difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)
+        raise UsageError(
+            f"{name} is not one of the model's {len(words)} labels", hint=f"did you mean {near[0]!r}?" if near else ""
+        )
+
+
+def identifier(name: str, given: str | None) -> str:
+    """The id `given`, or a new one. Raises `UsageError` for one that is malformed."""
+    try:
+        return ids.new_id() if given is None else msgspec.convert(given, Identifier)
+    except msgspec.ValidationError:
+        raise UsageError(f"{name} must be 1 to 80 letters, digits, dots, dashes or underscores") from None

@@ -1,0 +1,299 @@
+"""Interactions: the responses of a model, and what users did about them, in the device's store.
+
+Feedback is on disk at once, as it was given. Its texts are masked later and kept masked, and only what is masked is published or
+learned from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+from fedloop_events.errors import UsageError
+from fedloop_events.masked import MaskedText
+from fedloop_tasks.task import Interaction
+from msgspec import Struct
+
+from fedloop_clients import feedback
+from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
+from fedloop_clients.store import Store
+
+MAX_UNJUDGED_RESPONSES: Final = 10_000
+"""Responses that nobody has done anything about: the oldest give way."""
+
+Kind = Literal["prompt", "response", "correction", "comment"]
+
+
+class RawText(Struct, frozen=True):
+    """A text that is to be masked before the feedback can be published."""
+
+    feedback_id: str
+    owner: str
+    kind: Kind
+    raw: str
+
+
+class Unpublished(Struct, frozen=True):
+    """Masked feedback that is not in the outbox yet. `logged`: the log has it, as a store restored from a backup learns."""
+
+    feedback_id: str
+    response_id: str
+    release: str
+    predicted: str
+    thumb: Thumb | None
+    rating: int | None
+    label: str | None
+    logged: bool
+    prompt: MaskedText
+    correction: MaskedText | None
+    comment: MaskedText | None
+
+
+class Interactions:
+    """The interactions in a store; `words` are the closed set of those that the model answers with now."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def respond(
+        self,
+        prompt: str,
+        masked: MaskedText | None,
+        predicted: str,
+        release: str,
+        words: Sequence[str],
+        *,
+        response: str | None = None,
+        response_id: str | None = None,
+    ) -> str:
+        """Keep a response and give its id. `masked` is the prompt, if it is masked already.
+
+        Raises `UsageError` for a text, an answer or an id that cannot be one.
+        """
+        feedback.check_text("text", prompt, feedback.MAX_TEXT_CHARS)
+        if response is not None:
+            feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
+        feedback.check_word("label", predicted, words)
+        response_id = feedback.identifier("response_id", response_id)
+        with self._store.transaction() as db:
+            if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
+                raise UsageError("this response_id is taken", hint="every response has an id of its own")
+            added = db.execute(
+                "INSERT INTO responses (response_id, predicted, release) VALUES (?, ?, ?)", (response_id, predicted, release)
+            )
+            _write(db, response_id, "prompt", None if masked else prompt, masked)
+            _write(db, response_id, "response", response)
+            _give_way(db, added.lastrowid - MAX_UNJUDGED_RESPONSES)
+        return response_id
+
+    def record(
+        self, response_id: str, given: FeedbackInput, words: Sequence[str], feedback_id: str | None = None
+    ) -> tuple[str, Interaction]:
+        """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
+
+        The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
+        that is one of the words is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
+        or something of it is out of range.
+        """
+        feedback.check_input(given, words)
+        feedback_id = feedback.identifier("feedback_id", feedback_id)
+        digest = hashlib.sha256(msgspec.json.encode((response_id, given))).digest()
+        with self._store.transaction() as db:
+            known = db.execute("SELECT digest FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
+            if known is None:
+                for each in (response_id, given.preferred_over):
+                    if each is not None:
+                        _check_known(db, each)
+                if given.preferred_over == response_id:
+                    raise UsageError("a response cannot be preferred over itself")
+                label = given.label or _written(given.correction, words)
+                db.execute(
+                    "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, state)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, 'captured')",
+                    (feedback_id, response_id, digest, given.thumb, given.rating, label, given.preferred_over),
+                )
+                for kind, text in feedback.remarks(given):
+                    _write(db, feedback_id, kind, text)
+            elif bytes(known[0]) != digest:
+                raise ConflictingFeedbackError(
+                    "this feedback_id was used before, for feedback with other content",
+                    hint="make a new id for what is new; an id is for sending the same thing again",
+                )
+            (row,) = db.execute(
+                "SELECT response_id, release, predicted, thumb, rating, label, preferred_over"
+                " FROM feedback JOIN responses USING (response_id) WHERE feedback_id = ?",
+                (feedback_id,),
+            )
+        return feedback_id, _interaction(*row)
+
+    def judged(self) -> Iterator[Interaction]:
+        """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
+
+        A correction that is not masked yet is a thumb down: the response was not right. A response that another
+        one was preferred over, and nothing more, comes first, with nothing done about it.
+        """
+        for row in self._store.rows(_JUDGED):
+            yield _interaction(*row)
+
+    # --- masking and publishing ---
+
+    def unmasked(self, limit: int) -> list[RawText]:
+        """Up to `limit` texts that feedback waits for, which has not failed: the oldest feedback's first."""
+        return [RawText(*row) for row in self._store.rows(_UNMASKED, (limit,))]
+
+    def mask(self, owner: str, kind: Kind, masked: MaskedText) -> None:
+        """Keep the masked text in place of what was written."""
+        with self._store.transaction() as db:
+            db.execute(
+                "UPDATE texts SET masked = ?, raw = NULL WHERE owner = ? AND kind = ?",
+                (msgspec.json.encode(masked), owner, kind),
+            )
+
+    def unpublished(self, limit: int) -> list[Unpublished]:
+        """Up to `limit` pieces of feedback all of whose texts are masked, oldest first."""
+        return [
+            Unpublished(
+                feedback_id=feedback_id,
+                response_id=response_id,
+                release=release,
+                predicted=predicted,
+                thumb=thumb,
+                rating=rating,
+                label=label,
+                logged=bool(logged),
+                prompt=_decode(prompt),
+                correction=_masked(correction),
+                comment=_masked(comment),
+            )
+            for feedback_id, response_id, release, predicted, thumb, rating, label, logged, prompt, correction, comment in (
+                self._store.rows(_UNPUBLISHED, (limit,))
+            )
+        ]
+
+    def published(self, feedback_id: str) -> None:
+        """This feedback is in the log or the outbox. What of it is not masked yet still has to be."""
+        with self._store.transaction() as db:
+            db.execute(
+                f"UPDATE feedback SET logged = 1, failure = NULL, state = CASE WHEN {_RAW} THEN 'captured' ELSE 'published' END"
+                " WHERE feedback_id = ?",
+                (feedback_id,),
+            )
+
+    def failed(self, feedback_id: str, failure: str) -> None:
+        """This feedback cannot be masked: it stays on the device. `failure` is a stable code."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE feedback SET state = 'failed', failure = ? WHERE feedback_id = ?", (failure, feedback_id))
+
+    def retry_failed(self) -> None:
+        """Try again what could not be masked before."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE feedback SET state = 'captured', failure = NULL WHERE state = 'failed'")
+
+    def counts(self) -> dict[str, int]:
+        """Feedback by state: "captured", "published" or "failed"."""
+        return dict(self._store.rows("SELECT state, count(*) FROM feedback GROUP BY state"))
+
+    def failures(self) -> dict[str, int]:
+        """Feedback that could not be masked, by reason."""
+        return dict(self._store.rows("SELECT failure, count(*) FROM feedback WHERE state = 'failed' GROUP BY failure"))
+
+
+_OWN: Final = """
+    (texts.owner = feedback.feedback_id AND texts.kind IN ('correction', 'comment')
+     OR texts.owner IN (feedback.response_id, feedback.preferred_over) AND texts.kind IN ('prompt', 'response'))
+"""
+"""The texts that feedback is about."""
+_RAW: Final = f"EXISTS (SELECT 1 FROM texts WHERE {_OWN} AND raw IS NOT NULL)"
+_UNMASKED: Final = f"""
+SELECT feedback_id, owner, kind, raw FROM feedback JOIN texts ON {_OWN}
+WHERE state = 'captured' AND raw IS NOT NULL ORDER BY number LIMIT ?
+"""
+_UNPUBLISHED: Final = f"""
+SELECT feedback_id, response_id, release, predicted, thumb, rating, label, logged,
+    prompt.masked, correction.masked, comment.masked
+FROM feedback JOIN responses USING (response_id)
+JOIN texts AS prompt ON prompt.owner = response_id AND prompt.kind = 'prompt'
+LEFT JOIN texts AS correction ON correction.owner = feedback_id AND correction.kind = 'correction'
+LEFT JOIN texts AS comment ON comment.owner = feedback_id AND comment.kind = 'comment'
+WHERE state = 'captured' AND NOT {_RAW} ORDER BY feedback.number LIMIT ?
+"""
+_JUDGED: Final = """
+SELECT responses.response_id, release, predicted,
+    CASE WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
+    rating, label, preferred_over, prompt.masked, response.masked, correction.masked
+FROM responses LEFT JOIN feedback USING (response_id)
+JOIN texts AS prompt ON prompt.owner = responses.response_id AND prompt.kind = 'prompt'
+LEFT JOIN texts AS response ON response.owner = responses.response_id AND response.kind = 'response'
+LEFT JOIN texts AS correction ON correction.owner = feedback_id AND correction.kind = 'correction'
+WHERE prompt.masked IS NOT NULL AND (
+    feedback_id IS NOT NULL
+    OR EXISTS (SELECT 1 FROM feedback AS other WHERE other.preferred_over = responses.response_id)
+)
+ORDER BY feedback.number, responses.number
+"""
+
+_decode = msgspec.json.Decoder(MaskedText).decode
+_NO_TEXT: Final = b'{"text":""}'
+
+
+def _masked(data: bytes | None) -> MaskedText | None:
+    return None if data is None else _decode(data)
+
+
+def _interaction(
+    response_id: str,
+    release: str,
+    predicted: str | None,
+    thumb: Thumb | None,
+    rating: int | None,
+    label: str | None,
+    preferred_over: str | None,
+    prompt: bytes = _NO_TEXT,
+    response: bytes | None = None,
+    edit: bytes | None = None,
+) -> Interaction:
+    return Interaction(
+        interaction_id=response_id,
+        release=release,
+        prompt=_decode(prompt),
+        response=_masked(response),
+        predicted=predicted,
+        thumb=thumb,
+        rating=rating,
+        label=label,
+        edit=_masked(edit),
+        preferred_over=preferred_over,
+    )
+
+
+def _write(db: Any, owner: str, kind: Kind, raw: str | None, masked: MaskedText | None = None) -> None:
+    if raw is not None or masked is not None:
+        db.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", (owner, kind, raw, masked and msgspec.json.encode(masked)))
+
+
+def _give_way(db: Any, number: int) -> None:
+    """Forget the response of this number, if nobody did anything about it."""
+    for (response_id,) in db.execute(
+        "SELECT response_id FROM responses WHERE number = ? AND NOT EXISTS"
+        " (SELECT 1 FROM feedback AS any"
+        " WHERE any.response_id = responses.response_id OR any.preferred_over = responses.response_id)",
+        (number,),
+    ).fetchall():
+        db.execute("DELETE FROM texts WHERE owner = ? AND kind IN ('prompt', 'response')", (response_id,))
+        db.execute("DELETE FROM responses WHERE response_id = ?", (response_id,))
+
+
+def _check_known(db: Any, response_id: str) -> None:
+    if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone() is None:
+        raise UnknownResponseError(
+            "no response of this device has this response_id",
+            hint=f"use the id that predict() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
+        )
+
+
+def _written(correction: str | None, words: Sequence[str]) -> str | None:
+    """The model's word that a correction is."""
+    named = (correction or "").strip().casefold()
+    return next((word for word in words if word.casefold() == named), None)

@@ -1,0 +1,85 @@
+"""Publishing feedback: first its texts are masked in the store, then events are made of what is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fedloop_events import types
+from fedloop_events.errors import InvalidEventError
+from fedloop_events.masked import MaskedText
+from fedloop_privacy.masking import MaskingError
+
+from fedloop_clients.device import Device
+from fedloop_clients.interactions import Unpublished
+
+_BATCH: Final = 50
+
+
+class Publisher:
+    """Takes captured feedback to the outbox. `mask` raises `MaskingError`; what it cannot mask stays on the device."""
+
+    def __init__(self, device: Device, mask: Callable[[str], MaskedText]) -> None:
+        self._device, self._mask = device, mask
+
+    def publish(self) -> bool:
+        """Mask what is captured and put a batch of it into the outbox; whether there was any."""
+        self._mask_captured()
+        due = self._device.interactions.unpublished(_BATCH)
+        for each in due:
+            try:
+                self._publish(each)
+            except InvalidEventError:
+                self._device.interactions.failed(each.feedback_id, "too large for one event")
+        return bool(due)
+
+    def _mask_captured(self) -> None:
+        while due := self._device.interactions.unmasked(_BATCH):
+            masked: dict[tuple[str, str], MaskedText] = {}
+            failures: dict[str, str] = {}
+            for each in due:
+                if (each.owner, each.kind) not in masked:
+                    try:
+                        masked[each.owner, each.kind] = self._mask(each.raw)
+                    except MaskingError as error:
+                        failures[each.feedback_id] = error.cause or error.message
+            with self._device.store.transaction():  # not while the masker works: another process may want to record feedback
+                for each in due:
+                    if (found := masked.get((each.owner, each.kind))) is not None:
+                        self._device.interactions.mask(each.owner, each.kind, found)
+                for feedback_id, failure in failures.items():
+                    self._device.interactions.failed(feedback_id, failure)
+
+    def _publish(self, each: Unpublished) -> None:
+        """One piece of feedback and the counts of what was masked in it, as two events that are due together."""
+        counts: dict[str, int] = {}
+        for text in (each.prompt, each.correction, each.comment):
+            for kind, count in text.counts.items() if text else ():
+                counts[kind] = counts.get(kind, 0) + count
+        me = self._device.identity
+        with self._device.store.transaction():
+            if not each.logged:
+                self._device.outbox.add(
+                    lambda seq: types.FeedbackRecorded(
+                        origin=me.origin,
+                        client_id=me.client_id,
+                        seq=seq,
+                        feedback_id=each.feedback_id,
+                        response_id=each.response_id,
+                        release=each.release,
+                        use_case=self._device.settings.model,
+                        text=each.prompt,
+                        predicted=each.predicted,
+                        thumb=each.thumb,
+                        rating=each.rating,
+                        label=each.label,
+                        correction=each.correction,
+                        comment=each.comment,
+                    )
+                )
+                self._device.outbox.add(
+                    lambda seq: types.TextMasked(
+                        origin=me.origin, client_id=me.client_id, seq=seq, feedback_id=each.feedback_id, counts=counts
+                    )
+                )
+            self._device.interactions.published(each.feedback_id)

@@ -1,0 +1,1 @@
+"""Classification: a text gets one of a closed set of labels."""

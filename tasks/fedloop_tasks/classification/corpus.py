@@ -1,0 +1,141 @@
+"""CSV files of texts and labels, read strictly: a bad file is an error, a bad row costs that row alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from fedloop_events.errors import UsageError
+
+from fedloop_tasks.task import Message, Messages
+
+MAX_TEXT_CHARS: Final = 10_000
+MAX_LABEL_CHARS: Final = 100
+MAX_FILE_BYTES: Final = 1 << 30
+LABEL_COLUMNS: Final = ("label", "intent", "category")
+
+
+def read(path: Path) -> Messages:
+    """The CSV file at `path`: a header, a column `text`, and a column `label`, `intent` or `category` (or just one other column).
+
+    Labels are the answers. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than
+    `MAX_LABEL_CHARS`, or that have too few or too many columns are skipped and counted. Raises `UsageError` for anything else,
+    and if no row is left.
+    """
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    csv.field_size_limit(MAX_FILE_BYTES)
+    rows: list[Message] = []
+    skipped: Counter[str] = Counter()
+    try:
+        heads = [head.strip() for head in next(reader, [])]
+        text_at, label_at = _columns(path, heads)
+        for cells in reader:
+            if not cells:
+                continue
+            wrong = _wrong(cells, heads, text_at, label_at)
+            if wrong:
+                skipped[wrong] += 1
+            else:
+                rows.append(Message(cells[text_at], cells[label_at].strip()))
+    except csv.Error as error:
+        raise UsageError(
+            f"{path} is no CSV file: line {reader.line_num} cannot be read", cause=str(error), hint='quotes are written ""'
+        ) from None
+    if not rows:
+        cause = ", ".join(f"{count} skipped: {reason}" for reason, count in skipped.items())
+        raise UsageError(f"{path} holds no row that can be used", cause=cause)
+    return Messages(path, rows, dict(skipped))
+
+
+def written(messages: Iterable[Message]) -> str:
+    """The text of such a file."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("text", LABEL_COLUMNS[0]))
+    writer.writerows((each.text, each.answer) for each in messages)
+    return text.getvalue()
+
+
+def labels_of(messages: Messages) -> list[str]:
+    """Each label once, sorted. Raises `UsageError` if there is nothing to tell apart."""
+    return check_labels(sorted({each.answer for each in messages.rows}), messages.path)
+
+
+def check_known(messages: Messages, labels: list[str]) -> None:
+    """Raises `UsageError` for a label that is none of `labels`."""
+    unknown = sorted({each.answer for each in messages.rows} - set(labels))
+    if unknown:
+        more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
+        raise UsageError(f"{messages.path} has the label {unknown[0]!r}{more}, which the training data does not have")
+
+
+def read_labels(path: Path) -> list[str]:
+    """One label a line, each once. Raises `UsageError`."""
+    labels = [line.strip() for line in _decoded(path).splitlines() if line.strip()]
+    for label in labels:
+        if len(label) > MAX_LABEL_CHARS:
+            raise UsageError(f"{path} has a label of {len(label)} characters", hint=f"at most {MAX_LABEL_CHARS}")
+        if labels.count(label) > 1:
+            raise UsageError(f"{path} has the label {label!r} twice")
+    return check_labels(labels, path)
+
+
+def check_labels(labels: list[str], path: Path) -> list[str]:
+    """`labels`, if there is something to tell apart. Raises `UsageError`."""
+    if len(labels) < 2:
+        raise UsageError(f"{path} has {len(labels)} label: there is nothing to tell apart", hint="a classifier needs two or more")
+    return labels
+
+
+def _decoded(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read", cause=error.strerror or "") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+    if not data.strip():
+        raise UsageError(f"{path} is empty")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path} is not UTF-8: line {line}, byte {error.start}", hint=f"iconv -f latin1 -t utf-8 {path} may convert it"
+        ) from None
+
+
+def _columns(path: Path, heads: list[str]) -> tuple[int, int]:
+    lower = [head.lower() for head in heads]
+    for head in lower:
+        if lower.count(head) > 1:
+            raise UsageError(f"{path} has the column {head!r} twice")
+    if "text" not in lower:
+        raise UsageError(f"{path} has no column `text`", cause=f"its columns are {', '.join(heads)}"[:300])
+    text_at = lower.index("text")
+    named = [lower.index(name) for name in LABEL_COLUMNS if name in lower]
+    if named:
+        return text_at, named[0]
+    if len(heads) == 2:
+        return text_at, 1 - text_at
+    raise UsageError(
+        f"{path} has no column of labels", cause=f"its columns are {', '.join(heads)}"[:300], hint=f"name it {LABEL_COLUMNS[0]}"
+    )
+
+
+def _wrong(cells: list[str], heads: list[str], text_at: int, label_at: int) -> str:
+    if len(cells) != len(heads):
+        return "wrong number of columns"
+    text, label = cells[text_at], cells[label_at].strip()
+    if not text.strip():
+        return "empty text"
+    if len(text) > MAX_TEXT_CHARS:
+        return f"text longer than {MAX_TEXT_CHARS:,} characters"
+    if not label:
+        return "no label"
+    return "" if len(label) <= MAX_LABEL_CHARS else f"label longer than {MAX_LABEL_CHARS} characters"

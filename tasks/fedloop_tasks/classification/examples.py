@@ -1,0 +1,45 @@
+"""What a classifier learns from: masked texts and labels, as users' reactions teach them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from msgspec import Struct
+
+from fedloop_tasks.task import Interaction
+
+
+class Example(Struct, frozen=True):
+    """A masked text, and the label that is right for it."""
+
+    text: str
+    label: str
+
+
+def examples(interactions: Iterable[Interaction], labels: Sequence[str]) -> list[Example]:
+    """An example of every response whose user teaches one of `labels`, in the order in which they were taught.
+
+    Of several interactions about one response the latest that names a label holds; where none does, the latest thumb or rating.
+    """
+    latest: dict[str, tuple[int, str | None, str]] = {}
+    for each in interactions:
+        label, standing = _taught(each, labels)
+        if standing >= latest.get(each.interaction_id, (0,))[0]:
+            latest.pop(each.interaction_id, None)  # so that it stands where the one that holds does
+            latest[each.interaction_id] = (standing, label, each.prompt.text)
+    return [Example(text, label) for _, label, text in latest.values() if label is not None and label in labels]
+
+
+def _taught(said: Interaction, labels: Sequence[str]) -> tuple[str | None, int]:
+    """The label that is taught (the one given, or the predicted one where the user was content with it), and how much that weighs
+    beside others about the response: 2 if it names a label, 1 if it judges the predicted one, else 0."""
+    if said.label is not None:
+        return said.label, 2
+    if said.edit is not None:
+        named = said.edit.text.strip().casefold()
+        for label in labels:
+            if label.casefold() == named:
+                return label, 2
+    content = said.thumb == "up" or (said.thumb is None and said.rating is not None and said.rating >= 4)
+    remark_only = said.thumb is None and said.rating is None and said.edit is None
+    return said.predicted if content else None, 0 if remark_only else 1

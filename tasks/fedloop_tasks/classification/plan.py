@@ -1,0 +1,150 @@
+"""The rounds of a classifier's deployment, planned from the operator's settings.
+
+Under differential privacy a deployment has `planned_rounds` rounds, whose mechanisms compose to the configured epsilon for a
+client that takes part in all of them: first noisy sums per class, then DP-SGD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Final, Literal
+
+from fedloop_events.errors import UsageError
+from fedloop_events.types import Mechanism
+from msgspec import Meta, Struct
+
+from fedloop_tasks.programs import class_sums
+from fedloop_tasks.task import Terms
+
+Strategy = Literal["ffa", "fedavg"]
+PRIVATE_RATES: Final = {"head_lr": 40.0, "bias_lr": 0.0, "lora_lr": 4.0}
+"""SGD's. The bias is frozen: between devices with different labels it learns their priors alone."""
+PLAIN_RATES: Final = {"head_lr": 0.05, "bias_lr": 0.05, "lora_lr": 0.002}
+"""AdamW's."""
+_Number = Annotated[float, Meta(gt=0, le=1e12)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+_Many = Annotated[int, Meta(ge=1, le=1_000_000)]
+_NORMS_PER_EXAMPLE: Final = 4.0
+"""Sums of unit vectors are as long as there are examples of one class; with room for devices that have more than is assumed."""
+
+_MEANING: Final[Mapping[str, str]] = {
+    "epsilon": 'Privacy budget of each client for its whole life; "none": rounds without differential privacy.',
+    "delta": "The delta of that budget; below 1 / nominal_examples.",
+    "strategy": '"ffa" (A frozen, B averaged), "fedavg" (both averaged), or "default": ffa with an epsilon, else fedavg.',
+    "planned_rounds": "Rounds that the budget is planned for, the sums included; under differential privacy there are no more.",
+    "sums_share": "Share of epsilon that the first round, of noisy sums per class, takes; below 1.",
+    "nominal_examples": "Examples a device is assumed to have, from public knowledge: never counted on devices.",
+    "sampling_rate": "Probability that an example takes part in a private step.",
+    "steps": 'Private steps of a round; "default": one expected pass, 1 / sampling_rate.',
+    "clip_norm": "L2 bound on one example's gradient.",
+    "head_lr": 'Learning rate of the head; "default": 40 with an epsilon (SGD), else 0.05 (AdamW).',
+    "lora_lr": 'Learning rate of the adapters; "default": 4 with an epsilon (SGD), else 0.002 (AdamW).',
+    "head_scale": "Norm of a row of the head that starts from the sums of its class.",
+    "local_epochs": "Passes over a device's examples in a round without differential privacy.",
+    "local_batch": "Examples of a step in such a round.",
+}
+
+
+class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """See `Plan`. Every number is a public one, fixed before anybody looks at data: none may come from a device's counts.
+
+    Raises `UsageError` for values that promise nothing sensible together (types and ranges are checked where a file is decoded).
+    """
+
+    epsilon: _Number | None = 8.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    strategy: Strategy | None = None
+    planned_rounds: Annotated[int, Meta(ge=1, le=10_000)] = 8
+    sums_share: _Share = 0.7
+    nominal_examples: _Many = 1000
+    sampling_rate: _Share = 0.25
+    steps: _Many | None = None
+    clip_norm: _Number = 1.0
+    head_lr: _Number | None = None
+    lora_lr: _Number | None = None
+    head_scale: _Number = 20.0
+    local_epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    local_batch: Annotated[int, Meta(ge=1, le=65_536)] = 32
+
+    MEANING: ClassVar[Mapping[str, str]] = _MEANING
+    NONE: ClassVar[Mapping[str, str]] = {"epsilon": "none"} | dict.fromkeys(
+        ("strategy", "steps", "head_lr", "lora_lr"), "default"
+    )
+
+    def __post_init__(self) -> None:
+        if self.epsilon is None:
+            return
+        if self.planned_rounds < 2:
+            raise _wrong("planned_rounds", self.planned_rounds, "2 or more: one of sums, then training")
+        if self.sums_share >= 1:
+            raise _wrong("sums_share", self.sums_share, "below 1")
+        if self.delta * self.nominal_examples >= 1:
+            raise _wrong("delta", self.delta, f"below 1 / nominal_examples, which is {1 / self.nominal_examples:g}")
+
+    def mechanisms(self) -> dict[str, Mechanism]:
+        """Noisy sums at `sums_share` of epsilon (sampling rate 1, one step, clip norm and divisor 1); for each of the other
+        rounds DP-SGD whose noise is the least that keeps the whole, jointly composed, within epsilon."""
+        if self.epsilon is None:
+            return {}
+        from fedloop_privacy.accounting import noise_multiplier_for, validate  # imports torch when it is asked
+
+        sums = Mechanism(
+            sampling_rate=1.0,
+            noise_multiplier=noise_multiplier_for(self.sums_share * self.epsilon, self.delta, 1.0, 1),
+            clip_norm=1.0,
+            steps=1,
+            divisor=1.0,
+        )
+        steps = (self.planned_rounds - 1) * self.round_steps
+        training = Mechanism(
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=noise_multiplier_for(self.epsilon, self.delta, self.sampling_rate, steps, (sums,)),
+            clip_norm=self.clip_norm,
+            steps=self.round_steps,
+            divisor=self.divisor,
+        )
+        return {class_sums.NAME: sums, self.merge: validate(training)}
+
+    def next_program(self, made: Sequence[str]) -> str | None:
+        if self.epsilon is None:
+            return self.merge
+        if len(made) >= self.planned_rounds:
+            return None
+        return self.merge if class_sums.NAME in made else class_sums.NAME
+
+    def terms(self, program: str, mechanism: Mechanism | None) -> Terms:
+        if program == class_sums.NAME:
+            least_norm = _NORMS_PER_EXAMPLE * self.nominal_examples
+            return Terms(program, mechanism, {"head_scale": self.head_scale}, least_norm)
+        return Terms(program, mechanism, self.hyperparameters)
+
+    @property
+    def exhausted(self) -> str:
+        return f"the budget is planned for {self.planned_rounds} rounds, which are over"
+
+    @property
+    def merge(self) -> Strategy:
+        """The program of training rounds."""
+        return self.strategy or ("fedavg" if self.epsilon is None else "ffa")
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """Of a training round, by the names that its program reads."""
+        usual = PLAIN_RATES if self.epsilon is None else PRIVATE_RATES
+        rates = {"head_lr": self.head_lr or usual["head_lr"], "lora_lr": self.lora_lr or usual["lora_lr"]}
+        return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})
+
+    @property
+    def round_steps(self) -> int:
+        """Private steps of one round."""
+        return self.steps or math.ceil(1 / self.sampling_rate)
+
+    @property
+    def divisor(self) -> float:
+        """What the noisy sum of a private step is divided by."""
+        return self.sampling_rate * self.nominal_examples
+
+
+def _wrong(key: str, value: object, allowed: str) -> UsageError:
+    return UsageError(f"{key} = {value!r} in the server's configuration is not allowed: {allowed}")

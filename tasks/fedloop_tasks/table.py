@@ -1,0 +1,47 @@
+"""The tasks and the programs that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from fedloop_events.errors import FedloopError
+from fedloop_events.types import Spec
+
+from fedloop_tasks.classification.task import Classification
+from fedloop_tasks.programs.adapter import AdapterTraining
+from fedloop_tasks.programs.class_sums import ClassSums
+from fedloop_tasks.task import Program, Task
+
+TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification}
+"""By the tag of their specs."""
+DEFAULT: Final[type[Task]] = Classification
+"""What a deployment is made for."""
+PROGRAMS: Final[Mapping[str, Program]] = {
+    each.name: each for each in (ClassSums(), AdapterTraining("ffa", freezes_a=True), AdapterTraining("fedavg", freezes_a=False))
+}
+"""By the name that stands in `RoundOpened.strategy`."""
+
+
+class UnknownProgramError(FedloopError):
+    """A round runs a program that this version does not have."""
+
+
+def task_of(spec: Spec) -> Task:
+    """The task of a model."""
+    return TASKS[str(spec.__struct_config__.tag)](spec)
+
+
+def program_of(strategy: str) -> Program:
+    """The program of a round. Raises `UnknownProgramError`."""
+    if (program := PROGRAMS.get(strategy)) is None:
+        raise UnknownProgramError(
+            f"no program is called {strategy}",
+            hint=f"there are {', '.join(PROGRAMS)}: is this an older version than the server's?",
+        )
+    return program
+
+
+def kind_of(strategy: str) -> str | None:
+    """What a list of rounds shows as the kind of a round; None for a program that this version does not have."""
+    return None if (program := PROGRAMS.get(strategy)) is None else program.kind

@@ -1,0 +1,188 @@
+"""Stores that released versions wrote open for ever, and nothing in them is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from fedloop_clients import Agent, keys
+from fedloop_clients.enrolment import open_store
+from fedloop_clients.feedback import ConflictingFeedbackError
+from fedloop_clients.migrations import STEPS
+from fedloop_clients.store import Store
+from fedloop_events import types
+from fedloop_events.envelope import decode
+from fedloop_events.locations import open_log
+from fedloop_events.logs.port import read_all
+from sqlcipher3 import dbapi2
+
+if TYPE_CHECKING:
+    from clients.conftest import DigitMasker
+
+RECORDED = Path(__file__).parent / "recorded" / "store_v1"
+CONNECT = dbapi2.connect
+InChild = Callable[[Callable[[], object]], int]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("device", "deployment"):
+        shutil.copytree(RECORDED / name, tmp_path / name)
+    (tmp_path / "device" / keys.KEY_FILE).chmod(0o600)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.decode((RECORDED / "expected.json").read_bytes())
+    return found
+
+
+def opened(folder: Path, **given: Any) -> Agent:
+    return Agent.open(folder / "device", folder / "deployment", **given)
+
+
+def observe(folder: Path) -> dict[str, Any]:
+    """What this program finds, in the form of `expected.json`."""
+    with opened(folder) as agent:
+        store = agent._device.store
+        found: dict[str, Any] = {
+            "status": agent.status(),
+            "examples": [(each.text, each.label) for each in agent._device.examples()],
+            "responses": [
+                [response_id, raw, masked and msgspec.json.decode(masked)["text"], predicted, release]
+                for response_id, raw, masked, predicted, release in store.rows(
+                    "SELECT response_id, raw, masked, predicted, release FROM responses JOIN texts"
+                    " ON owner = response_id AND kind = 'prompt' ORDER BY number"
+                )
+            ],
+            "feedback": store.rows("SELECT feedback_id, state, failure FROM feedback ORDER BY number"),
+            "outbox": [[seq, each, digest(event)] for seq, each, event in store.rows("SELECT * FROM outbox ORDER BY seq")],
+            "answers": store.rows("SELECT * FROM answers ORDER BY instruction_id"),
+            "contexts": [[run_id, digest(state)] for run_id, state in store.rows("SELECT * FROM contexts")],
+            "kept": [[name, digest(value)] for name, value in store.rows("SELECT * FROM kept ORDER BY name")],
+        }
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
+    return decoded
+
+
+def digest(value: Any) -> str | None:
+    return None if value is None else hashlib.sha256(bytes(value)).hexdigest()
+
+
+def as_expected(expected: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in expected.items() if name not in ("given", "unpublished")}
+
+
+def test_a_store_of_version_1_opens_and_loses_nothing(folder: Path, expected: dict[str, Any]) -> None:
+    assert observe(folder) == as_expected(expected)
+    assert observe(folder) == as_expected(expected)
+    store, _ = open_store(folder / "device")
+    assert store.rows("PRAGMA user_version") == [(len(STEPS),)]
+    assert store.rows("PRAGMA foreign_key_check") == []
+    assert store.rows("PRAGMA integrity_check") == [("ok",)]
+    store.close()
+
+
+def test_what_version_1_had_not_published_waits_as_it_was_given(folder: Path, expected: dict[str, Any]) -> None:
+    store, _ = open_store(folder / "device")
+    waiting = store.rows(
+        "SELECT feedback_id, response_id, thumb, rating, label FROM feedback WHERE state <> 'published' ORDER BY number"
+    )
+    texts = {
+        (owner, kind): (raw, masked and msgspec.json.decode(masked)["text"])
+        for owner, kind, raw, masked in (store.rows("SELECT owner, kind, raw, masked FROM texts"))
+    }
+    for row, before in zip(waiting, expected["unpublished"], strict=True):
+        feedback_id, response_id, thumb, rating, label = row
+        given = {"thumb": thumb, "rating": rating, "label": label} | {
+            kind: texts.get((feedback_id, kind), (None,))[0] for kind in ("correction", "comment")
+        }
+        written = str(before["said"].get("correction")).strip().lower()
+        if label is not None and written == label:
+            given["label"] = before["said"].get("label")
+        assert {name: value for name, value in given.items() if value is not None} == before["said"]
+        assert (feedback_id, response_id) == (before["feedback_id"], before["response_id"])
+        assert texts[response_id, "prompt"] == (before["text"], before["masked"])
+    assert len(waiting) > 30
+    store.close()
+
+
+def test_feedback_that_was_given_to_version_1_is_known_by_its_id(folder: Path, expected: dict[str, Any]) -> None:
+    with opened(folder) as agent:
+        for each in expected["given"]:
+            again = agent.feedback(each["response_id"], **each["said"], feedback_id=each["feedback_id"])
+            assert again.teaches == each["teaches"]
+            with pytest.raises(ConflictingFeedbackError):
+                agent.feedback(each["response_id"], thumb="up", comment="else", feedback_id=each["feedback_id"])
+    assert observe(folder) == as_expected(expected)
+
+
+def test_a_device_of_version_1_goes_on_where_it_was(folder: Path, expected: dict[str, Any], masker: DigitMasker) -> None:
+    with opened(folder, masker=masker) as agent:
+        agent.run(until=lambda status: status.settled)
+        status, before = agent.status(), expected["status"]
+        assert (status.waiting, status.unsent, status.failed) == (0, 0, before["failed"])
+        assert (status.answers, status.spends) == (before["answers"], before["spends"])
+        assert status.published == before["published"] + before["waiting"]
+        corrected = {each.edit.text for each in agent._device.interactions.judged() if each.edit is not None}
+        assert "it was about account <NUMBER_1> <NUMBER_1>" in corrected
+        raw = agent._device.store.rows("SELECT owner, raw FROM texts WHERE raw IS NOT NULL")
+        known = ("unmaskable", "explosive", "nobody judged")
+        assert [text for _, text in raw if not any(each in text for each in known)] == []
+    log = open_log(folder / "deployment")
+    own = [payload for record in read_all(log) if isinstance(payload := decode(record), types.ClientEvent)]
+    log.close()
+    assert [each.seq for each in own] == list(range(len(own)))
+    recorded = [each.feedback_id for each in own if isinstance(each, types.FeedbackRecorded)]
+    failed = {each[0] for each in expected["feedback"] if each[1] == "failed"}
+    assert sorted(recorded) == sorted({each["feedback_id"] for each in expected["given"]} - failed)
+
+
+def traced(call: Callable[[str], object]) -> Callable[..., Any]:
+    """Connections that call back before each statement."""
+
+    def connect(*terms: Any, **more: Any) -> Any:
+        db = CONNECT(*terms, **more)
+        db.set_trace_callback(call)
+        return db
+
+    return connect
+
+
+def test_a_process_killed_anywhere_in_a_migration_leaves_the_older_version_whole(
+    folder: Path, expected: dict[str, Any], in_child: InChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    shutil.copytree(folder / "device", folder / "counted")
+    with monkeypatch.context() as patched:
+        patched.setattr(dbapi2, "connect", traced(ran.append))
+        open_store(folder / "counted")[0].close()
+    first, last = ran.index("BEGIN IMMEDIATE"), ran.index("COMMIT", ran.index("PRAGMA user_version = 2"))
+    assert last - first > 100
+    key = keys.load(folder / "device")
+    for fatal in (*range(first + 1, last - 10, 15), *range(last - 10, last + 1)):
+
+        def work(fatal: int = fatal) -> None:
+            left = iter(range(fatal))
+
+            def die(_: str) -> None:
+                if next(left, None) is None:
+                    os.kill(os.getpid(), 9)
+
+            dbapi2.connect = traced(die)
+            Store.open(folder / "device" / "store.db", key)
+
+        assert in_child(work) == -9
+        db = CONNECT(str(folder / "device" / "store.db"))
+        db.execute(f"PRAGMA key = \"x'{key.hex()}'\"")
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM feedback WHERE said IS NOT NULL").fetchone() == (41,)
+        db.close()
+    assert observe(folder) == as_expected(expected)
