@@ -116,6 +116,8 @@ def event_line(payload: types.Payload) -> str:
             return f"{payload.round_id} update of {payload.client_id} refused: {payload.reason}"
         case types.RoundClosed(round_id=str()):
             return f"{payload.round_id} closed: {len(payload.accepted)} updates count, {len(payload.excluded)} clients do not"
+        case types.StepCollected(round_id=str()):
+            return f"{payload.round_id} step {payload.step}: {len(payload.accepted)} replies count"
         case types.RoundAborted():
             return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
         case types.ReleaseEvaluated():

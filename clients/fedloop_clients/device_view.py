@@ -20,6 +20,7 @@ from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import Batch, EventLog, Position
 from fedloop_privacy.ledger import Ledger
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from fedloop_clients.outbox import Mine
 
@@ -79,9 +80,9 @@ class _State(Struct):
 class DeviceView:
     """The state of the log as far as it concerns the device `client_id` under the server key `server_key`.
 
-    `rounds` are the open ones, `instructions` those for this device that no closed round has made moot, `spent` what was paid for
-    each instruction, `newest_ms` the latest time on the log's clock, `refused` how many events were malformed or not by whom
-    they name.
+    `rounds` are the open ones, of whose cohorts it knows whether this device is in them; `instructions` are those for this device
+    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `newest_ms` the latest
+    time on the log's clock, `refused` how many events were malformed or not by whom they name.
     """
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
@@ -92,7 +93,7 @@ class DeviceView:
         self.identities = Identities.from_state(kept.identities) if kept.identities else Identities()
         self.releases = ReleasesView.from_state(kept.releases) if kept.releases else ReleasesView()
         self.ledger = Ledger.from_state(kept.ledger) if kept.ledger else Ledger()
-        self._admit = Admit(self.identities)
+        self._admit = Admit(self.identities, partly=True)
         self._admit.standing = kept.standing
         self.mine: list[Mine] = []
         """The device's own events, as they were read since somebody emptied this list."""
@@ -211,18 +212,28 @@ class DeviceView:
         kept = self._state
         match payload:
             case types.RoundOpened():
-                kept.rounds.setdefault(payload.round_id, payload)
+                me = [self.client_id] if self.client_id in payload.cohort else []
+                kept.rounds.setdefault(payload.round_id, replace(payload, cohort=me, excluded=[]))
             case types.InstructionSent(client_id=self.client_id):
                 kept.instructions.setdefault(record.id, Instruction(record, payload))
                 if len(kept.instructions) > MAX_PENDING:
                     del kept.instructions[next(iter(kept.instructions))]
             case types.RoundClosed(round_id=str(round_id)) | types.RoundAborted(round_id=round_id):
                 kept.rounds.pop(round_id, None)
-                kept.instructions = {
-                    event_id: each for event_id, each in kept.instructions.items() if each.sent.round_id != round_id
-                }
+                self._let_go(round_id)
+            case types.StepCollected(round_id=str(round_id)):
+                self._let_go(round_id, payload.step)
             case _:
                 pass
+
+    def _let_go(self, round_id: str, step: int | None = None) -> None:
+        """Nobody waits any more for an answer to the instructions of a round, or to those before one of its steps."""
+        kept = self._state
+        kept.instructions = {
+            event_id: each
+            for event_id, each in kept.instructions.items()
+            if each.sent.round_id != round_id or (step is not None and each.sent.step > step)
+        }
 
 
 def _restored(state: bytes | None) -> _State:

@@ -80,7 +80,7 @@ def round_grid(deployment: Deployment, opened: RoundOpened) -> LogGrid:
 def collect(deployment: Deployment, opened: RoundOpened) -> LogGrid:
     """Run the round to its end; its grid."""
     grid = round_grid(deployment, opened)
-    grid.send_and_receive(instructions(grid, opened, deployment.blobs), timeout=20)
+    grid.close_round(instructions(grid, opened, deployment.blobs), timeout=20)
     return grid
 
 
@@ -126,8 +126,8 @@ def test_an_update_beyond_the_norm_bound_does_not_count(deployment: Deployment) 
     opened = open_round(deployment, max_norm=2.0)  # 22 values, each shifted by 0.5, 0.25 or 4
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
         grid = collect(deployment, opened)
-    assert grid.closed is not None
-    refused = {each.client_id: each.reason for each in grid.closed.excluded}
+    assert grid.collected is not None
+    refused = {each.client_id: each.reason for each in grid.collected.excluded}
     assert refused == {"client-0": "refused.norm", "client-2": "refused.norm"}
 
 
@@ -136,9 +136,9 @@ def test_a_private_round_hears_no_client_that_ran_no_mechanism(deployment: Deplo
     opened = msgspec.structs.replace(open_round(deployment), mechanism=mechanism)
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
         grid = collect(deployment, opened)
-    assert grid.closed is not None
-    assert grid.closed.accepted == []
-    assert {each.reason for each in grid.closed.excluded} == {"refused.wrong-mechanism"}
+    assert grid.collected is not None
+    assert grid.collected.accepted == []
+    assert {each.reason for each in grid.collected.excluded} == {"refused.wrong-mechanism"}
 
 
 def test_a_second_round_does_not_hear_the_replies_to_the_first(deployment: Deployment) -> None:

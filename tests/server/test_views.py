@@ -140,6 +140,27 @@ def test_a_decision_counts_once() -> None:
     assert rounds_of(epoch(1), requested(), requested(rounds=7)).requests["q1"].rounds == 1
 
 
+def test_a_round_of_several_steps_ends_with_the_one_that_closes_it() -> None:
+    step = types.StepCollected(
+        ORIGIN,
+        1,
+        "main",
+        5,
+        [types.AcceptedUpdate("bob", derived_id(4), "0" * 32, BLOB)],
+        [types.Exclusion("dan", "silent")],
+        "r1",
+    )
+    said = [epoch(1), requested(), opened(1), sent(1, "bob"), update(1, "bob"), step, sent(1, "ann"), update(1)]
+    state = rounds_of(*said).rounds["r1"]
+    assert (state.state, state.participants, state.bytes_up, state.excluded["dan"].reason) == ("open", [], 10, "silent")
+    view = rounds_of(*said, update(1, "bob", seq=1), closed(1, derived_id(7)), step)
+    state = view.rounds["r1"]
+    assert (state.state, state.participants, state.bytes_up) == ("closed", ["ann"], 20)
+    assert view.unanswered == {derived_id(8): ("r1", "bob")}, "what an earlier step accepted has its answer"
+    assert [each.step for each in state.collected] == [5, 9]
+    assert RoundsView.from_state(view.to_state()) == view
+
+
 def test_an_aborted_round_has_no_participants_even_if_some_were_accepted() -> None:
     view = rounds_of(epoch(1), requested(), opened(1), update(1), closed(1, derived_id(3)), aborted(1))
     assert (view.rounds["r1"].state, view.rounds["r1"].participants) == ("aborted", [])

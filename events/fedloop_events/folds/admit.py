@@ -8,11 +8,12 @@ fenced server's. What operators ask for (rounds, a rollback, a revocation) has n
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Record
 from fedloop_events.folds.identities import Identities
+from fedloop_events.parts import Parts
 from fedloop_events.types import ClientEvent, EpochStarted, Payload, ReleaseDecision, ServerEvent
 
 
@@ -25,6 +26,7 @@ class Standing(Struct):
     """The latest epoch that decided about a model's releases."""
     stale: dict[str, int] = {}
     """By run: how many decisions were not of its latest epoch, and so count for nothing."""
+    parts: Parts = field(default_factory=Parts)
 
     def counts(self, payload: Payload) -> bool:
         """Whether an authentic event counts. It is taken in, so ask once for each, in the order of the log."""
@@ -49,16 +51,20 @@ class Standing(Struct):
 
 
 class Admit:
-    """Says of each record of a log, in its order, what counts of it. Without `identities` everybody is believed."""
+    """Says of each record of a log, in its order, what counts of it. Without `identities` everybody is believed.
 
-    def __init__(self, identities: Identities | None = None) -> None:
-        self.identities = identities
+    A decision in several events counts as one, when all of them were read; `partly` is for a device, which a gateway shows no
+    more than those that name it: there it counts with what was read.
+    """
+
+    def __init__(self, identities: Identities | None = None, *, partly: bool = False) -> None:
+        self.identities, self._partly = identities, partly
         self.standing = Standing()
         self.unknown = 0
         """Events of types that only a newer program knows."""
 
     def __call__(self, record: Record) -> Payload | None:
-        """The payload, or None if it counts for nothing here: of an unknown type, or decided by a fenced server.
+        """The payload, whole; or None if it counts for nothing: of an unknown type, decided by a fenced server, or not whole yet.
 
         Raises `InvalidEventError` (`SignatureError`) for an event that is malformed, or that its author did not sign.
         """
@@ -67,7 +73,7 @@ class Admit:
             self.unknown += 1
             return None
         self.authenticate(record, payload)
-        return payload if self.standing.counts(payload) else None
+        return self.standing.parts.join(record, payload, partly=self._partly) if self.standing.counts(payload) else None
 
     def authenticate(self, record: Record, payload: Payload) -> None:
         """Raise unless its author signed it. What `identities` have not taken in yet of topic `clients` they take in."""

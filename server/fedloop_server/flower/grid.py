@@ -27,7 +27,7 @@ from fedloop_events.flower.messages import Run, error_reply, identify_process, n
 from fedloop_events.flower.records import ContentWriter, Unstored, content_sha256, from_content
 from fedloop_events.folds.identities import Client
 from fedloop_events.logs.port import EventLog
-from fedloop_events.types import InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened
+from fedloop_events.types import InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened, StepCollected
 from fedloop_events.writer import EventWriter
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -37,8 +37,8 @@ from fedloop_server.flower.collecting import Collection
 from fedloop_server.flower.journal import Journal, ReplayError
 from fedloop_server.flower.steps import Decision, ReadsRun, RunReader
 
-MAX_MESSAGES: Final = 190
-"""Of one push: what a collection decided must fit into one event."""
+MAX_MESSAGES: Final = 10_000
+"""Of one push: what a collection decided is one event and its parts, of which there are hundreds at most."""
 POLL_S: Final = 60.0
 """How long `get_node_ids` waits for another answer before it gives the same one a third time."""
 
@@ -66,7 +66,7 @@ class LogGrid(Grid):
         admission: Admission | None = None,
         reads: ReadsRun | None = None,
     ) -> None:
-        self.closed: RoundClosed | None = None
+        self.collected: StepCollected | None = None
         """What the last collection decided."""
         self._round, self._admission = round, admission or Admission()
         reads = reads or RunReader(log, run_id, None if round is None else round.round_id)
@@ -135,6 +135,10 @@ class LogGrid(Grid):
 
     # --- more than Flower's interface --------------------------------------------------------------------------------
 
+    def close_round(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """`send_and_receive`, as the last step of the round: with what it collects the round is closed."""
+        return self._collect(self.push_messages(messages), timeout_s=timeout, final=True, kind=RoundClosed)
+
     def record(self, compute: Callable[[], RecordDict]) -> RecordDict:
         """A step that computes: what `compute` gave when the step was first taken, durable before it is returned."""
         step = self._journal.next_step()
@@ -184,7 +188,14 @@ class LogGrid(Grid):
             )
         return decision
 
-    def _collect(self, instruction_ids: Iterable[str], *, timeout_s: float | None, final: bool) -> list[Message]:
+    def _collect(
+        self,
+        instruction_ids: Iterable[str],
+        *,
+        timeout_s: float | None,
+        final: bool,
+        kind: type[StepCollected | RoundClosed] = StepCollected,
+    ) -> list[Message]:
         step, pushed = self._journal.next_step(), self._journal.instructions()
         try:
             sent = {each: pushed[each] for each in instruction_ids}
@@ -195,15 +206,15 @@ class LogGrid(Grid):
         self._reader.forget()
         reader = self._reader = TensorReader(self._blobs)
         collection = Collection(self._journal.steps, sent, self._round, self._admission, reader, known_specs)
-        closed = self._journal.replayed(step, RoundClosed)
-        if closed is None:
+        collected = self._journal.replayed(step, kind)
+        if collected is None:
             self._gather(collection, timeout_s)
             accepted, excluded = collection.close(final=final)
             self._journal.refuse(collection.take_refusals())
-            closed = self._journal.decide(RoundClosed(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
-        self.closed = closed
+            collected = self._journal.decide(kind(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
+        self.collected = collected
         self._seed(step, secret_noise=True)
-        return self._replies(collection, closed, reader)
+        return self._replies(collection, collected, reader)
 
     def _gather(self, collection: Collection, timeout_s: float | None) -> None:
         """Read and judge replies until every instruction is settled or the time is over."""
@@ -222,11 +233,11 @@ class LogGrid(Grid):
                 return
             wait_s = min(left_s, 0.05 if collection.waits_for_blobs else 1.0)
 
-    def _replies(self, collection: Collection, closed: RoundClosed, reader: TensorReader) -> list[Message]:
-        accepted = {each.instruction_id: each for each in closed.accepted}
-        excluded = {each.client_id: each.reason for each in closed.excluded}
+    def _replies(self, collection: Collection, collected: StepCollected, reader: TensorReader) -> list[Message]:
+        accepted = {each.instruction_id: each for each in collected.accepted}
+        excluded = {each.client_id: each.reason for each in collected.excluded}
         messages, number = [], self._run.run_id
-        for decision, sent in collection.in_order():
+        for decision, sent in collection.in_order:
             node_id = self.node_id(sent.client_id)
             if (each := accepted.get(decision.id)) is not None:
                 answer = collection.update(each).content

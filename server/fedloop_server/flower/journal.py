@@ -8,17 +8,18 @@ from typing import Final, TypedDict, TypeVar
 from fedloop_events import ids
 from fedloop_events.errors import FedloopError, FencedError
 from fedloop_events.logs.port import EventLog
-from fedloop_events.types import InstructionSent, NodesListed, Payload, ResultRecorded, RoundClosed, UpdateRefused
+from fedloop_events.types import InstructionSent, NodesListed, Payload, ResultRecorded, RoundClosed, StepCollected, UpdateRefused
 from fedloop_events.writer import EventWriter
 
 from fedloop_server.deciding import Draft, begin_epoch, decide
 from fedloop_server.flower.admission import UpdateRefusal
 from fedloop_server.flower.steps import Decision, ReadsRun, Reply, RunReader, RunStep
 
-S = TypeVar("S", NodesListed, InstructionSent, RoundClosed, ResultRecorded)
+S = TypeVar("S", NodesListed, InstructionSent, StepCollected, RoundClosed, ResultRecorded)
 _KINDS: Final[dict[type[RunStep], str]] = {
     NodesListed: "nodes",
     InstructionSent: "instruction",
+    StepCollected: "closed",
     RoundClosed: "closed",
     ResultRecorded: "result",
 }
@@ -64,7 +65,7 @@ class Journal:
         decision = self.steps.decisions.get(step)
         if decision is None:
             return None
-        if not isinstance(decision.payload, kind):
+        if type(decision.payload) is not kind:
             raise ReplayError(f"the run would take another kind of step {step} than event {decision.id} says it did")
         return decision.payload
 

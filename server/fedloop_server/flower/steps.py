@@ -15,15 +15,15 @@ from fedloop_events.types import (
     NodesListed,
     Payload,
     ResultRecorded,
-    RoundClosed,
     RoundDeclined,
     ServerEvent,
+    StepCollected,
     UpdateRefused,
     UpdateSubmitted,
 )
 from msgspec import Struct
 
-RunStep = NodesListed | InstructionSent | RoundClosed | ResultRecorded
+RunStep = NodesListed | InstructionSent | StepCollected | ResultRecorded
 MAX_REPLIES_EACH: Final = 2
 """Replies of one client to one instruction that are kept: the first counts, the second is evidence."""
 
@@ -79,7 +79,7 @@ class RunSteps:
             return
         elif isinstance(payload, UpdateRefused):
             self.refused.setdefault(payload.update_id, payload)
-        elif isinstance(payload, NodesListed | InstructionSent | RoundClosed | ResultRecorded):
+        elif isinstance(payload, RunStep):
             self.decisions.setdefault(payload.step, Decision(record.id, record.appended_ms, payload))
             if isinstance(payload, InstructionSent):
                 self._sent.add(record.id)

@@ -93,7 +93,7 @@ class Drafting:
         return self._of_run(refused, action.round_id, action.update_id, "refused")
 
     def _aborted(self, action: actions.AbortRound) -> Draft:
-        excluded = scheduler.bounded(action.excluded)
+        excluded = scheduler.bounded(action.excluded, scheduler.MAX_ABORT_BYTES)
         aborted = types.RoundAborted(
             **self._run(), round_id=action.round_id, reason=action.reason, detail=action.detail, excluded=excluded
         )
@@ -122,7 +122,7 @@ class Drafting:
             max_update_norm=max(config.max_update_norm, terms.least_norm),
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
-            excluded=scheduler.bounded(drawn.excluded),
+            excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
         )
         return self._of_run(opened, "round", action.number)
 

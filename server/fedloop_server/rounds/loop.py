@@ -220,7 +220,7 @@ class Server:
                 admission=Admission(ledger_check=self._ledger_check),
                 reads=_RunInHand(self.state.people, steps, self._read_unless_stopped),
             )
-            grid.send_and_receive(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
+            grid.close_round(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
         finally:
             self.state.steps = None
 
