@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from fedloop_events.errors import FedloopError
@@ -28,6 +29,7 @@ def main() -> int:
     unknown = set(arguments.names) - {*TABLE, *BY_NAME_ONLY}
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of whoever computes, ours or the peer, here or in a process of its own
     kept = True
     for name in arguments.names or TABLE:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
