@@ -217,9 +217,17 @@ class World:
 
     @property
     def rounds(self) -> RoundsView:
+        return self._read_rounds().fold
+
+    @property
+    def stale(self) -> int:
+        """Decisions of fenced servers."""
+        return self._read_rounds().standing.stale.get("main", 0)
+
+    def _read_rounds(self) -> Reader[RoundsView]:
         reader = Reader(self.log, RoundsView(), identities=Identities())
         reader.catch_up()
-        return reader.fold
+        return reader
 
     @property
     def releases(self) -> ReleasesView:

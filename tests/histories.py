@@ -19,6 +19,7 @@ from devices import World
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record, decode
+from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleaseState, ReleasesView
@@ -30,8 +31,9 @@ from fedloop_privacy.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.journal import start_epoch
+from fedloop_server.flower.steps import RunReader
 from fedloop_server.flower.strategies import Durable
-from fedloop_server.rounds.actions import ServerState
+from fedloop_server.state import ServerState
 from fedloop_tasks.table import kind_of
 from fleet import as_bytes, initial_arrays
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
@@ -55,12 +57,12 @@ def open_world(folder: Path, config: ServerConfig) -> World:
 def flower_run(log: EventLog, blobs: BlobStore, writer: EventWriter) -> str:
     """Run a strategy of Flower's own, with its noise recorded, on the clients of `fleet`; the SHA-256 of what came out."""
     epoch = start_epoch(log, writer, run_id=FLOWER_RUN, server_id="flower-server")
-    identities = Identities()
+    reads = RunReader(log, FLOWER_RUN)
 
     def nodes() -> list[Any]:
-        return [each for name, each in identities.clients.items() if name.startswith("client-")]
+        return [each for name, each in reads.identities.clients.items() if name.startswith("client-")]
 
-    grid = LogGrid(log, blobs, writer, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, identities=identities)
+    grid = LogGrid(log, blobs, writer, run_id=FLOWER_RUN, epoch=epoch, nodes=nodes, reads=reads)
     strategy = Durable(DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.5, 5.0, 3))
     arrays = strategy.start(grid, initial_arrays(), num_rounds=2, timeout=20).arrays
     return hashlib.sha256(b"".join(value for _, value in sorted(as_bytes(arrays).items()))).hexdigest()
@@ -74,23 +76,21 @@ class Folds:
         self.server = ServerState(DEFAULT_RUN, self.identities)
         self.trail: list[str] = []
         """What the server would act on, after each event that changed it."""
-        for record, payload in _decoded(log):
-            self._apply(record, payload)
+        self._admit = Admit(self.identities)
+        for record in read_all(log):
+            payload = self._admit(record)
+            if payload is not None:
+                self._apply(record, payload)
             if restore_each:
                 self._restore()
             self._note(record)
 
     def document(self) -> Document:
         state = self.server
-        views = document(self.identities, state.rounds, self.flower, state.releases, state.ledger)
+        views = document(self.identities, state.rounds, self.flower, state.releases, state.ledger, self._admit.standing.stale)
         return views | {"server_decided_ms": state.decided_ms, "trail": self.trail}
 
     def _apply(self, record: Record, payload: Payload) -> None:
-        """Raises `InvalidEventError` for an event that its author did not sign, or that a fold refuses."""
-        if record.topic in self.identities.topics:
-            self.identities.apply(record, payload)
-        else:
-            self.identities.authenticate(record, payload)
         for fold in (self.server, self.flower):
             if record.topic in fold.topics:
                 fold.apply(record, payload)
@@ -100,6 +100,9 @@ class Folds:
         self.flower = RoundsView.from_state(self.flower.to_state())
         self.server.people = self.identities
         self.server = self.server.from_state(self.server.to_state())
+        standing = msgspec.msgpack.decode(msgspec.msgpack.encode(self._admit.standing), type=Standing)
+        self._admit = Admit(self.identities)
+        self._admit.standing = standing
 
     def _note(self, record: Record) -> None:
         rounds, releases = self.server.rounds, self.server.releases
@@ -120,18 +123,27 @@ def read_document(log: EventLog) -> Document:
     """The same document (without what only `Folds` has), as readers see the log: identities first, then each fold."""
     identities, ledger, releases = Identities(), Ledger(), ReleasesView()
     main, flower = RoundsView(DEFAULT_RUN), RoundsView(FLOWER_RUN)
+    stale: dict[str, int] = {}
     for fold in (main, flower, releases, ledger):
         reader = Reader(log, fold, identities=identities)
         reader.catch_up()
         assert (reader.refused, reader.unknown) == (0, 0)
-    return document(identities, main, flower, releases, ledger)
+        stale |= reader.standing.stale
+    return document(identities, main, flower, releases, ledger, stale)
 
 
-def document(identities: Identities, main: RoundsView, flower: RoundsView, releases: ReleasesView, ledger: Ledger) -> Document:
+def document(
+    identities: Identities,
+    main: RoundsView,
+    flower: RoundsView,
+    releases: ReleasesView,
+    ledger: Ledger,
+    stale: dict[str, int],
+) -> Document:
     return {
         "deployment": {"name": identities.origin, "server_key": identities.server_key},
         "clients": {name: _client(identities, ledger, name) for name in sorted(identities.clients)},
-        "runs": {view.run_id: _run(view) for view in (main, flower)},
+        "runs": {view.run_id: _run(view, stale.get(view.run_id, 0)) for view in (main, flower)},
         "models": {name: {"labels": spec.labels, "rank": spec.rank} for name, spec in releases.models.items()},
         "releases": {name: _release(each) for name, each in releases.releases.items()},
         "in_force": _name(releases.current(DEFAULT_MODEL)),
@@ -173,10 +185,10 @@ def _client(identities: Identities, ledger: Ledger, name: str) -> Document:
     }
 
 
-def _run(view: RoundsView) -> Document:
+def _run(view: RoundsView, stale: int) -> Document:
     return {
         "epoch": [view.epoch, view.server_id, view.epoch_ms],
-        "stale_decisions": view.stale,
+        "stale_decisions": stale,
         "next_round": view.next_number,
         "late": sorted(view.unanswered),
         "requests": {

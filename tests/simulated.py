@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TypedDict
 
-from fedloop_events import envelope, topics
+from fedloop_events import topics
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError
 from fedloop_events.flower.messages import ClientAppCallable, Declined, new_context, run_number, serve_instruction
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.logs.port import START, EventLog
+from fedloop_events.logs.port import EventLog
 from fedloop_events.signatures import SigningKey
-from fedloop_events.types import ClientEnrolled, EpochStarted, InstructionSent, RoundDeclined, UpdateSubmitted
+from fedloop_events.types import ClientEnrolled, InstructionSent, Payload, RoundDeclined, UpdateSubmitted
 from fedloop_events.writer import EventWriter
 from flwr.app import Context
 
@@ -38,6 +36,8 @@ class SimulatedClient:
     agents: it spends nothing, so the server would refuse its updates.
     """
 
+    topics = (topics.ROUNDS,)
+
     def __init__(
         self,
         log: EventLog,
@@ -50,13 +50,13 @@ class SimulatedClient:
         key: SigningKey | None = None,
     ) -> None:
         self.client_id, self.node_id = client_id, node_id
-        self._log, self._blobs, self._app, self._node_config = log, blobs, app, node_config
+        self._blobs, self._app, self._node_config = blobs, app, node_config
         self._writer = EventWriter(log, key or SigningKey.generate())
         self._identities = Identities()
         self._who = Reader(log, self._identities)
+        self._instructions = Reader(log, self, identities=self._who)
         self._contexts: dict[str, Context] = {}
-        self._epochs: dict[str, int] = {}
-        self._position, self._seq = START, 0
+        self._seq = 0
 
     def enrol(self) -> None:
         """Say who this is. Raises UnreachableError if the log is away."""
@@ -80,27 +80,11 @@ class SimulatedClient:
 
     def step(self, wait_s: float = 0.0) -> None:
         """Answer the instructions that are new, waiting up to `wait_s` for the first event."""
-        batch = self._log.read((topics.ROUNDS,), self._position, wait_s=wait_s)
-        self._position = batch.position
-        for record in batch.records:
-            with suppress(InvalidEventError):
-                self._take(record)
+        self._instructions.wait(wait_s)
 
-    def _take(self, record: Record) -> None:
-        if record.type == EpochStarted.type_name:
-            started = envelope.expect(record, EpochStarted)
-            self._authenticate(record, started)
-            self._epochs[started.run_id] = max(started.epoch, self._epochs.get(started.run_id, 0))
-        elif record.type == InstructionSent.type_name:
-            sent = envelope.expect(record, InstructionSent)
-            if sent.client_id == self.client_id and sent.epoch == self._epochs.get(sent.run_id, 0):
-                self._authenticate(record, sent)
-                self._answer(record, sent)
-
-    def _authenticate(self, record: Record, payload: EpochStarted | InstructionSent) -> None:
-        if not self._identities.origin:
-            self._who.catch_up()
-        self._identities.authenticate(record, payload)
+    def apply(self, record: Record, payload: Payload) -> None:
+        if isinstance(payload, InstructionSent) and payload.client_id == self.client_id:
+            self._answer(record, payload)
 
     def _answer(self, record: Record, sent: InstructionSent) -> None:
         number = run_number(sent.origin, sent.run_id)

@@ -6,8 +6,10 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +90,10 @@ def test_server_and_command_line_know_no_task() -> None:
         imported += [f"{where}: {name}" for name in modules if name.startswith("fedloop_tasks") and name not in allowed]
     assert named.keys() == OTHER_MEANINGS.keys(), named
     assert not imported
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor for types alone: what is in a circle can only be understood, moved and tested together."""
+    graph = grimp.build_graph(*(f"fedloop_{package}" for package in PACKAGES), cache_dir=None)
+    assert len(graph.modules) > 150
+    TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()

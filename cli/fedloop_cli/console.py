@@ -15,7 +15,7 @@ Text = str | Callable[[], str]
 
 
 class ReaderGoneError(Exception):
-    """Whoever read standard output has seen enough. (Click would make an error of a `BrokenPipeError`.)"""
+    """Whoever read standard output has closed it. (Click would make an error of a `BrokenPipeError`.)"""
 
 
 def show(document: Mapping[str, Any], text: Text, *, as_json: bool) -> None:
@@ -30,11 +30,11 @@ def show(document: Mapping[str, Any], text: Text, *, as_json: bool) -> None:
 
 
 def note(text: str) -> None:
-    """Say how things go, on standard error."""
+    """Print how things go, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
-def complain(error: FedloopError, *, as_json: bool) -> None:
+def show_error(error: FedloopError, *, as_json: bool) -> None:
     """The three lines of an error on standard error; with `as_json` also a document on standard output."""
     lines = {"error": error.message, "cause": error.cause, "hint": error.hint}
     for name, line in lines.items():
@@ -80,10 +80,10 @@ def fields(pairs: Mapping[str, object]) -> str:
     return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in pairs.items())
 
 
-def position(stream: str | None, offset: int) -> str:
-    """An offset, with its stream where a log has several (`updates-3:17`)."""
+def offset(stream: str | None, number: int) -> str:
+    """The offset `number`, with its stream where a log has several (`updates-3:17`)."""
     name = (stream or "").rpartition(".")[2]
-    return str(offset) if name in {"", "log"} else f"{name}:{offset}"
+    return str(number) if name in {"", "log"} else f"{name}:{number}"
 
 
 def moment(ms: int) -> str | None:

@@ -56,7 +56,7 @@ def deploy(
     made, task = create_deployment(directory, spec, initial, config, place), task_of(spec)
     failed = task.keep(made.folder, material.held_out, mask)
 
-    from fedloop_cli.state import Followed
+    from fedloop_server.operations.followed import Followed
 
     followed = Followed(made.log)
     current = followed.releases.current(DEFAULT_MODEL)

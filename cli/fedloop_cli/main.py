@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
 
 def _fail(error: FedloopError, arguments: list[str]) -> int:
     try:
-        console.complain(error, as_json="--json" in arguments)
+        console.show_error(error, as_json="--json" in arguments)
     except BrokenPipeError:
         _discard_output()
     return error.exit_status

@@ -16,7 +16,10 @@ from msgspec import Struct
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from fedloop_events.blobs.store import BlobStore
     from fedloop_events.locations import DeploymentLocation
+    from fedloop_events.logs.port import EventLog
+    from fedloop_server.operations.followed import Followed
     from fedloop_tasks.task import Option
 
 _LOG: Final = "fedloop.log"
@@ -29,6 +32,24 @@ class Where(Struct, frozen=True):
 
     directory: Path | None
     place: DeploymentLocation
+
+    def open_log(self) -> EventLog:
+        """Raises as `fedloop_server.operations.opening.open_log`."""
+        from fedloop_server.operations import opening
+
+        return opening.open_log(self.place, self.directory)
+
+    def open_blobs(self) -> BlobStore:
+        """Raises as `fedloop_server.operations.opening.open_blobs`."""
+        from fedloop_server.operations import opening
+
+        return opening.open_blobs(self.place, self.directory)
+
+    def follow(self) -> Followed:
+        """Its rounds, releases and clients. Raises as `open_log`."""
+        from fedloop_server.operations.followed import Followed
+
+        return Followed(self.open_log())
 
 
 class Home(Where, frozen=True):

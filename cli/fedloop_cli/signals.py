@@ -1,4 +1,4 @@
-"""Ending a command that runs until it is told to: the first Ctrl-C or SIGTERM lets it finish its step, the second ends it."""
+"""Ending a command that runs until it is interrupted: the first Ctrl-C or SIGTERM lets it finish its step, the second ends it."""
 
 from __future__ import annotations
 

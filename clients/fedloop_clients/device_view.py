@@ -11,14 +11,16 @@ from types import MappingProxyType
 from typing import Final
 
 import msgspec
-from fedloop_events import envelope, topics, types
+from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError, NotAllowedError, PolicyError
+from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import Batch, EventLog, Position
 from fedloop_privacy.ledger import Ledger
-from msgspec import Struct
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from fedloop_clients.outbox import Mine
 
@@ -55,16 +57,19 @@ class Spent(Struct, frozen=True):
 
 
 _VERSION: Final = 2
-"""Of what is kept. What an earlier program kept is read anew from the log."""
+
+
+class _Version(Struct):
+    version: int = 1
 
 
 class _State(Struct):
-    version: int = 1
+    version: int = _VERSION
     offsets: dict[str, int] = {}
     identities: bytes = b""
     releases: bytes = b""
     ledger: bytes = b""
-    epochs: dict[str, int] = {}
+    standing: Standing = field(default_factory=Standing)
     rounds: dict[str, types.RoundOpened] = {}
     instructions: dict[str, Instruction] = {}
     spent: dict[str, Spent] = {}
@@ -75,21 +80,21 @@ class _State(Struct):
 class DeviceView:
     """The state of the log as far as it concerns the device `client_id` under the server key `server_key`.
 
-    `rounds` are the open ones, `instructions` those for this device that no closed round has made moot, `spent` what was paid for
-    each instruction, `newest_ms` the latest time on the log's clock, `refused` how many events were malformed or not by whom
-    they name.
+    `rounds` are the open ones, of whose cohorts it knows whether this device is in them; `instructions` are those for this device
+    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `newest_ms` the latest
+    time on the log's clock, `refused` how many events were malformed or not by whom they name.
     """
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
         self.client_id, self._server_key = client_id, server_key
         self.topics: tuple[str, ...] = TOPICS
         """What is read: less than `TOPICS` where the log does not allow it."""
-        kept = msgspec.msgpack.decode(state, type=_State) if state else None
-        self._state = kept if kept is not None and kept.version == _VERSION else _State(_VERSION)
-        kept = self._state
+        kept = self._state = _restored(state)
         self.identities = Identities.from_state(kept.identities) if kept.identities else Identities()
         self.releases = ReleasesView.from_state(kept.releases) if kept.releases else ReleasesView()
         self.ledger = Ledger.from_state(kept.ledger) if kept.ledger else Ledger()
+        self._admit = Admit(self.identities, partly=True)
+        self._admit.standing = kept.standing
         self.mine: list[Mine] = []
         """The device's own events, as they were read since somebody emptied this list."""
         self.published: list[str] = []
@@ -98,7 +103,7 @@ class DeviceView:
         """Whether anything that counts was read since somebody cleared this."""
 
     def to_state(self) -> bytes:
-        """What the constructor takes: the state and the position that belongs to it."""
+        """What the constructor takes: the state and the position that belongs to it. One of another version is read again."""
         kept = self._state
         kept.identities, kept.releases = self.identities.to_state(), self.releases.to_state()
         kept.ledger = self.ledger.to_state()
@@ -172,20 +177,14 @@ class DeviceView:
         if record.topic not in (topics.ROUNDS, topics.RELEASES) and not own and record.type != types.DeploymentCreated.type_name:
             return
         try:
-            payload = envelope.decode(record)
-            if payload is None:
-                return
-            if record.topic == topics.CLIENTS:
-                self.identities.apply(record, payload)
-                if self.identities.origin and self.identities.server_key != self._server_key:
-                    raise LogChangedError(
-                        "the log's server key is not the one that this device pinned", hint="check the location"
-                    )
-            else:
-                self.identities.authenticate(record, payload)
-            self._take(record, payload)
+            payload = self._admit(record)
         except InvalidEventError:
             self._state.refused += 1
+            return
+        if self.identities.origin and self.identities.server_key != self._server_key:
+            raise LogChangedError("the log's server key is not the one that this device pinned", hint="check the location")
+        if payload is not None:
+            self._take(record, payload)
 
     def _take(self, record: Record, payload: types.Payload) -> None:
         self.changed = True
@@ -194,9 +193,7 @@ class DeviceView:
             self._own(record, payload)
         elif isinstance(payload, types.ReleaseEvent):
             self.releases.apply(record, payload)
-        elif isinstance(payload, types.EpochStarted):
-            self._state.epochs[payload.run_id] = max(payload.epoch, self._state.epochs.get(payload.run_id, 0))
-        elif isinstance(payload, types.ServerEvent) and payload.epoch == self._state.epochs.get(payload.run_id):
+        elif isinstance(payload, types.ServerEvent):
             self._decided(record, payload)
 
     def _own(self, record: Record, payload: types.ClientEvent) -> None:
@@ -215,15 +212,32 @@ class DeviceView:
         kept = self._state
         match payload:
             case types.RoundOpened():
-                kept.rounds.setdefault(payload.round_id, payload)
+                me = [self.client_id] if self.client_id in payload.cohort else []
+                kept.rounds.setdefault(payload.round_id, replace(payload, cohort=me, excluded=[]))
             case types.InstructionSent(client_id=self.client_id):
                 kept.instructions.setdefault(record.id, Instruction(record, payload))
                 if len(kept.instructions) > MAX_PENDING:
                     del kept.instructions[next(iter(kept.instructions))]
             case types.RoundClosed(round_id=str(round_id)) | types.RoundAborted(round_id=round_id):
                 kept.rounds.pop(round_id, None)
-                kept.instructions = {
-                    event_id: each for event_id, each in kept.instructions.items() if each.sent.round_id != round_id
-                }
+                self._let_go(round_id)
+            case types.StepCollected(round_id=str(round_id)):
+                self._let_go(round_id, payload.step)
             case _:
                 pass
+
+    def _let_go(self, round_id: str, step: int | None = None) -> None:
+        """Nobody waits any more for an answer to the instructions of a round, or to those before one of its steps."""
+        kept = self._state
+        kept.instructions = {
+            event_id: each
+            for event_id, each in kept.instructions.items()
+            if each.sent.round_id != round_id or (step is not None and each.sent.step > step)
+        }
+
+
+def _restored(state: bytes | None) -> _State:
+    """A state as it was kept; a new one, for which the log is read again, in place of one of another version."""
+    if not state or msgspec.msgpack.decode(state, type=_Version).version != _VERSION:
+        return _State()
+    return msgspec.msgpack.decode(state, type=_State)

@@ -213,7 +213,7 @@ class Cluster:
         """Write the node's `server.properties`."""
         settings = _settings(self._state, node, self._controllers()) | {"log.dirs": str(self._folder(node) / "data")}
         if self._state.secure:
-            from fedloop_cli.certificates import make_ca
+            from fedloop_cli.provisioning.certificates import make_ca
 
             authority = make_ca(self.folder / "ca")
             issued = authority.issue(f"broker-{node}", ["127.0.0.1", "localhost"], self._folder(node))

@@ -1,11 +1,19 @@
-"""What durable files need beyond the standard library."""
+"""What durable files need beyond the standard library: they appear whole, and stay."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Final
 
 from fedloop_events import ids
+
+PRIVATE: Final = 0o600
+"""For its owner alone."""
+SHARED: Final = 0o666
+"""For whom the process's umask allows."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -17,13 +25,44 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class NewFile:
+    """A file that is being written under a temporary name."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self.file = path, file
+
+    def publish(self, path: Path, *, replace: bool = True) -> None:
+        """Give it its name, durably; a file that has the name gives way, or (not `replace`) stays in its place."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if replace:
+            self.path.rename(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(self.path, path)
+        fsync_folder(path.absolute().parent)
+
+
+@contextmanager
+def new_file(folder: Path, prefix: str, *, mode: int = SHARED) -> Iterator[NewFile]:
+    """A file in `folder` under a temporary name that begins with `prefix`; it is gone after the block unless it was published."""
+    path = folder / f"{prefix}{ids.new_id()}"
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            yield NewFile(path, file)
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes, *, mode: int = SHARED, replace: bool = True) -> None:
+    """Write a file durably, in place of one that is there (not `replace`: unless one is there); after a crash it is whole or
+    absent."""
+    with new_file(path.parent, f".{path.name}.", mode=mode) as new:
+        new.file.write(data)
+        new.publish(path, replace=replace)
+
+
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read (0600), in place of one that is there; after a crash it is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{ids.new_id()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync_folder(path.absolute().parent)
+    """`write_whole`, of a file that only its owner can read."""
+    write_whole(path, data, mode=PRIVATE)

@@ -82,11 +82,15 @@ class SigningKey:
             raise UsageError(f"the key {path} is no Ed25519 key")
         return cls(private)
 
-    def save(self, path: Path | str) -> None:
-        """Write the key to a new file that only its owner can read (PKCS 8, PEM). Raises `UsageError` if `path` exists."""
-        pem = self._private.private_bytes(
+    def to_pem(self) -> bytes:
+        """The private key (PKCS 8, PEM), to be kept where only its owner can read it."""
+        return self._private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
+
+    def save(self, path: Path | str) -> None:
+        """Write the key to a new file that only its owner can read (PKCS 8, PEM). Raises `UsageError` if `path` exists."""
+        pem = self.to_pem()
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except FileExistsError:

@@ -14,8 +14,8 @@ from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Plan
 from msgspec import Meta, Struct
 
-MAX_COHORT = 128
-"""A round's terms, with the clients that it asks and those that it does not, are one event of at most 60 KiB."""
+MAX_COHORT = 1_500
+"""`ReleaseProposed` names each update that went in, and is one event of at most 60 KiB."""
 
 _Number = Annotated[float, Meta(gt=0, le=1e12)]
 _Many = Annotated[int, Meta(ge=1, le=1_000_000)]

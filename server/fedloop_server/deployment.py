@@ -9,9 +9,8 @@ else is a function of them.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from fedloop_events import envelope, locations, topics, types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore, Identifiable
 from fedloop_events.errors import InvalidEventError, UsageError
+from fedloop_events.files import PRIVATE, SHARED, write_whole
 from fedloop_events.folds.identities import Identities
 from fedloop_events.ids import derived_id
 from fedloop_events.locations import DeploymentLocation
@@ -98,14 +98,14 @@ def create_deployment(
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _remember(root, place)
         fresh = _Intent(f"fedloop-{secrets.token_hex(8)}", spec, initial)
-        _once(folder / INTENT_FILE, lambda path: _write(path, msgspec.json.encode(fresh)))
+        _once(folder / INTENT_FILE, msgspec.json.encode(fresh))
         intent = msgspec.json.decode((folder / INTENT_FILE).read_bytes(), type=_Intent)
         if (intent.spec, intent.initial) != (spec, initial):
             raise UsageError(
                 f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
             )
-        _once(folder / KEY_FILE, lambda path: SigningKey.generate().save(path))
-        _once(folder / CONFIG_FILE, lambda path: _write(path, configuration.dump(config).encode()))
+        _once(folder / KEY_FILE, SigningKey.generate().to_pem(), mode=PRIVATE)
+        _once(folder / CONFIG_FILE, configuration.dump(config).encode())
         locations.open_blobs(place.blobs).put(chunks)
         _announce(EventWriter(log, SigningKey.load(folder / KEY_FILE)), intent)
     return open_deployment(root, place)
@@ -169,7 +169,7 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
     """Write the `deployment.toml` that `place` takes. Raises `UsageError` if the folder names another place already."""
     text, path = locations.remembered(root, place), root / locations.PLACE_FILE
     if text:
-        _once(path, lambda file: _write(file, text.encode()))
+        _once(path, text.encode())
     if locations.remembered(root, locations.locate(root)) != text:
         raise UsageError(f"{root} is a deployment whose log or blobs are elsewhere", hint=f"see {path}, or choose another folder")
 
@@ -231,27 +231,7 @@ def _reference(chunks: Sequence[bytes | memoryview]) -> types.BlobRef:
     return types.BlobRef(digest.hexdigest(), sum(map(len, chunks)))
 
 
-def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """Have `make` write the file, unless it is there: it appears whole, and of two processes the first one's holds."""
-    if path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        make(temporary)
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _once(path: Path, data: bytes, *, mode: int = SHARED) -> None:
+    """Write the file, unless it is there: it appears whole, and of two processes the first one's holds."""
+    if not path.exists():
+        write_whole(path, data, mode=mode, replace=False)

@@ -200,6 +200,8 @@ class Task(Protocol):
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
     """What a user can say of a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    metrics: ClassVar[Sequence[str]]
+    """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[str]
     """What a file of messages holds, in words."""
 

@@ -180,13 +180,16 @@ def test_a_configuration_file_is_read_strictly(fedloop: Fedloop, deployment: Pat
 
 
 def test_terminal_escapes_in_data_are_shown_and_not_obeyed(fedloop: Fedloop, deployment: Path) -> None:
-    from fedloop_cli import requests
     from fedloop_events import ids, types
     from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import commands
 
     opened = open_deployment(deployment)
     request = types.RoundRequested(
-        origin=requests._known(opened.writer).origin, run_id="main", request_id=f"q-{ids.new_id()}", reason="\x1b]0;x\x07\u202e"
+        origin=commands.identities(opened.writer).origin,
+        run_id="main",
+        request_id=f"q-{ids.new_id()}",
+        reason="\x1b]0;x\x07\u202e",
     )
     opened.writer.append(request)
     ended = fedloop("log", "tail", deployment, "-n", "1")

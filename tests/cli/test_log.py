@@ -10,9 +10,6 @@ from pathlib import Path
 
 import apsw
 import pytest
-from fedloop_cli import requests, verification
-from fedloop_cli.options import Where
-from fedloop_cli.sequences import At, Sequences
 from fedloop_events import ids, locations, topics, types
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
@@ -20,8 +17,11 @@ from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
+from fedloop_events.verify.checks import VerifyReport
+from fedloop_events.verify.log import verify as verify_log
 from fedloop_events.writer import EventWriter
 from fedloop_server.deployment import open_deployment
+from fedloop_server.operations import commands, rounds
 
 from .conftest import Fedloop
 
@@ -56,7 +56,7 @@ def fill(directory: Path) -> Path:
         writer, origin = enrol(deployment.log, name)
         for seq in (1, 2):
             writer.append(types.ClientSeen(origin=origin, client_id=name, seq=seq, examples_at_least=4))
-    requests.request_rounds(deployment.writer, 2, "test")
+    rounds.request(deployment.writer, 2, "test")
     deployment.log.close()
     return directory
 
@@ -71,8 +71,9 @@ def busy_anywhere(anywhere: Path) -> Path:
     return fill(anywhere)
 
 
-def verify(directory: Path) -> verification.VerifyReport:
-    return verification.verify(Where(directory, locations.locate(directory)))
+def verify(directory: Path) -> VerifyReport:
+    place = locations.locate(directory)
+    return verify_log(place, lambda: locations.open_log(place.log), lambda: locations.open_blobs(place.blobs))
 
 
 def change(directory: Path, *statements: str) -> None:
@@ -185,33 +186,12 @@ def test_an_event_that_is_missing_is_found_by_the_numbers_around_it(busy_anywher
     assert [finding.what for finding in verify(busy_anywhere).findings] == ["2 events of three before this one are missing"]
 
 
-def test_what_retention_has_removed_is_not_called_missing() -> None:
-    wrong: list[str] = []
-    sequences = Sequences(lambda what, at: wrong.append(f"{at.offset}: {what}"))
-    sequences.begins_late(1000)
-    for offset, (seq, appended_ms) in enumerate([(3, 900), (6, 1100), (8, 1200)], 1):
-        sequences.take("one", seq, appended_ms, At("feedback-3", offset), "feedback-3")
-    sequences.end()
-    assert wrong == ["3: 1 events of one before this one are missing"]
-
-
-def test_numbers_that_come_from_several_streams_need_not_come_in_order() -> None:
-    wrong: list[str] = []
-    sequences = Sequences(lambda what, at: wrong.append(what))
-    for stream, seq in (("clients-0", 0), ("clients-0", 3), ("audit-0", 2), ("updates-5", 1), ("audit-0", 4)):
-        sequences.take("one", seq, 1, At(stream, seq + 1), stream)
-    sequences.end()
-    assert wrong == []
-    sequences.take("one", 3, 1, At("audit-0", 9), "audit-0")
-    assert wrong == ["one used its sequence number 3 again, or events changed places"]
-
-
 def test_two_authentic_events_under_one_id_are_counted_and_a_forged_one_is_wrong(
     fedloop: Fedloop, deployment_on_kafka: Path
 ) -> None:
     deployment = open_deployment(deployment_on_kafka)
     log, writer = deployment.log, deployment.writer
-    origin, identifier = requests._known(writer).origin, ids.new_id()
+    origin, identifier = commands.identities(writer).origin, ids.new_id()
     one, other = (types.RoundRequested(origin=origin, run_id="main", request_id="q-1", reason=each) for each in ("one", "other"))
     for event in (writer.event(one, id=identifier), writer.event(other, id=identifier)):
         log.append([event])
@@ -272,7 +252,8 @@ def test_replay_counts_and_compares_with_snapshots(fedloop: Fedloop, busy_anywhe
     found = ended.document
     assert (found["events"], found["clients"], found["refused"]) == (11, 2, 0)
     assert (found["matching"], found["differing"]) == (["rounds.snapshot"], [])
-    Snapshots(busy_anywhere / "rounds.snapshot").save(RoundsView.version, reader.position, RoundsView("other").to_state())
+    kept = Snapshots(busy_anywhere / "rounds.snapshot")
+    kept.save(RoundsView.version, reader.position, RoundsView("other").to_state(), reader.standing)
     ended = fedloop("log", "replay", busy_anywhere)
     assert ended.status == 1
     assert "DIFFERS  rounds.snapshot" in ended.out

@@ -107,6 +107,7 @@ class Deployment:
         ttl_s: float = 600,
         base: BlobRef | None = None,
         run_id: str = "main",
+        step: int = 0,
     ) -> str:
         """Send one instruction of a round (or of none); its event id."""
         content = Content(arrays={"arrays": base or (opened.base if opened else self.base)})
@@ -114,7 +115,7 @@ class Deployment:
             origin=ORIGIN,
             epoch=opened.epoch if opened else 1,
             run_id=opened.run_id if opened else run_id,
-            step=0,
+            step=step,
             client_id=client_id,
             message_type=message_type,
             content=content,

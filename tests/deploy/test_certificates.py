@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from fedloop_cli.certificates import CA, Issued, make_ca, valid_until
+from fedloop_cli.doctor.findings import valid_until
+from fedloop_cli.provisioning.certificates import CA, Issued, make_ca
 from fedloop_events.errors import UsageError
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from compose_run import MissingError
 from devices import World
-from fedloop_cli import composing
+from fedloop_cli.provisioning import composing
 from fedloop_server.telemetry import metrics
 from fedloop_server.telemetry.metrics import MeteredLog
 

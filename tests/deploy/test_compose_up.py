@@ -20,7 +20,7 @@ import compose_run
 import containers
 import pytest
 from compose_run import Stack
-from fedloop_cli import composing
+from fedloop_cli.provisioning import composing
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT: Final = Path(__file__).parents[2]

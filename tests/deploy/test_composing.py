@@ -10,7 +10,8 @@ from pathlib import Path
 
 import compose_run
 import pytest
-from fedloop_cli import composing, main
+from fedloop_cli import main
+from fedloop_cli.provisioning import composing
 from fedloop_events.errors import UsageError
 from fedloop_events.logs.kafka.settings import KafkaSettings
 

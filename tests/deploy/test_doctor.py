@@ -16,9 +16,9 @@ import pytest
 import samples
 from brokers import Cluster
 from confluent_kafka.admin import AdminClient, NewPartitions
-from fedloop_cli import broker_version, diagnosis, findings
-from fedloop_cli.certificates import make_ca
+from fedloop_cli.doctor import broker_version, diagnosis, findings
 from fedloop_cli.main import run
+from fedloop_cli.provisioning.certificates import make_ca
 from fedloop_clients.agent import Agent
 from fedloop_events import types
 from fedloop_events.errors import UnreachableError
@@ -111,7 +111,7 @@ def test_what_is_absent_or_no_log_is_a_finding_and_no_defect(doctor: Doctor, dep
 
 def test_a_clock_that_is_behind_the_log_is_noticed(doctor: Doctor, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hour_ago = time.time() - 3600
-    monkeypatch.setattr("fedloop_cli.diagnosis.time.time", lambda: hour_ago)
+    monkeypatch.setattr("fedloop_cli.doctor.findings.time.time", lambda: hour_ago)
     assert "NTP" in said(doctor(deployment)[1], "warn", "s behind the log")
 
 
@@ -346,7 +346,7 @@ def test_what_is_no_broker_is_refused_and_never_waited_for(answering: Callable[.
 
 @pytest.mark.parametrize(("version", "level"), [(20, "fail"), (21, "warn"), (22, "ok")])
 def test_an_old_broker_is_named(answering: Callable[..., int], version: int, level: str) -> None:
-    from fedloop_cli.cluster_diagnosis import _broker
+    from fedloop_cli.doctor.cluster import _broker
 
     (found,) = _broker(f"127.0.0.1:{answering(api_versions(version))}", {})
     assert found.level == level

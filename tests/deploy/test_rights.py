@@ -29,8 +29,8 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from fedloop_cli.certificates import make_ca
 from fedloop_cli.main import run
+from fedloop_cli.provisioning.certificates import make_ca
 from fedloop_events import ids, topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import NotAllowedError, PolicyError, UnreachableError, UsageError

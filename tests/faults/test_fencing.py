@@ -87,7 +87,7 @@ def test_a_replaced_server_stops_and_what_it_still_decides_counts_for_nothing(wo
         second = msgspec.structs.replace(opened, round_id="r0002", number=2)
         world.log.append([world.writer.event(aborted, id=ids.derived_id(origin, "main", "r0001", "aborted"))])
         world.log.append([world.writer.event(second, id=ids.derived_id(origin, "main", "round", 2))])
-        assert world.rounds.stale == 2
+        assert world.stale == 2
         with world.serving():
             until_idle(new)
             world.request(1, "q2")

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 import samples
 import uvicorn
-from fedloop_cli.certificates import make_ca
+from fedloop_cli.provisioning.certificates import make_ca
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Event
 from fedloop_events.logs.http import GatewayLog, cloudevents, signing

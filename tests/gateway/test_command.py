@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fedloop_cli import main
-from fedloop_cli.certificates import make_ca
+from fedloop_cli.provisioning.certificates import make_ca
 from fedloop_events.locations import open_log
 from gateway.harness import provision
 

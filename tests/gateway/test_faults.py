@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 import samples
-from fedloop_cli.certificates import make_ca
+from fedloop_cli.provisioning.certificates import make_ca
 from fedloop_events import topics
 from fedloop_events.envelope import Event
 from fedloop_events.errors import (

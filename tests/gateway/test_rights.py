@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import samples
-from fedloop_events import envelope, topics, types
+from fedloop_clients.device_view import DeviceView
+from fedloop_events import envelope, parts, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, NotAllowedError
 from fedloop_events.logs.http import cloudevents
 from fedloop_events.logs.port import START, read_all
+from fedloop_events.parts import split
 from fedloop_events.types import BlobRef
 from fedloop_server.gateway import describing
 from fedloop_server.gateway.limits import Limits
@@ -119,6 +122,26 @@ def test_its_instruction_is_its_own(world: tuple[Served, dict[str, BlobRef]]) ->
 def test_a_device_that_was_not_chosen_sees_no_more_than_that_there_are_rounds(world: tuple[Served, dict[str, BlobRef]]) -> None:
     seen = [kind for kind, key in kinds(world[0], "device-3") if key == "main"]
     assert seen == ["epoch.started", "round.requested", "round.opened", "round.aborted"]
+
+
+def test_a_device_sees_its_part_of_a_large_round_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    names = ("device-1", "device-2", "device-3")
+    with serving(tmp_path, *names) as served:
+        out = [types.Exclusion("device-3", "not-drawn")]
+        opened = msgspec.structs.replace(rounds.opened("device-1", "device-2"), excluded=out)
+        said = [samples.epoch(), *split(opened), *split(rounds.closed("device-1", excluded=("device-2",)))]
+        served.log.append([samples.signed(payload) for payload in said])
+        for name in names[:2]:
+            seen = [envelope.decode(record) for record in read_all(served.as_client(name), (topics.ROUNDS,))]
+            listed = [each for each in seen if isinstance(each, types.CohortListed)]
+            assert [(each.cohort, each.excluded) for each in listed] == [([name], [])]
+            assert [list(each.named) for each in seen if isinstance(each, types.RepliesListed)] == [[name]]
+            view = DeviceView(name, samples.key("server").public_key)
+            view.catch_up(served.as_client(name))
+            assert len([each for each in seen if isinstance(each, types.RoundOpened | types.RoundClosed)]) == 2
+            assert view.rounds == {}, "it has seen that the round was closed"
+        assert kinds(served, "device-3")[-1] == ("epoch.started", "main")
 
 
 def test_the_server_sees_everything_and_the_revoked_nothing(world: tuple[Served, dict[str, BlobRef]]) -> None:

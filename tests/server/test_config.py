@@ -52,7 +52,7 @@ def test_every_key_has_a_meaning_in_the_file_that_is_written() -> None:
         ("planned_rounds = 1", ["planned_rounds = 1", "2 or more"]),
         ("sums_share = 1.0", ["sums_share = 1.0", "below 1"]),
         ("clip_norm = nan", ["clip_norm = nan", "finite"]),
-        ("cohort_size = 1000", ["cohort_size = 1000", "128"]),
+        ("cohort_size = 10000", ["cohort_size = 10000", "1500"]),
         ("[quorum]\na = 1", ["quorum = {'a': 1}", "int"]),
     ],
 )

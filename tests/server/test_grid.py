@@ -22,8 +22,8 @@ from fedloop_events.types import (
     InstructionSent,
     NodesListed,
     ResultRecorded,
-    RoundClosed,
     RoundDeclined,
+    StepCollected,
     UpdateRefused,
     UpdateSubmitted,
 )
@@ -221,7 +221,7 @@ def test_an_exception_of_the_app_declines_by_its_type_alone(deployment: Deployme
     assert arrays["weights"].numpy().any()
     (declined,) = deployment.of(RoundDeclined)
     assert (declined.reason, declined.detail) == ("app-failed", "ValueError")
-    (excluded,) = deployment.of(RoundClosed)[0].excluded
+    (excluded,) = deployment.of(StepCollected)[0].excluded
     assert (excluded.client_id, excluded.reason) == ("client-2", "declined.app-failed")
     assert b"secret" not in b"".join(path.read_bytes() for path in deployment.folder.glob("log.sqlite*"))
 
@@ -271,7 +271,7 @@ def test_a_poisoned_reply_is_refused_with_its_reason_and_the_round_goes_on(name:
         arrays = run(deployment.grid(admission=admission), FedAvg(fraction_evaluate=0.0), rounds=1)
     (refused,) = deployment.of(UpdateRefused)
     assert (refused.client_id, refused.reason) == ("client-2", reason)
-    (closed,) = deployment.of(RoundClosed)
+    (closed,) = deployment.of(StepCollected)
     assert [each.reason for each in closed.excluded] == [f"refused.{reason}"]
     assert {each.client_id for each in closed.accepted} == {"client-0", "client-1"}
     assert np.isfinite(arrays["weights"].numpy()).all()
@@ -291,7 +291,7 @@ def test_a_dp_strategy_skips_the_round_when_a_client_is_missing(deployment: Depl
         strategy = Durable(DifferentialPrivacyServerSideFixedClipping(FedAvg(fraction_evaluate=0.0), 1.0, 5.0, 3))
         result = strategy.start(deployment.grid(), initial_arrays(), num_rounds=1, timeout=0.5)
     assert not result.arrays
-    assert [each.reason for each in deployment.of(RoundClosed)[0].excluded] == ["silent"]
+    assert [each.reason for each in deployment.of(StepCollected)[0].excluded] == ["silent"]
 
 
 def test_the_time_that_passed_while_the_server_was_away_has_passed(
@@ -388,4 +388,4 @@ def test_only_the_addressed_client_is_heard_and_only_once(deployment: Deployment
     (reply,) = grid.pull_messages([pushed])
     assert reply.has_content()
     assert {(each.client_id, each.reason) for each in deployment.of(UpdateRefused)} == {("client-0", "duplicate")}
-    assert [update.client_id for update in deployment.of(RoundClosed)[0].accepted] == ["client-0"]
+    assert [update.client_id for update in deployment.of(StepCollected)[0].accepted] == ["client-0"]

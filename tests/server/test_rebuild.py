@@ -13,7 +13,7 @@ from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
 from fedloop_events.writer import EventWriter
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 from fedloop_server.rounds.rebuild import RebuildError, rebuild
 from msgspec.structs import replace
 

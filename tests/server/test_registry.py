@@ -10,7 +10,7 @@ from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import EventLog
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_lineage_leads_from_a_release_to_the_clients_whose_updates_made_it(world
 
 def test_a_rollback_is_signed_counts_once_and_can_be_taken_back(world: World) -> None:
     zero, first, second = world.releases.releases
-    said = registry.roll_back(world.writer, release=zero, reason="worse in the field")
-    assert (said.release, said.withdrawn) == (zero, second)
+    event = registry.roll_back(world.writer, release=zero, reason="worse in the field")
+    assert (event.release, event.withdrawn) == (zero, second)
     releases = world.releases
     assert registry.current(releases, "default").release == zero
     assert (releases.releases[second].withdrawn, releases.releases[second].reason) == (True, "worse in the field")
@@ -53,6 +53,24 @@ def test_a_rollback_is_signed_counts_once_and_can_be_taken_back(world: World) ->
     registry.roll_back(world.writer, release=second, reason="it was the network")
     assert registry.current(world.releases, "default").release == second
     assert not world.releases.releases[second].withdrawn
+
+
+def test_a_summary_shows_where_a_release_stands_and_what_made_it(world: World) -> None:
+    zero, first, second = registry.summaries(world.releases)
+    assert [(each.number, each.status, each.current) for each in (zero, first, second)] == [
+        (0, "published", False),
+        (1, "published", False),
+        (2, "published", True),
+    ]
+    assert (zero.round_id, zero.base_release, zero.strategy, zero.updates) == (None, None, None, 0)
+    assert (second.round_id, second.base_release, second.updates, second.accuracy) == ("r0002", first.release, 2, 0.5)
+    blob = world.releases.releases[second.release].blob
+    assert (second.sha256, second.size_bytes) == (blob.sha256, blob.size_bytes)
+    proposed = {payload.release: record.appended_ms for record, payload in world.records(types.ReleaseProposed)}
+    assert [each.proposed_ms for each in (zero, first, second)] == list(proposed.values())
+    registry.roll_back(world.writer, release=first.release, reason="worse in the field")
+    after = registry.summarise(world.releases, registry.find(world.releases, second.release))
+    assert (after.status, after.current, after.reason) == ("withdrawn", False, "worse in the field")
 
 
 def test_only_a_published_release_comes_back(world: World) -> None:
@@ -75,7 +93,7 @@ def test_a_rollback_that_crosses_a_new_release_changes_nothing(world: World) -> 
     blob = registry.current(world.releases, "default").blob
 
     class Crossing:
-        """Between the operator's look and the operator's word, a release is published."""
+        """After the operator has read the log, and before the rollback is appended, a release is published."""
 
         def __init__(self, log: EventLog) -> None:
             self.read, self.end, self.close = log.read, log.end, log.close
@@ -98,4 +116,4 @@ def test_a_model_without_releases_is_an_error_that_says_so() -> None:
     with pytest.raises(UsageError, match="no release"):
         registry.current(ReleasesView(), "default")
     with pytest.raises(UsageError, match="registers no such model"):
-        registry.task(ReleasesView(), "default")
+        registry.task_of_model(ReleasesView(), "default")

@@ -10,10 +10,11 @@ import pytest
 from devices import CONFIG, PLAN, World
 from fedloop_events import envelope, types
 from fedloop_events.folds.identities import Client, RecordPosition
+from fedloop_events.parts import split
 from fedloop_events.types import Exclusion, Mechanism
 from fedloop_server.config import MAX_COHORT, ServerConfig
 from fedloop_server.rounds.planner import Planner
-from fedloop_server.rounds.scheduler import Eligibility, bounded, draw, eligible
+from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible
 from fedloop_tasks.classification.plan import ClassificationPlan
 from msgspec.structs import replace
 
@@ -85,22 +86,31 @@ def test_a_cohort_is_drawn_evenly_and_the_others_are_named() -> None:
     assert draw(found, 6, source) is found
 
 
-def test_the_largest_round_fits_into_one_event() -> None:
+def test_the_largest_round_fits_into_its_events() -> None:
     long = "c" * 76
     cohort = [f"{long}{number:04d}" for number in range(MAX_COHORT)]
-    out = [Exclusion(f"{long}{number:04d}", "not-drawn") for number in range(5000)] + [Exclusion("z", "revoked")]
-    kept = bounded(out)
+    out = [Exclusion(f"{long}{number:05d}", "not-drawn") for number in range(50_000)] + [Exclusion("z", "revoked")]
+    kept = bounded(out, MAX_OPENING_BYTES)
     assert kept[-1] == Exclusion("z", "revoked")
-    assert len(kept) > 100
+    assert len(kept) > 5000
+    assert bounded(out, 1000)[-1] == Exclusion("z", "revoked")
     opened = types.RoundOpened(
         "o" * 80, 1, "main", "r0001", "q" * 80, 1, "default", "x" * 80, types.BlobRef("0" * 64, 2**50), "fedavg",
         cohort, 2, 1.0, [f"lora.{layer}.attention.self.query.{part}" for layer in range(24) for part in "AB" * 4],
         2**40, 1.0, GAUSS, {}, kept,
     )  # fmt: skip
-    envelope.encode(opened, id="0" * 32, time_s=0)
     accepted = [types.AcceptedUpdate(each, "0" * 32, "0" * 32, types.BlobRef("0" * 64, 2**50), 1234.5) for each in cohort]
-    closed = types.RoundClosed("o" * 80, 1, "main", 1000, accepted, [], "r0001")
-    envelope.encode(closed, id="0" * 32, time_s=0)
+    silent = [Exclusion(each, "r" * 80, "d" * 200) for each in cohort]
+    closed = types.RoundClosed("o" * 80, 1, "main", 1000, accepted, silent, "r0001")
+    for said in (opened, closed):
+        events = split(said)
+        assert len(events) > 10
+        for each in events:
+            envelope.encode(each, id="0" * 32, time_s=0)
+    proposed = types.ReleaseProposed(
+        "o" * 80, "m" * 80, 1, "x" * 80, 1, types.BlobRef("0" * 64, 2**50), "r0001", "x" * 80, "s" * 80, ["0" * 32] * MAX_COHORT
+    )
+    envelope.encode(proposed, id="0" * 32, time_s=0)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

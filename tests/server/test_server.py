@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from devices import CONFIG, OPEN_CONFIG, PLAN, Behaviour, World, evaluation
 from devices import evaluate as half
-from fedloop_events import ids, topics, types
+from fedloop_events import ids, parts, topics, types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Event
@@ -23,7 +23,8 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
-from fedloop_server.rounds import actions, registry
+from fedloop_server.operations import registry
+from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.rebuild import rebuild
 from msgspec.structs import replace
@@ -225,6 +226,67 @@ def test_the_appends_of_two_rounds_are_those_that_crashes_are_tried_at(world: Wo
     assert -counting.left == APPENDS
 
 
+class Torn(Mortal):
+    """A log that holds no more than the first `at` events of its user, who dies of the next: batches are torn."""
+
+    def __init__(self, log: EventLog, at: int) -> None:
+        super().__init__(log, at, before=False)
+
+    def append(self, events: Sequence[Event]) -> None:
+        kept = events[: self.left]
+        self.left -= len(kept)
+        if kept:
+            self.log.append(kept)
+        if len(kept) < len(events):
+            raise Killed
+
+
+EVENTS = 17
+"""Of a server that makes one round, where each name in a list is a part of its own: epoch, evaluation; three parts of the cohort,
+one of who was left out, the opening; instructions; three parts of what counts, the closing; proposed, evaluated, decided."""
+
+
+@pytest.fixture
+def in_parts(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Every list is too long for one event."""
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    world.device("dan", examples=0)
+    world.request(1)
+    return world
+
+
+def test_a_round_in_many_events_is_one_round(in_parts: World, tmp_path: Path) -> None:
+    counting = Torn(in_parts.log, EVENTS)
+    with in_parts.serving():
+        until_idle(in_parts.server(log=counting))
+    assert counting.left == 0, "these are the events that crashes are tried between"
+    assert len(in_parts.payloads(types.CohortListed)) == 4
+    assert len(in_parts.payloads(types.RepliesListed)) == 3
+    state = in_parts.rounds.rounds["r0001"]
+    assert state.opened is not None
+    assert (state.opened.cohort, state.participants, state.excluded["dan"].reason) == (
+        list(CLIENTS),
+        list(CLIENTS),
+        "too-few-examples",
+    )
+    assert outcome(in_parts) == undisturbed(tmp_path / "undisturbed", rounds=1)
+    assert rebuild(in_parts.log, in_parts.blobs, deep=True).identical
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", range(EVENTS))
+def test_a_server_killed_between_the_events_of_one_decision_has_not_decided_it(in_parts: World, at: int, tmp_path: Path) -> None:
+    with in_parts.serving():
+        with pytest.raises(Killed):
+            until_idle(in_parts.server(log=Torn(in_parts.log, at)))
+        until_idle(in_parts.server())
+    assert outcome(in_parts) == undisturbed(tmp_path / "undisturbed", rounds=1)
+    assert list(in_parts.rounds.rounds) == ["r0001"]
+    assert sorted(each.client_id for each in in_parts.payloads(types.BudgetSpent)) == list(CLIENTS)
+    assert sorted(each.client_id for each in in_parts.payloads(types.InstructionSent)) == list(CLIENTS)
+    assert rebuild(in_parts.log, in_parts.blobs, deep=True).identical
+
+
 def _serve_in_a_process(folder: Path, config: ServerConfig) -> None:
     deployment = open_deployment(folder)
     Server(deployment.log, deployment.blobs, deployment.writer, config, evaluate=half).run()
@@ -274,7 +336,7 @@ def test_a_server_that_another_one_replaced_stops_and_what_it_still_says_counts_
     [opened] = world.payloads(types.RoundOpened)
     again = replace(opened, round_id="r0002", number=2)
     world.log.append([world.writer.event(again, id=ids.derived_id(origin, "main", "round", 2))])
-    assert world.rounds.stale == 2
+    assert world.stale == 2
     with world.serving():
         until_idle(new)
         world.request(1, "q2")

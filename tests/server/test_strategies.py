@@ -13,9 +13,10 @@ from fedloop_events.errors import UsageError
 from fedloop_events.types import InstructionSent, Mechanism, RoundClosed, RoundOpened, UpdateSubmitted
 from fedloop_server.aggregation.merging import merge
 from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.instructing import instructions
 from fedloop_server.flower.journal import start_epoch
-from fedloop_server.flower.strategies import Durable, FederatedLora
-from fleet import Deployment, as_bytes, regression_app, serving
+from fedloop_server.flower.strategies import Durable
+from fleet import Deployment, regression_app, serving
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -76,6 +77,13 @@ def round_grid(deployment: Deployment, opened: RoundOpened) -> LogGrid:
     return LogGrid(deployment.log, deployment.blobs, deployment.writer, run_id="main", epoch=epoch, round=opened)
 
 
+def collect(deployment: Deployment, opened: RoundOpened) -> LogGrid:
+    """Run the round to its end; its grid."""
+    grid = round_grid(deployment, opened)
+    grid.close_round(instructions(grid, opened, deployment.blobs), timeout=20)
+    return grid
+
+
 class NamesItsBase:
     """Makes a simulated client name the base release, as agents do."""
 
@@ -90,40 +98,36 @@ class NamesItsBase:
         )
 
 
-def test_a_round_merges_what_counts_and_its_rebuild_has_the_same_bytes(deployment: Deployment) -> None:
+def test_a_round_merges_what_counts_by_its_weights(deployment: Deployment) -> None:
     opened = open_round(deployment)
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
-        strategy = FederatedLora(opened, deployment.blobs)
-        result = strategy.start(round_grid(deployment, opened), strategy.base(), num_rounds=1, timeout=20)
+        collect(deployment, opened)
     (closed,) = deployment.of(RoundClosed)
     assert [(each.client_id, each.weight) for each in closed.accepted] == [(f"client-{n}", 1.0 + n) for n in range(3)]
     shift = np.average(SHIFTS, weights=[1, 2, 3])
+    merged = merge(deployment.blobs, opened, BASE, closed.accepted)
     for name, values in BASE.items():
-        np.testing.assert_allclose(result.arrays[name].numpy(), values + shift * (name in FFA), rtol=1e-6)
-    rebuilt = merge(deployment.blobs, opened, BASE, closed.accepted)
-    assert as_bytes(result.arrays) == {name: values.tobytes() for name, values in rebuilt.items()}
+        np.testing.assert_allclose(merged[name], values + shift * (name in FFA), rtol=1e-6)
 
 
 def test_the_base_release_is_sent_by_the_name_of_its_blob(deployment: Deployment) -> None:
     opened = open_round(deployment)
     for number in range(3):
         NamesItsBase(deployment, number, FFA)
-    strategy, grid = FederatedLora(opened, deployment.blobs), round_grid(deployment, opened)
-    grid.push_messages(strategy.configure_train(1, strategy.base(), ConfigRecord(), grid))
+    grid = round_grid(deployment, opened)
+    grid.push_messages(instructions(grid, opened, deployment.blobs))
     sent = deployment.of(InstructionSent)
     assert [each.client_id for each in sent] == opened.cohort
     assert all(list(each.content.arrays.values()) == [opened.base] and each.round_id == "r0001" for each in sent)
     assert list(deployment.blobs.all()) == [opened.base.sha256]
 
 
-def test_fewer_than_the_quorum_is_no_release(deployment: Deployment) -> None:
+def test_an_update_beyond_the_norm_bound_does_not_count(deployment: Deployment) -> None:
     opened = open_round(deployment, max_norm=2.0)  # 22 values, each shifted by 0.5, 0.25 or 4
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
-        strategy, grid = FederatedLora(opened, deployment.blobs), round_grid(deployment, opened)
-        replies = grid.send_and_receive(strategy.configure_train(1, strategy.base(), ConfigRecord(), grid), timeout=20)
-    assert strategy.aggregate_train(1, replies) == (None, None)
-    assert grid.closed is not None
-    refused = {each.client_id: each.reason for each in grid.closed.excluded}
+        grid = collect(deployment, opened)
+    assert grid.collected is not None
+    refused = {each.client_id: each.reason for each in grid.collected.excluded}
     assert refused == {"client-0": "refused.norm", "client-2": "refused.norm"}
 
 
@@ -131,11 +135,10 @@ def test_a_private_round_hears_no_client_that_ran_no_mechanism(deployment: Deplo
     mechanism = Mechanism(sampling_rate=0.1, noise_multiplier=1.0, clip_norm=1.0, steps=1, divisor=1.0)
     opened = msgspec.structs.replace(open_round(deployment), mechanism=mechanism)
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
-        strategy, grid = FederatedLora(opened, deployment.blobs), round_grid(deployment, opened)
-        grid.send_and_receive(strategy.configure_train(1, strategy.base(), ConfigRecord(), grid), timeout=20)
-    assert grid.closed is not None
-    assert grid.closed.accepted == []
-    assert {each.reason for each in grid.closed.excluded} == {"refused.wrong-mechanism"}
+        grid = collect(deployment, opened)
+    assert grid.collected is not None
+    assert grid.collected.accepted == []
+    assert {each.reason for each in grid.collected.excluded} == {"refused.wrong-mechanism"}
 
 
 def test_a_second_round_does_not_hear_the_replies_to_the_first(deployment: Deployment) -> None:
@@ -143,21 +146,18 @@ def test_a_second_round_does_not_hear_the_replies_to_the_first(deployment: Deplo
     with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
         for number in (1, 2):
             opened = msgspec.structs.replace(opened, round_id=f"r{number:04d}", number=number)
-            strategy = FederatedLora(opened, deployment.blobs)
-            strategy.start(round_grid(deployment, opened), strategy.base(), num_rounds=1, timeout=20)
+            collect(deployment, opened)
     first, second = deployment.of(RoundClosed)
     assert len(first.accepted) == len(second.accepted) == 3
     assert not {each.update_id for each in first.accepted} & {each.update_id for each in second.accepted}
 
 
-def test_strategies_of_the_log_refuse_another_grid(deployment: Deployment) -> None:
+def test_another_grid_is_refused_and_so_is_a_cohort_that_is_not_enrolled(deployment: Deployment) -> None:
     opened = open_round(deployment)
-    with pytest.raises(UsageError):
-        FederatedLora(opened, deployment.blobs).configure_train(1, ArrayRecord(), ConfigRecord(), object())  # type: ignore[arg-type]
     with pytest.raises(UsageError):
         Durable(FedAvg()).configure_train(1, ArrayRecord(), ConfigRecord(), object())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="not enrolled"):
-        FederatedLora(opened, deployment.blobs).configure_train(1, ArrayRecord(), ConfigRecord(), round_grid(deployment, opened))
+        instructions(round_grid(deployment, opened), opened, deployment.blobs)
 
 
 def test_a_recorded_aggregate_of_nothing_is_nothing(deployment: Deployment) -> None:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from fedloop_events import types
+import samples
+from fedloop_events import envelope, types
 from fedloop_events.envelope import Record
+from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import MAX_REPLIES_EACH, RoundsView
 from fedloop_events.ids import derived_id
@@ -22,23 +24,31 @@ Said = tuple[str, types.Payload]
 """An event's id, and what it says."""
 
 
-def records(said: Sequence[Said]) -> list[tuple[Record, types.Payload]]:
+def records(said: Sequence[Said]) -> list[Record]:
     return [
-        (Record(each.topic, each.key, event_id, "", "", 0, b"", stream="log", offset=at + 1, appended_ms=10 * at), each)
+        samples.record(envelope.encode(each, id=event_id, time_s=0), at + 1, appended_ms=10 * at)
         for at, (event_id, each) in enumerate(said)
     ]
 
 
+def numbered(said: Sequence[types.Payload]) -> list[Said]:
+    return [(derived_id(at), payload) for at, payload in enumerate(said)]
+
+
+def admitted(said: Sequence[Said], admit: Admit) -> list[tuple[Record, types.Payload]]:
+    return [(record, payload) for record in records(said) if (payload := admit(record)) is not None]
+
+
 def rounds_of(*said: types.Payload) -> RoundsView:
     view = RoundsView()
-    for record, payload in records([(derived_id(at), payload) for at, payload in enumerate(said)]):
+    for record, payload in admitted(numbered(said), Admit()):
         view.apply(record, payload)
     return view
 
 
 def releases_of(*said: types.Payload) -> ReleasesView:
     view = ReleasesView()
-    for record, payload in records([(derived_id(at), payload) for at, payload in enumerate(said)]):
+    for record, payload in admitted(numbered(said), Admit()):
         view.apply(record, payload)
     return view
 
@@ -113,8 +123,10 @@ def test_requests_are_served_in_order_and_one_that_is_given_up_is_over() -> None
 
 
 def test_what_a_fenced_server_says_counts_for_nothing() -> None:
-    view = rounds_of(epoch(1), requested(rounds=9), opened(1), epoch(2), closed(1, "f" * 32), aborted(1), opened(2), epoch(1))
-    assert (view.epoch, view.stale, list(view.rounds)) == (2, 3, ["r1"])
+    said = (epoch(1), requested(rounds=9), opened(1), epoch(2), closed(1, "f" * 32), aborted(1), opened(2), epoch(1))
+    view, admit = rounds_of(*said), Admit()
+    admitted(numbered(said), admit)
+    assert (view.epoch, admit.standing.stale, list(view.rounds)) == (2, {"main": 3}, ["r1"])
     assert view.rounds["r1"].state == "open"
     assert rounds_of(epoch(1), requested(), opened(1), closed(1, at_epoch=2)).rounds["r1"].state == "open"
     assert rounds_of(epoch(2, "mine"), epoch(2, "yours")).server_id == "mine"
@@ -126,6 +138,27 @@ def test_a_decision_counts_once() -> None:
     assert (list(view.rounds), view.requests["q1"].numbers) == (["r1"], [1])
     assert rounds_of(epoch(1), opened(1)).rounds == {}  # nobody asked for it
     assert rounds_of(epoch(1), requested(), requested(rounds=7)).requests["q1"].rounds == 1
+
+
+def test_a_round_of_several_steps_ends_with_the_one_that_closes_it() -> None:
+    step = types.StepCollected(
+        ORIGIN,
+        1,
+        "main",
+        5,
+        [types.AcceptedUpdate("bob", derived_id(4), "0" * 32, BLOB)],
+        [types.Exclusion("dan", "silent")],
+        "r1",
+    )
+    said = [epoch(1), requested(), opened(1), sent(1, "bob"), update(1, "bob"), step, sent(1, "ann"), update(1)]
+    state = rounds_of(*said).rounds["r1"]
+    assert (state.state, state.participants, state.bytes_up, state.excluded["dan"].reason) == ("open", [], 10, "silent")
+    view = rounds_of(*said, update(1, "bob", seq=1), closed(1, derived_id(7)), step)
+    state = view.rounds["r1"]
+    assert (state.state, state.participants, state.bytes_up) == ("closed", ["ann"], 20)
+    assert view.unanswered == {derived_id(8): ("r1", "bob")}, "what an earlier step accepted has its answer"
+    assert [each.step for each in state.collected] == [5, 9]
+    assert RoundsView.from_state(view.to_state()) == view
 
 
 def test_an_aborted_round_has_no_participants_even_if_some_were_accepted() -> None:
@@ -183,7 +216,7 @@ def test_any_events_in_any_order_keep_the_view_consistent_and_a_snapshot_changes
     events = began + list({derived_id(at): payload for at, payload in said}.items())
     events += [(derived_id("more", at), payload) for at, (_, payload) in enumerate(said)]
     whole, kept = RoundsView(), RoundsView()
-    for at, (record, payload) in enumerate(records(events)):
+    for at, (record, payload) in enumerate(admitted(events, Admit())):
         whole.apply(record, payload)
         kept.apply(record, payload)
         if at == cut:
@@ -207,7 +240,7 @@ def test_a_hundred_thousand_events_take_well_under_half_a_second() -> None:
         said += [sent(number, f"c{client}") for client in range(48)]
         said += [update(number, f"c{client}") for client in range(48)]
         said += [closed(number)]
-    events = records([(derived_id(at), payload) for at, payload in enumerate(said)])
+    events = admitted(numbered(said), Admit())
     view = RoundsView()
     start = time.process_time()
     for record, payload in events:
@@ -310,7 +343,7 @@ def test_any_release_events_keep_one_published_release_in_force_and_a_snapshot_c
     said: list[types.Payload], cut: int
 ) -> None:
     whole, kept = ReleasesView(), ReleasesView()
-    for at, (record, payload) in enumerate(records([(derived_id(at), payload) for at, payload in enumerate(said)])):
+    for at, (record, payload) in enumerate(admitted(numbered(said), Admit())):
         before = current(whole)
         whole.apply(record, payload)
         kept.apply(record, payload)

@@ -25,7 +25,7 @@ def doctor(
     Looks at versions, disks, clocks, file modes, certificates, whether log and blobs answer, topics and rights. Changes nothing.
     Exit status 1 if anything fails.
     """
-    from fedloop_cli import diagnosis
+    from fedloop_cli.doctor import diagnosis
 
     log, blobs = options.given()
     found = list(diagnosis.diagnose(directory, log, blobs, store))

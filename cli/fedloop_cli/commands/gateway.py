@@ -21,8 +21,8 @@ def gateway(
 ) -> None:
     """Let devices reach a deployment through HTTPS: fedloop agent --log https://HOST. It holds no device's key.
 
-    Every request is signed by the device that makes it, which sees and says what is its own, and no more. Ctrl-C or SIGTERM ends
-    it when what had begun is answered. Without TLS it serves this machine alone.
+    Every request is signed by the device that makes it, which reads and appends what is its own, and no more. Ctrl-C or SIGTERM
+    ends it when what had begun is answered. Without TLS it serves this machine alone.
     """
     from fedloop_events import locations
     from fedloop_events.errors import UsageError

@@ -73,7 +73,7 @@ def compose(
 
     Passwords and keys are random, and only you can read them. Called again it makes what is missing, and replaces nothing.
     """
-    from fedloop_cli import composing
+    from fedloop_cli.provisioning import composing
 
     done = composing.compose(directory)
     document = {"env_file": str(done.env_file), "secrets": str(done.secrets), "demo": str(done.demo), "made": done.made}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,8 +12,8 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
-
-    from fedloop_cli.verification import VerifyReport
+    from fedloop_events.verify.checks import VerifyReport
+    from fedloop_server.operations.replaying import Replayed
 
 app = options.group(help="Read the log, check it, replay it.")
 
@@ -28,49 +29,30 @@ def tail(
     json: options.Json = False,
 ) -> None:
     """Show the last events. With --follow, --json prints one document a line for each event."""
-    from collections import deque
-
     from fedloop_events import topics
-    from fedloop_events.errors import UsageError
-    from fedloop_events.logs.port import START, read_all
+    from fedloop_server.operations import tail as operations
 
-    from fedloop_cli import state
-
-    wanted = tuple(topic or topics.ALL)
-    for name in wanted:
-        if name not in topics.ALL:
-            raise UsageError(f"there is no topic {name!r}", hint=f"the topics are {', '.join(topics.ALL)}")
-    log = state.open_log(where)
+    wanted, log = tuple(topic or topics.ALL), where.open_log()
+    end = operations.last(log, lines, wanted)
     if not follow:
-        last = deque(read_all(log, wanted), maxlen=lines)
-        console.show(
-            {"log": where.place.log, "events": [_event(each) for each in last]}, lambda: "\n".join(map(_line, last)), as_json=json
-        )
+        document = {"log": where.place.log, "events": [_event(each) for each in end.records]}
+        console.show(document, lambda: "\n".join(map(_line, end.records)), as_json=json)
         return
-    position, batch = START, log.read(wanted, START, limit=10_000)
-    kept: deque[Record] = deque(maxlen=lines)
-    while batch.records:
-        kept.extend(batch.records)
-        position = batch.position
-        batch = log.read(wanted, position, limit=10_000)
-    found: list[Record] = list(kept)
-    while True:
-        for record in found:
-            console.show(_event(record), _line(record), as_json=json)
-        batch = log.read(wanted, position, wait_s=5.0)
-        found, position = list(batch.records), batch.position
+    for record in chain(end.records, operations.follow(log, end.position, wanted)):
+        console.show(_event(record), _line(record), as_json=json)
 
 
 @app.command(cls=options.Command)
 def verify(where: options.Deployment, json: options.Json = False) -> None:
-    """Check that the log is whole, each event said by whom it names, and each blob as its name promises.
+    """Check that the log is whole, each event signed by the author that it names, and each blob as its name promises.
 
     Opens it for reading only. Exit status 1 if anything is wrong.
     """
-    from fedloop_cli import verification
+    import msgspec
+    from fedloop_events.verify.log import verify as verify_log
 
-    report = verification.verify(where)
-    console.show(verification.as_document(report), lambda: _report(report), as_json=json)
+    report = verify_log(where.place, where.open_log, where.open_blobs)
+    console.show(msgspec.to_builtins(report), lambda: _report(report), as_json=json)
     if not report.verified:
         raise typer.Exit(1)
 
@@ -81,10 +63,11 @@ def replay(where: options.Deployment, json: options.Json = False) -> None:
 
     Exit status 1 if a snapshot differs from the log.
     """
-    from fedloop_cli import replaying
+    from fedloop_server.operations.replaying import replay as replay_log
 
-    replayed = replaying.replay(where)
-    console.show(replaying.as_document(replayed), lambda: replaying.as_text(replayed), as_json=json)
+    replayed = replay_log(where.open_log(), where.directory)
+    document = _replayed_document(where.place.log, replayed)
+    console.show(document, lambda: _replayed_text(where.place.log, replayed), as_json=json)
     if replayed.differing:
         raise typer.Exit(1)
 
@@ -114,7 +97,7 @@ def _line(record: Record) -> str:
     text = record.data.decode(errors="backslashreplace")
     shown = text if len(text) <= 160 or not sys.stdout.isatty() else text[:159] + "…"
     head = (
-        f"{console.position(record.stream, record.offset):>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
+        f"{console.offset(record.stream, record.offset):>8}  {console.moment(record.appended_ms)}  {console.printable(kind):28}"
     )
     return f"{head}  {console.printable(record.key):20}  {console.printable(shown)}"
 
@@ -136,7 +119,7 @@ def _report(report: VerifyReport) -> str:
         "",
     ]
     for finding in report.findings:
-        where = "" if finding.offset is None else f"offset {console.position(finding.stream, finding.offset)}: "
+        where = "" if finding.offset is None else f"offset {console.offset(finding.stream, finding.offset)}: "
         lines.append(f"WRONG  {where}{console.printable(finding.what)}")
     if report.wrong > len(report.findings):
         lines.append(f"WRONG  and {report.wrong - len(report.findings):,} more")
@@ -145,3 +128,57 @@ def _report(report: VerifyReport) -> str:
         f"Not seen by this check: {report.not_seen}.",
     ]
     return "\n".join(lines)
+
+
+def _replayed_document(log: str, replayed: Replayed) -> dict[str, Any]:
+    return {
+        "log": log,
+        "events": replayed.events,
+        "seconds": replayed.took_ms / 1000,
+        "types": replayed.types,
+        "unknown": replayed.unknown,
+        "refused": replayed.refused,
+        "first_refused": replayed.first_refused,
+        "epoch": replayed.epoch,
+        "clients": replayed.clients,
+        "revoked": replayed.revoked,
+        "rounds": replayed.rounds,
+        "releases": replayed.releases,
+        "current": replayed.current,
+        "stale_decisions": replayed.stale_decisions,
+        "spends": replayed.spends,
+        "suspended": replayed.suspended,
+        "matching": replayed.matching,
+        "differing": replayed.differing,
+    }
+
+
+def _replayed_text(log: str, replayed: Replayed) -> str:
+    took_s = replayed.took_ms / 1000
+    rate = replayed.events / took_s if took_s else 0.0
+    rows: dict[str, object] = {
+        "log": log,
+        "events": f"{replayed.events:,} in {took_s:.1f} s ({rate:,.0f} a second)",
+        "unknown types": replayed.unknown,
+        "refused": replayed.refused,
+        "epoch": replayed.epoch,
+        "clients": f"{replayed.clients}, {replayed.revoked} revoked",
+        "rounds": _counts(replayed.rounds),
+        "releases": _counts(replayed.releases),
+        "in force": replayed.current,
+        "stale decisions": replayed.stale_decisions,
+        "spends": replayed.spends,
+        "suspended": ", ".join(replayed.suspended) or "nobody",
+        "snapshots": f"{len(replayed.matching)} match the log, {len(replayed.differing)} differ",
+    }
+    lines = [console.fields(rows), "", console.table(["type", "events"], [list(each) for each in replayed.types.items()])]
+    lines += [
+        f"REFUSED  offset {console.offset(each.stream, each.offset)}: {console.printable(each.why)}"
+        for each in replayed.first_refused
+    ]
+    lines += [f"DIFFERS  {console.printable(path)}" for path in replayed.differing]
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedloop_cli import console, options
+from fedloop_cli import console, documents, options
 
 app = options.group(help="Look at releases, rebuild them from the log, roll back.")
 
@@ -16,10 +16,9 @@ Release = Annotated[str, typer.Argument(metavar="RELEASE")]
 @app.command("list", cls=options.Command)
 def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
-    from fedloop_cli import state
+    from fedloop_server.operations import registry
 
-    followed = state.open_state(where)
-    found = [state.release_document(followed, each) for each in followed.releases.releases.values()]
+    found = [documents.release_document(each) for each in registry.summaries(where.follow().releases)]
     heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
     rows = [
         [
@@ -37,12 +36,10 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
 @app.command(cls=options.Command)
 def show(where: options.Deployment, release: Release, json: options.Json = False) -> None:
     """Show one release and its lineage: back to release 0, with each update that went in."""
-    from fedloop_server.rounds import registry
+    from fedloop_server.operations import registry
 
-    from fedloop_cli import state
-
-    followed = state.open_state(where)
-    found = state.release_document(followed, registry.find(followed.releases, release))
+    followed = where.follow()
+    found = documents.release_document(registry.summarise(followed.releases, registry.find(followed.releases, release)))
     lineage = registry.lineage(followed.rounds, followed.releases, release)
     heads = ["release", "round", "strategy", "base", "client", "update", "weight"]
     rows = [
@@ -66,9 +63,7 @@ def rebuild(
     """
     from fedloop_server.rounds.rebuild import rebuild as rebuild_release
 
-    from fedloop_cli import state
-
-    rebuilt = rebuild_release(state.open_log(where), state.open_blobs(where), release, deep=not shallow)
+    rebuilt = rebuild_release(where.open_log(), where.open_blobs(), release, deep=not shallow)
     document = {
         "release": rebuilt.release,
         "identical": rebuilt.identical,
@@ -80,9 +75,9 @@ def rebuild(
         [each.release, len(each.clients), each.published_sha256, each.rebuilt_sha256, "yes" if each.identical else "NO"]
         for each in rebuilt.steps
     ]
-    said = "has the same bytes" if rebuilt.identical else "HAS OTHER BYTES"
+    outcome = "has the same bytes" if rebuilt.identical else "HAS OTHER BYTES"
     heads = ["release", "updates", "published SHA-256", "rebuilt SHA-256", "same"]
-    console.show(document, f"{console.table(heads, rows)}\n{rebuilt.release}, rebuilt from the log, {said}.", as_json=json)
+    console.show(document, f"{console.table(heads, rows)}\n{rebuilt.release}, rebuilt from the log, {outcome}.", as_json=json)
     if not rebuilt.identical:
         raise typer.Exit(1)
 
@@ -96,7 +91,7 @@ def rollback(
 ) -> None:
     """Put an earlier release in force again."""
     from fedloop_server.deployment import open_deployment
-    from fedloop_server.rounds import registry
+    from fedloop_server.operations import registry
 
     event = registry.roll_back(open_deployment(home.directory, home.place).writer, release=release, reason=reason)
     text = f"{event.release} is in force again; {event.withdrawn} is withdrawn"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fedloop_cli import console, options
-
-if TYPE_CHECKING:
-    from fedloop_cli.state import Followed, RoundSummary
+from fedloop_cli import console, documents, options
 
 app = options.group(help="Ask for rounds, and look at them.")
 
@@ -29,29 +25,35 @@ def start(
 ) -> None:
     """Ask the server for rounds. It opens them when it runs and enough clients are there."""
     from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import rounds as operations
 
-    from fedloop_cli.requests import request_rounds
-
-    deployment = open_deployment(home.directory, home.place)
-    request_id = request_rounds(deployment.writer, rounds, reason)
-    if wait:
-        console.note(f"requested {rounds} as {request_id}; waiting")
-        _wait(home, request_id, json, timeout_s)
+    writer = open_deployment(home.directory, home.place).writer
+    request_id = operations.request(writer, rounds, reason)
+    if not wait:
+        document = {"request_id": request_id, "rounds": rounds}
+        console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
         return
-    document = {"request_id": request_id, "rounds": rounds}
-    console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
+    console.note(f"requested {rounds} as {request_id}; waiting")
+    ended = operations.until_ended(home.follow(), request_id, timeout_s)
+    found = {"request_id": request_id, "rounds": [documents.round_document(each) for each in ended]}
+    console.show(found, documents.rounds_table(ended), as_json=json)
+    if any(each.release is None for each in ended) or len(ended) < rounds:
+        raise typer.Exit(1)
 
 
 @app.command("list", cls=options.Command)
 def list_(where: options.Deployment, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""
-    from fedloop_cli import state
+    from fedloop_server.operations import rounds
 
-    followed = state.open_state(where)
-    found = _summaries(followed)
-    pending = sum(request.rounds - len(request.numbers) for request in followed.rounds.requests.values() if request.pending)
-    document = {"rounds": found, "requested": pending, "epoch": followed.rounds.epoch}
-    text = state.rounds_table(found) + (f"\n{pending} requested and not opened yet" if pending else "")
+    followed = where.follow()
+    found, waiting = rounds.summaries(followed), rounds.waiting(followed.rounds)
+    document = {
+        "rounds": [documents.round_document(each) for each in found],
+        "requested": waiting,
+        "epoch": followed.rounds.epoch,
+    }
+    text = documents.rounds_table(found) + (f"\n{waiting} requested and not opened yet" if waiting else "")
     console.show(document, text, as_json=json)
 
 
@@ -59,35 +61,29 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
 def show(where: options.Deployment, round_id: RoundId, json: options.Json = False) -> None:
     """Show one round: its terms, who took part, who did not and why."""
     import msgspec
+    from fedloop_server.operations import rounds
 
-    from fedloop_cli import state
-
-    followed = state.open_state(where)
-    found = followed.round(round_id)
-    summary = state.summarise(followed, found)
-    opened = found.opened
-    document = msgspec.to_builtins(summary) | {
-        "mechanism": opened.mechanism if opened is not None else None,
-        "hyperparameters": opened.hyperparameters if opened is not None else {},
-        "quorum": opened.quorum if opened is not None else None,
-        "deadline_s": opened.deadline_s if opened is not None else None,
-        "declined": found.declined,
-        "refused": [{"client": each.client_id, "reason": each.reason} for each in found.refused.values()],
-        "replies": len(found.replies),
+    followed = where.follow()
+    state = rounds.find(followed.rounds, round_id)
+    summary, detail = rounds.summarise(state, followed.releases), rounds.detail(state)
+    document = documents.round_document(summary) | {
+        "mechanism": detail.mechanism,
+        "hyperparameters": detail.hyperparameters,
+        "quorum": detail.quorum,
+        "deadline_s": detail.deadline_s,
+        "declined": detail.declined,
+        "refused": [{"client": each.client_id, "reason": each.reason} for each in detail.refused],
+        "replies": summary.replies,
     }
     rows = {
         name: ", ".join(value) if isinstance(value, list) else value
         for name, value in msgspec.to_builtins(document).items()
         if name not in {"excluded", "refused", "declined", "mechanism", "hyperparameters"}
     }
-    terms = {
-        **(msgspec.to_builtins(opened.mechanism) if opened is not None and opened.mechanism is not None else {}),
-        **(opened.hyperparameters if opened is not None else {}),
-    }
+    terms = (msgspec.to_builtins(detail.mechanism) if detail.mechanism is not None else {}) | detail.hyperparameters
+    excluded = [[each.client_id, each.reason, each.detail] for each in summary.excluded]
     parts = [console.fields(rows), "", "terms", console.fields(terms) or "none", "", "excluded"]
-    parts.append(
-        console.table(["client", "reason", "detail"], [list(each.values()) for each in summary.excluded], empty="nobody")
-    )
+    parts.append(console.table(["client", "reason", "detail"], excluded, empty="nobody"))
     console.show(document, "\n".join(parts), as_json=json)
 
 
@@ -98,81 +94,20 @@ def watch(
     timeout_s: Timeout = None,
     json: options.Json = False,
 ) -> None:
-    """Say what happens in rounds as it happens, until Ctrl-C. With --json one document, when it ends, so --rounds is needed."""
-    from fedloop_events.errors import UnreachableError, UsageError
-
-    from fedloop_cli import state
+    """Show what happens in rounds as it happens, until Ctrl-C. With --json one document, when it ends, so --rounds is needed."""
+    from fedloop_events.errors import UsageError
+    from fedloop_server.operations import rounds as operations
 
     if json and not rounds:
         raise UsageError("--json prints one document at the end, and there is none", hint="say after how many: --rounds N")
-    followed = state.open_state(where)
-    said: dict[str, str] = {}
-    before = {each.round_id for each in _summaries(followed) if _over(each)}
-    deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-    while True:
-        found = _summaries(followed)
-        for each in found:
-            line = _progress(followed, each)
-            if said.get(each.round_id) != line and each.round_id not in before:
-                said[each.round_id] = line
-                console.note(line) if json else console.show({}, line, as_json=False)
-        ended = [each for each in found if _over(each) and each.round_id not in before]
-        if rounds and len(ended) >= rounds:
-            if json:
-                console.show({"rounds": ended}, "", as_json=True)
-            return
-        if deadline is not None and time.monotonic() > deadline:
-            raise UnreachableError("the rounds have not ended in time", hint="is `fedloop server run` running?")
-        _pause(followed)
-
-
-def _wait(where: options.Where, request_id: str, json: bool, timeout_s: float | None) -> None:
-    from fedloop_events.errors import UnreachableError
-
-    from fedloop_cli import state
-
-    followed = state.open_state(where)
-    deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-    while True:
-        request = followed.rounds.requests.get(request_id)
-        numbers = request.numbers if request is not None else []
-        found = [each for each in _summaries(followed) if each.number in numbers]
-        if request is not None and not request.pending and all(map(_over, found)):
-            console.show({"request_id": request_id, "rounds": found}, state.rounds_table(found), as_json=json)
-            if any(each.release is None for each in found) or len(found) < request.rounds:
-                raise typer.Exit(1)
-            return
-        if deadline is not None and time.monotonic() > deadline:
-            raise UnreachableError("the rounds have not ended in time", hint="is `fedloop server run` running?")
-        _pause(followed)
-
-
-def _summaries(followed: Followed) -> list[RoundSummary]:
-    from fedloop_cli import state
-
-    return [state.summarise(followed, each) for each in followed.rounds.rounds.values()]
-
-
-def _over(each: RoundSummary) -> bool:
-    from fedloop_cli import state
-
-    return each.state in state.OVER
-
-
-def _progress(followed: Followed, each: RoundSummary) -> str:
-    line = f"{each.round_id} {each.state}"
-    if each.kind is not None and not _over(each):
-        replies = len(followed.rounds.rounds[each.round_id].replies)
-        line += f": {each.kind} on {each.base_release}, {replies} of {len(each.cohort)} have replied"
-    if each.accuracy is not None:
-        line += f", accuracy {each.accuracy:.4f}"
-    if each.seconds is not None:
-        line += f", {each.seconds:.1f} s"
-    why = each.reason or each.decision
-    return console.printable(line + (f" ({why})" if why else ""))
-
-
-def _pause(followed: Followed) -> None:
-    """Until something is appended, for a short while at most."""
-    followed.log.read(after=followed.log.end(), limit=1, wait_s=1.0)
-    followed.catch_up()
+    ended: dict[str, dict[str, Any]] = {}
+    lines: dict[str, str] = {}
+    for each in operations.watch(where.follow(), rounds, timeout_s):
+        line = documents.round_line(each)
+        if lines.get(each.round_id) != line:
+            lines[each.round_id] = line
+            console.note(line) if json else console.show({}, line, as_json=False)
+        if each.over:
+            ended[each.round_id] = documents.round_document(each)
+    if json:
+        console.show({"rounds": list(ended.values())}, "", as_json=True)

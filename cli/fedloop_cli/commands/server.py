@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloop_cli import console, options
+from fedloop_cli import console, documents, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -90,16 +90,23 @@ def run(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Run the server until Ctrl-C. It says on standard error what it decides.
+    """Run the server until Ctrl-C. It prints on standard error what it decides.
 
     Killed at any point and started again, it goes on where it was; a second one takes over from the first.
     """
-    from fedloop_cli import serving
+    from fedloop_server import serving
+
     from fedloop_cli.signals import stoppable
 
     with stoppable() as stop:
         ended = serving.serve(
-            home.directory, home.place, stop.event, rounds=rounds, until_idle=until_idle, on_event=_note, metrics=metrics
+            home.directory,
+            home.place,
+            stop.event,
+            rounds=rounds,
+            until_idle=until_idle,
+            on_event=_note,
+            metrics=metrics,
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:
@@ -113,18 +120,15 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
     json: options.Json = False,
 ) -> None:
-    """Hear a client no more: from here on nothing it says counts."""
+    """Revoke a client: none of its later events counts."""
     from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import clients
 
-    from fedloop_cli import requests
-
-    requests.revoke(open_deployment(home.directory, home.place).writer, client, reason)
+    clients.revoke(open_deployment(home.directory, home.place).writer, client, reason)
     console.show({"client_id": client, "reason": reason}, f"{client} is revoked", as_json=json)
 
 
 def _note(record: Record, payload: Payload) -> None:
-    from fedloop_cli import serving
-
-    line = serving.describe(payload)
+    line = documents.event_line(payload)
     if line:
         console.note(f"{console.moment(record.appended_ms)}  {console.printable(line)}")

@@ -7,6 +7,7 @@ was planted, so that a leak can be found. `--check` writes nothing and ends with
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import random
@@ -23,6 +24,8 @@ from fedloop_cli.corpus import templates
 SEED: Final = 20_261
 FAKER: Final = "40.54.0"
 """The values are those of this version; another one invents others."""
+OLDEST, YOUNGEST = datetime.date(1935, 11, 24), datetime.date(2008, 11, 24)
+"""Customers are born between them: an age would make other messages every day."""
 LOCALES: Final = {"en_US": 6, "en_GB": 5, "de_DE": 1, "fr_FR": 1, "es_ES": 1, "pt_PT": 1, "nl_NL": 1, "pl_PL": 1}
 MESSAGES: Final = {"train": 2_400, "test": 360}
 
@@ -81,7 +84,7 @@ class Values:
 
     def _born(self) -> str:
         style = self.rng.choice(["%d/%m/%Y", "%Y-%m-%d", "%d %B %Y", "%B %d, %Y", "%d.%m.%Y"])
-        return str(self._fake.date_of_birth(minimum_age=18, maximum_age=90).strftime(style))
+        return str(self._fake.date_time_ad(start_datetime=OLDEST, end_datetime=YOUNGEST).strftime(style))
 
     def _plain(self, slot: str) -> str:
         rng = self.rng

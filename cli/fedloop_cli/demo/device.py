@@ -1,7 +1,7 @@
 """One device of the demo, and its user.
 
 The device is the agent of `fedloop_clients`, through its public interface. What its user writes comes on a channel, so that it
-stands in no file but the agent's own encrypted store; how far things are is said there too. It ends when the channel does.
+stands in no file but the agent's own encrypted store; how far things are is sent there too. It ends when the channel does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import FedloopError
+from fedloop_events.files import write_whole
 from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Message
 from msgspec import Struct
@@ -93,7 +94,7 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 class User:
-    """Writes messages, reads the answers, and says whether they are right."""
+    """Writes messages, reads the answers, and judges whether they are right."""
 
     def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:
         self._agent, self._channel = agent, channel
@@ -129,9 +130,7 @@ class User:
                 feedback_id=f"message-{number}",
                 **({} if right else DEFAULT.remark(message.answer)),
             )
-        temporary = self._count.with_name(".given")
-        temporary.write_text(str(number + 1))
-        temporary.replace(self._count)
+        write_whole(self._count, str(number + 1).encode())
 
     def _given(self) -> int:
         return int(self._count.read_text()) if self._count.exists() else 0

@@ -29,7 +29,7 @@ class GatewaySettings(Struct, frozen=True):
 
 def prepare(place: locations.DeploymentLocation, folder: Path) -> tuple[GatewaySettings, str]:
     """GatewaySettings of a gateway before `place`, its certificate in `folder`, and where devices find it, in all its lives."""
-    from fedloop_cli.certificates import make_ca
+    from fedloop_cli.provisioning.certificates import make_ca
 
     authority = make_ca(folder)
     issued = authority.issue("gateway", [HOST], folder)

@@ -80,8 +80,8 @@ def search(directory: Path, log: EventLog, blobs: BlobStore, needles: Needles) -
             found.setdefault(value, f"blob {name}")
     for record in read_all(log):
         # Event by event, for a long one lies in pieces in a file, and elsewhere there is none.
-        said = "\n".join([record.key, record.id, record.source, record.type, record.signature])
-        for value in needles.found_in(b"%b\n%b" % (said.encode(errors="replace"), record.data), binary=False):
+        attributes = "\n".join([record.key, record.id, record.source, record.type, record.signature])
+        for value in needles.found_in(b"%b\n%b" % (attributes.encode(errors="replace"), record.data), binary=False):
             found.setdefault(value, f"event {record.id}")
     return found
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fedloop_cli import console, state
+from fedloop_server.operations.rounds import summaries
+
+from fedloop_cli import console, documents
 from fedloop_cli.demo.play import Scene
 
 if TYPE_CHECKING:
@@ -28,16 +30,16 @@ def view(scene: Scene) -> Iterator[Callable[[], None]]:
 
 
 def _lines(scene: Scene) -> Callable[[], None]:
-    doing, told = "", 0
+    doing, shown = "", 0
 
     def refresh() -> None:
-        nonlocal doing, told
+        nonlocal doing, shown
         if scene.doing != doing:
             doing = scene.doing
             console.note(f"{scene.seconds:6.1f} s  {doing}")
-        for line in scene.events[told:]:
+        for line in scene.events[shown:]:
             console.note(line)
-        told = len(scene.events)
+        shown = len(scene.events)
 
     return refresh
 
@@ -60,10 +62,10 @@ def _picture(scene: Scene) -> RenderableType:
         rounds = Table(box=None, pad_edge=False)
         for head in ("round", "state", "kind", "took part", "accuracy", "seconds"):
             rounds.add_column(head)
-        for found in scene.followed.rounds.rounds.values():
-            each = state.summarise(scene.followed, found)
+        for each in summaries(scene.followed):
             accuracy = "" if each.accuracy is None else f"{each.accuracy:.3f}"
-            seconds = "" if each.seconds is None else f"{each.seconds:.1f}"
+            took_s = documents.seconds(each.took_ms)
+            seconds = "" if took_s is None else f"{took_s:.1f}"
             rounds.add_row(each.round_id, each.state, each.kind, f"{len(each.participants)}", accuracy, seconds)
         parts.append(rounds)
     parts += [Text(line) for line in scene.events[-5:]]

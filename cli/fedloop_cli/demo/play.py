@@ -15,9 +15,12 @@ from typing import Any, Final
 import msgspec
 from fedloop_events import locations
 from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_server.operations import rounds
+from fedloop_server.operations.followed import Followed
+from fedloop_server.operations.rounds import RoundSummary
 from msgspec import Struct
 
-from fedloop_cli import deploying, requests, state
+from fedloop_cli import deploying
 from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
@@ -57,7 +60,7 @@ class Scene:
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
         self.progress = {name: device.Progress(0) for name in self.devices}
         self.ready: set[str] = set()
-        self.followed: state.Followed | None = None
+        self.followed: Followed | None = None
         self.events: list[str] = []
         """What a reader should know: restarts, rounds."""
 
@@ -113,7 +116,7 @@ def _deploy(scene: Scene) -> None:
         "quorum_wait_s": DEADLINE_S,
     }
     deploying.deploy(scene.directory, scene.where.place, given.material, settings, seed=options.seed)
-    scene.followed = state.open_state(scene.where)
+    scene.followed = scene.where.follow()
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
                 child.kill()
             raise
         finally:
-            # The devices first: each ends with what it says, for which it needs the gateway.
+            # The devices first: each ends with what it appends, for which it needs the gateway.
             devices = [child for child in children if child.name in scene.progress]
             for group in (devices, [child for child in children if child not in devices]):
                 for child in group:
@@ -206,19 +209,19 @@ def _request(scene: Scene, number: int) -> str:
 
     deployment = open_deployment(scene.directory, scene.where.place)
     try:
-        return requests.request_rounds(deployment.writer, 1, f"demo, round {number}")
+        return rounds.request(deployment.writer, 1, f"demo, round {number}")
     finally:
         deployment.log.close()
 
 
 def _ended(scene: Scene, request_id: str) -> bool:
-    return any(each.state in state.OVER for each in _rounds_of(scene, request_id))
+    return any(each.over for each in _rounds_of(scene, request_id))
 
 
-def _rounds_of(scene: Scene, request_id: str) -> list[state.RoundSummary]:
+def _rounds_of(scene: Scene, request_id: str) -> list[RoundSummary]:
     assert scene.followed is not None
     found = scene.followed.rounds.rounds.values()
-    return [state.summarise(scene.followed, each) for each in found if each.request_id == request_id]
+    return [rounds.summarise(each, scene.followed.releases) for each in found if each.request_id == request_id]
 
 
 def _note_rounds(scene: Scene, request_id: str) -> None:

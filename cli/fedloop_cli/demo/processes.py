@@ -65,7 +65,7 @@ class Nursery:
 
 
 class Child:
-    """One process, over all its lives. `on_line` is told each line that it says on its channel; what it prints is kept in files.
+    """One process, over all its lives. `on_line` is called with each line from its channel; what it prints is kept in files.
 
     It ends when its channel is closed, so it does not outlive this process either.
     """
@@ -89,7 +89,7 @@ class Child:
         self._start()
 
     def send(self, line: bytes) -> None:
-        """Say a line to it; a later life of it is told everything again."""
+        """Send it a line; a later life of it is sent everything again."""
         self._sent.append(line)
         self._note(line)
 
@@ -130,7 +130,7 @@ class Child:
         self._reader.start()
 
     def _note(self, line: bytes) -> None:
-        with suppress(OSError):  # it has been killed: `look` starts it again, and says everything again
+        with suppress(OSError):  # it has been killed: `look` starts it again, and sends everything again
             self._channel.sendall(line + b"\n")
 
     def _read(self, channel: socket.socket) -> None:

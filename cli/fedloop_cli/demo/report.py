@@ -12,10 +12,13 @@ from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_MODEL
+from fedloop_events.verify.log import verify
+from fedloop_server.operations.budgets import Budget, budgets
+from fedloop_server.operations.followed import Followed
+from fedloop_server.operations.rounds import RoundSummary, summaries
 from msgspec import Struct
 
-from fedloop_cli import console, state, verification
-from fedloop_cli.commands.audit import Budget, budget_of
+from fedloop_cli import console, documents
 from fedloop_cli.demo import leaks
 from fedloop_cli.demo.play import Scene
 from fedloop_cli.options import Where
@@ -31,11 +34,11 @@ class Checks(Struct):
 
 
 class DemoReport(Struct):
-    """Everything that the demo says at its end."""
+    """Everything that the demo prints at its end."""
 
     log: str
     directory: str
-    rounds: list[state.RoundSummary]
+    rounds: list[RoundSummary]
     baseline_accuracy: float | None
     final_accuracy: float | None
     budgets: list[Budget]
@@ -60,34 +63,33 @@ class DemoReport(Struct):
 def report(scene: Scene) -> DemoReport:
     """Check everything. What the processes printed, and this demo itself, is in the deployment's folder and searched with it."""
     where, why = scene.where, []
-    log = state.open_log(where)
-    followed = state.Followed(log)
-    verified = verification.verify(where)
-    why += [f"log, offset {console.position(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
+    followed = where.follow()
+    log = followed.log
+    verified = verify(where.place, lambda: log, where.open_blobs)
+    why += [f"log, offset {console.offset(each.stream, each.offset or 0)}: {each.what}" for each in verified.findings[:5]]
     identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
-    ledger = state.open_ledger(log, followed.identities)
-    budgets = [budget_of(ledger, client) for _, client in sorted(followed.identities.clients.items())]
+    spent = budgets(followed)
     found = _leaks(scene, log)
     current = followed.releases.current(DEFAULT_MODEL)
     first = next(iter(followed.releases.releases.values()), None)
     made = DemoReport(
         where.place.log if locations.is_url(where.place.log) else str(Path(where.place.log) / locations.LOG_FILE),
         str(scene.directory),
-        [state.summarise(followed, each) for each in followed.rounds.rounds.values()],
+        summaries(followed),
         first.evaluation.score if first is not None and first.evaluation is not None else None,
         current.evaluation.score if current is not None and current.evaluation is not None else None,
-        budgets,
+        spent,
         {name: progress.given for name, progress in scene.progress.items()},
         _masked(log),
-        Checks(verified.verified, identical, leaks.by_type(found), all(each.kept for each in budgets)),
+        Checks(verified.verified, identical, leaks.by_type(found), all(each.kept for each in spent)),
         [(kind, where) for (kind, _), where in found.items()],
         leaks.by_type(_needles(scene).values),
         why,
         round(scene.seconds, 1),
     )
-    said = "\n".join([as_text(made), *scene.events]).encode() + msgspec.json.encode(as_document(made))
-    for value in _needles(scene).found_in(said, binary=False):
+    printed = "\n".join([as_text(made), *scene.events]).encode() + msgspec.json.encode(as_document(made))
+    for value in _needles(scene).found_in(printed, binary=False):
         found.setdefault(value, "this report")
     made.checks.leaks = leaks.by_type(found)
     return made
@@ -103,8 +105,8 @@ def as_document(report: DemoReport) -> dict[str, Any]:
                 "release": each.release,
                 "accuracy": each.accuracy,
                 "participants": each.participants,
-                "excluded": [{"client": out["client"], "reason": out["reason"]} for out in each.excluded],
-                "seconds": each.seconds,
+                "excluded": [{"client": out.client_id, "reason": out.reason} for out in each.excluded],
+                "seconds": documents.seconds(each.took_ms),
                 "bytes_up": each.bytes_up,
                 "bytes_down": each.bytes_down,
             }
@@ -146,10 +148,10 @@ def _rounds(report: DemoReport) -> str:
             len(each.participants),
             _figure(each.accuracy),
             each.release or f"{each.state}: {each.reason or each.decision}",
-            each.seconds,
+            documents.seconds(each.took_ms),
             _size(each.bytes_up),
             _size(each.bytes_down),
-            ", ".join(f"{out['client']} ({out['reason']})" for out in each.excluded) or "nobody",
+            ", ".join(f"{out.client_id} ({out.reason})" for out in each.excluded) or "nobody",
         ]
         for each in report.rounds
     ]
@@ -210,19 +212,19 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
 
-def _rebuilt(where: Where, log: EventLog, followed: state.Followed) -> tuple[bool, str]:
+def _rebuilt(where: Where, log: EventLog, followed: Followed) -> tuple[bool, str]:
     from fedloop_server.rounds.rebuild import rebuild
 
     if not any(each.round_id for each in followed.releases.releases.values()):
         return False, "no round made a release that could be rebuilt"
     try:
-        return rebuild(log, state.open_blobs(where), deep=True).identical, ""
+        return rebuild(log, where.open_blobs(), deep=True).identical, ""
     except FedloopError as error:
         return False, f"rebuild: {error.message}"
 
 
 def _leaks(scene: Scene, log: EventLog) -> dict[leaks.Value, str]:
-    return leaks.search(scene.directory, log, state.open_blobs(scene.where), _needles(scene)) if scene.users.planted else {}
+    return leaks.search(scene.directory, log, scene.where.open_blobs(), _needles(scene)) if scene.users.planted else {}
 
 
 def _needles(scene: Scene) -> leaks.Needles:

@@ -9,8 +9,9 @@ from pathlib import Path
 from fedloop_events import locations
 from fedloop_events.envelope import Record
 from fedloop_events.types import Payload
+from fedloop_server import serving
 
-from fedloop_cli import serving
+from fedloop_cli import documents
 
 
 def main(directory: Path, channel: socket.socket) -> None:
@@ -25,6 +26,6 @@ def main(directory: Path, channel: socket.socket) -> None:
 
 
 def _note(record: Record, payload: Payload) -> None:
-    line = serving.describe(payload)
+    line = documents.event_line(payload)
     if line:
         print(line, flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import stat
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol, runtime_checkable
 
 from fedloop_events.errors import BlobError, FedloopError, UnreachableError, UsageError
-from fedloop_events.files import fsync_folder
+from fedloop_events.files import fsync_folder, new_file
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
 
@@ -160,22 +159,15 @@ class _Folder:
         self._sweep()
 
     def write(self, chunks: Iterable[bytes | memoryview]) -> BlobRef:
-        temporary = self.root / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
-            with open(temporary, "xb", buffering=0) as file:  # noqa: PTH123 (unbuffered)
-                ref = _copy(chunks, file)
-                if self.size(ref.sha256) == ref.size_bytes:
-                    temporary.unlink()
-                    return ref
-                os.fsync(file.fileno())
-            self._publish(temporary, ref.sha256)
+            with new_file(self.root, _TEMPORARY) as new:
+                ref = _copy(chunks, new.file)
+                if self.size(ref.sha256) != ref.size_bytes:
+                    new.publish(self._shard(ref.sha256) / ref.sha256[2:])
         except OSError as error:
             raise UnreachableError(
                 f"a blob cannot be written to {self.root}", cause=str(error), hint="check the disk's space and the permissions"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
         return ref
 
     def open(self, name: str) -> IO[bytes]:
@@ -203,13 +195,13 @@ class _Folder:
                     if _NAME.fullmatch(shard.name + path.name):
                         yield shard.name + path.name
 
-    def _publish(self, temporary: Path, name: str) -> None:
+    def _shard(self, name: str) -> Path:
+        """The folder of a blob, which is made if it is absent."""
         shard = self.root / name[:2]
         if not shard.is_dir():
             shard.mkdir(exist_ok=True)
             fsync_folder(self.root)
-        temporary.rename(shard / name[2:])
-        fsync_folder(shard)
+        return shard
 
     def _sweep(self) -> None:
         """Remove what crashed writers left behind."""

@@ -112,7 +112,7 @@ class Identities:
                     device=payload.device,
                 )
             case _:
-                pass
+                self.authenticate(record, payload)
 
     def authenticate(self, event: Event, payload: Payload) -> None:
         """Raise `InvalidEventError` or `SignatureError` unless `event` was said by whom `payload` names.

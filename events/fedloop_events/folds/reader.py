@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
-from fedloop_events import envelope
 from fedloop_events.envelope import Record
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.snapshots import Snapshots
-from fedloop_events.logs.port import READ_AHEAD, START, EventLog
+from fedloop_events.logs.port import READ_AHEAD, START, EventLog, Position
 from fedloop_events.types import Payload
 
 SNAPSHOT_EVERY = 10_000
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Fold(Protocol):
-    """A state and how an event changes it, in place. `apply` does no I/O, reads no clock, draws no random number.
+    """A state and how an event that counts changes it, in place. `apply` does no I/O, reads no clock, draws no random number.
 
     An event may come twice with the same id; it counts once.
     """
@@ -51,9 +51,10 @@ F = TypeVar("F", bound=Fold)
 class Reader(Generic[F]):
     """Keeps `fold` up to date with `log`.
 
-    Events of unknown types are skipped and counted in `unknown`. With `identities`, which are caught up first, an event that its
-    author did not say is refused. Refused and malformed events are counted in `refused`, handed to `on_refused`, and skipped:
-    one bad event never stops a reader. `snapshots` are for a `StoredFold`; with any other fold they stay unused.
+    The fold gets what counts (`Admit`). Events of unknown types are skipped and counted in `unknown`. With `identities`, which
+    are caught up first (by their own reader, if that is what is given), an event that its author did not sign is refused. Refused
+    and malformed events are counted in `refused`, handed to `on_refused`, and skipped: one bad event never stops a reader.
+    `snapshots` are for a `StoredFold`; with any other fold they stay unused. `after` is where it begins.
     """
 
     def __init__(
@@ -62,21 +63,30 @@ class Reader(Generic[F]):
         fold: F,
         *,
         snapshots: Snapshots | None = None,
-        identities: Identities | None = None,
+        identities: Identities | Reader[Identities] | None = None,
         on_refused: Callable[[Record, InvalidEventError], None] | None = None,
+        after: Position = START,
     ) -> None:
         self.fold = fold
-        self.position = START
-        self.unknown = self.refused = 0
+        self.position = after
+        self.refused = 0
         self._log, self._snapshots, self._on_refused = log, snapshots, on_refused
-        self._identities = identities
-        self._who = None
-        if identities is not None:
-            self._who = Reader(log, identities)
-            self._who.position = identities.position
+        if isinstance(identities, Identities):
+            identities = Reader(log, identities, after=identities.position)
+        self._who = identities
+        self._admit = Admit(None if identities is None else identities.fold)
         self._since_snapshot = 0
         if snapshots is not None:
             self._restore(snapshots)
+
+    @property
+    def unknown(self) -> int:
+        return self._admit.unknown
+
+    @property
+    def standing(self) -> Standing:
+        """The epochs as of the position, and what servers decided that they had fenced."""
+        return self._admit.standing
 
     def catch_up(self) -> int:
         """Apply everything that is in the log now; how many events were read."""
@@ -95,20 +105,19 @@ class Reader(Generic[F]):
     def save(self) -> None:
         """Write a snapshot now."""
         if self._snapshots is not None and isinstance(self.fold, StoredFold):
-            self._snapshots.save(self.fold.version, self.position, self.fold.to_state())
+            self._snapshots.save(self.fold.version, self.position, self.fold.to_state(), self.standing)
             self._since_snapshot = 0
 
     def _restore(self, snapshots: Snapshots) -> None:
         fold = self.fold
         if not isinstance(fold, StoredFold) or (found := snapshots.load(fold.version)) is None:
             return
-        position, state = found
         end = self._log.end()
-        if not all(end.covers(stream, offset) for stream, offset in position.offsets.items()):
+        if not all(end.covers(stream, offset) for stream, offset in found.offsets.items()):
             _logger.warning("the snapshot %s is not of this log: it is rebuilt", snapshots.path)
             return
-        self.fold = fold.from_state(state)
-        self.position = position
+        self.fold = fold.from_state(found.state)
+        self.position, self._admit.standing = found.position, found.standing
 
     def _step(self, wait_s: float) -> int:
         batch = self._log.read(self.fold.topics, self.position, limit=READ_AHEAD, wait_s=wait_s)
@@ -120,16 +129,12 @@ class Reader(Generic[F]):
         return len(batch.records)
 
     def _apply(self, records: Sequence[Record]) -> None:
-        decode, apply, identities = envelope.decode, self.fold.apply, self._identities
+        admit, apply = self._admit, self.fold.apply
         for record in records:
             try:
-                payload = decode(record)
-                if payload is None:
-                    self.unknown += 1
-                    continue
-                if identities is not None:
-                    identities.authenticate(record, payload)
-                apply(record, payload)
+                payload = admit(record)
+                if payload is not None:
+                    apply(record, payload)
             except InvalidEventError as error:
                 self.refused += 1
                 if self._on_refused is not None:

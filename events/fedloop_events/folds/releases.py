@@ -64,8 +64,7 @@ class ReleaseState(Struct):
 class ReleasesView(Struct):
     """The models, their releases, and which release of each is in force.
 
-    An event of an epoch below one that the model has seen is a fenced server's and counts for nothing. One round makes one
-    release, and one decision holds for each.
+    One round makes one release, and one decision holds for each.
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.RELEASES,)
@@ -78,7 +77,6 @@ class ReleasesView(Struct):
     _candidates: dict[str, str] = {}
     _current: dict[str, str] = {}
     _numbers: dict[str, int] = {}
-    _epochs: dict[str, int] = {}
 
     def current(self, model: str) -> ReleaseState | None:
         """The release in force."""
@@ -98,8 +96,7 @@ class ReleasesView(Struct):
             self.models.setdefault(payload.model, payload.spec)
         elif isinstance(payload, types.ReleaseRolledBack):
             self._rolled_back(payload)
-        elif (epoch := getattr(payload, "epoch", 0)) >= self._epochs.get(payload.model, 0):
-            self._epochs[payload.model] = epoch
+        else:
             self._decided(record, payload)
 
     def _decided(self, record: Record, payload: types.ReleaseEvent) -> None:

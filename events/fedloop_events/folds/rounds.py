@@ -1,7 +1,7 @@
 """What the rounds and the releases of a deployment are: folds over the topics `rounds` with `updates`, and `releases`.
 
-What the server decided counts once: the first event of each decision, if its epoch is the latest one at its place in the log.
-A fold changes its state in place; what it hands out is for reading only.
+What the server decided counts once: the first event of each decision. A fold changes its state in place; what it hands out is
+for reading only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from msgspec import Struct
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 
-MAX_REPLIES_EACH = 4
+MAX_REPLIES_EACH = 16
 """Replies of one client to one round that are kept in view; what a client says beyond them changes nothing."""
 
 
@@ -41,6 +41,8 @@ class RoundState(Struct):
     number: int
     request_id: str
     opened: types.RoundOpened | None = None
+    steps: dict[int, types.StepCollected] = {}
+    """What was collected before the step that closed it, by step."""
     closed: types.RoundClosed | None = None
     aborted: types.RoundAborted | None = None
     opened_ms: int = 0
@@ -70,15 +72,20 @@ class RoundState(Struct):
         return [] if self.closed is None or self.aborted is not None else [update.client_id for update in self.closed.accepted]
 
     @property
+    def collected(self) -> list[types.StepCollected]:
+        """All that was collected, in order."""
+        return [*self.steps.values(), *([] if self.closed is None else [self.closed])]
+
+    @property
     def excluded(self) -> dict[str, types.Exclusion]:
         """By client: why it did not count, the last reason that was given for it."""
-        parts = (self.opened, self.closed, self.aborted)
-        return {each.client_id: each for part in parts if part is not None for each in part.excluded}
+        events = (self.opened, *self.collected, self.aborted)
+        return {each.client_id: each for event in events if event is not None for each in event.excluded}
 
     @property
     def bytes_up(self) -> int:
         """Tensor bytes of the updates that were accepted."""
-        return sum(update.blob.size_bytes for update in self.closed.accepted if update.blob) if self.closed else 0
+        return sum(update.blob.size_bytes for each in self.collected for update in each.accepted if update.blob)
 
 
 class RoundsView(Struct):
@@ -89,7 +96,7 @@ class RoundsView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     run_id: str = types.DEFAULT_RUN
     epoch: int = 0
@@ -101,8 +108,6 @@ class RoundsView(Struct):
     rounds: dict[str, RoundState] = {}
     unanswered: dict[str, tuple[str, str]] = {}
     """Updates to rounds that have ended, neither accepted nor refused yet: round and client by update."""
-    stale: int = 0
-    """How many decisions of fenced servers, which count for nothing, there are."""
     _open: str = ""
     _queue: dict[str, None] = {}  # the pending requests, oldest first
 
@@ -133,16 +138,12 @@ class RoundsView(Struct):
                 request = RoundRequest(payload.request_id, payload.rounds, record.appended_ms, payload.reason)
                 self.requests[request.request_id], self._queue[request.request_id] = request, None
         elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
-            if isinstance(payload, types.EpochStarted):
-                if payload.epoch > self.epoch:
-                    self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
-            elif payload.epoch == self.epoch:
-                self._decided(record, payload)
-            else:
-                self.stale += 1
+            self._decided(record, payload)
 
     def _decided(self, record: Record, payload: types.ServerEvent) -> None:
         match payload:
+            case types.EpochStarted():
+                self.epoch, self.server_id, self.epoch_ms = payload.epoch, payload.server_id, record.appended_ms
             case types.RoundOpened():
                 self._opened(record, payload)
             case types.RoundAborted():
@@ -153,11 +154,8 @@ class RoundsView(Struct):
                     return
                 state.instructed[payload.client_id] = record.id
                 state.bytes_down += sum(blob.size_bytes for blob in payload.content.arrays.values())
-            case types.RoundClosed(round_id=str(round_id)) if round_id in self.rounds:
-                state = self.rounds[round_id]
-                if state.state == "open":
-                    state.closed, state.closed_ms = payload, record.appended_ms
-                    self._ended(record, state)
+            case types.StepCollected(round_id=str(round_id)) if round_id in self.rounds:
+                self._collected(record, payload, self.rounds[round_id])
             case types.UpdateRefused(round_id=str(round_id)) if round_id in self.rounds:
                 self.rounds[round_id].refused.setdefault(payload.update_id, payload)
                 self.unanswered.pop(payload.update_id, None)
@@ -183,6 +181,15 @@ class RoundsView(Struct):
             state.aborted = aborted
             self._ended(record, state)
 
+    def _collected(self, record: Record, collected: types.StepCollected, state: RoundState) -> None:
+        if state.state != "open":
+            return
+        if isinstance(collected, types.RoundClosed):
+            state.closed, state.closed_ms = collected, record.appended_ms
+            self._ended(record, state)
+        else:
+            state.steps.setdefault(collected.step, collected)
+
     def _serve(self, request: RoundRequest, number: int) -> None:
         request.numbers.append(number)
         if not request.pending:
@@ -192,7 +199,7 @@ class RoundsView(Struct):
         state.ended_ms = record.appended_ms
         if self._open == state.round_id:
             self._open = ""
-        accepted = {update.update_id for update in state.closed.accepted} if state.closed else set()
+        accepted = {update.update_id for each in state.collected for update in each.accepted}
         for client_id, update_id in ((client, each) for client, replies in state.replies.items() for each in replies):
             if update_id not in accepted and update_id not in state.refused:
                 self.unanswered[update_id] = state.round_id, client_id
@@ -208,8 +215,9 @@ class RoundsView(Struct):
             if len(replies) >= MAX_REPLIES_EACH:
                 return
             replies.append(record.id)
-            accepted = state.closed is not None and any(each.update_id == record.id for each in state.closed.accepted)
-            if state.state != "open" and not accepted and record.id not in state.refused:
+            if state.state == "open" or record.id in state.refused:
+                return
+            if not any(update.update_id == record.id for each in state.collected for update in each.accepted):
                 self.unanswered[record.id] = state.round_id, payload.client_id
 
     def to_state(self) -> bytes:

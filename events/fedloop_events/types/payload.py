@@ -100,6 +100,12 @@ class ReleaseEvent(Payload, frozen=True, forbid_unknown_fields=True, omit_defaul
         return self.model
 
 
+class ReleaseDecision(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of what a server decides within its epoch about a model's releases."""
+
+    epoch: Count
+
+
 class Older(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Base of the older versions of event types. Events in the log are never rewritten: they are upcast when they are read."""
 

@@ -18,7 +18,7 @@ from fedloop_events.types.fields import (
     Positive,
     Sha256,
 )
-from fedloop_events.types.payload import Audience, Older, ReleaseEvent
+from fedloop_events.types.payload import Audience, Older, ReleaseDecision, ReleaseEvent
 
 
 class ClassificationSpec(
@@ -81,14 +81,13 @@ class ModelRegisteredV1(Older, frozen=True, forbid_unknown_fields=True, omit_def
         return ModelRegistered(origin=self.origin, model=self.model, spec=spec)
 
 
-class ReleaseProposed(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseProposed(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A merged candidate and its lineage: the round, the base, and the updates that went in."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.proposed.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     number: Count
     blob: BlobRef
@@ -98,14 +97,13 @@ class ReleaseProposed(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omi
     updates: list[EventId] = []
 
 
-class ReleaseEvaluated(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseEvaluated(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a release is worth on the server's held-out set, in the metrics of its task; `leading` names the one that decides."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.evaluated.v2"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     metrics: Annotated[dict[Identifier, float], Meta(max_length=100)]
     leading: Identifier
@@ -140,27 +138,25 @@ class ReleaseEvaluatedV1(Older, frozen=True, forbid_unknown_fields=True, omit_de
         )
 
 
-class ReleasePublished(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleasePublished(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The candidate has passed the gate: agents load it."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.published.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     number: Count
     blob: BlobRef
 
 
-class ReleaseRejected(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReleaseRejected(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The candidate has not passed the gate, and why."""
 
     topic = topics.RELEASES
     type_name = "io.fedloop.release.rejected.v1"
     audience = Audience.EVERYONE
 
-    epoch: Count
     release: Identifier
     reason: Identifier
     detail: Line = ""

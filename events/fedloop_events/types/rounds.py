@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -58,6 +58,27 @@ class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     detail: Line = ""
 
 
+MAX_PARTS: Final = 512
+Parts = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
+"""The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
+
+
+class CohortListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of a `RoundOpened` that comes after it and names it: more of the cohort, or of those who were not chosen."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.cohort.listed.v1"
+    audience = Audience.NAMED
+
+    round_id: Identifier
+    cohort: list[Identifier] = []
+    excluded: list[Exclusion] = []
+
+    @property
+    def named(self) -> Iterable[str]:
+        return self.cohort
+
+
 class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The terms of a round, before any device touches its data.
 
@@ -67,7 +88,7 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
 
     topic = topics.ROUNDS
     type_name = "io.fedloop.round.opened.v2"
-    audience = Audience.NAMED
+    audience = Audience.COHORT
 
     round_id: Identifier
     request_id: Identifier
@@ -86,6 +107,7 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     hyperparameters: dict[Line, float] = {}
     excluded: list[Exclusion] = []
     """Enrolled clients that the scheduler did not choose, and why."""
+    parts: Parts = []
 
     @property
     def named(self) -> Iterable[str]:
@@ -183,21 +205,67 @@ class AcceptedUpdate(Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     weight: Positive = 1.0
 
 
-class RoundClosed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Exactly the replies that count for one collecting step of a run, sorted by instruction; what comes later is late."""
+class RepliesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of a `StepCollected` that comes after it and names it: more of the replies that count, or of who was excluded."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.round.closed.v1"
-    audience = Audience.COHORT
+    type_name = "io.fedloop.replies.listed.v1"
+    audience = Audience.NAMED
 
     step: Count
-    accepted: list[AcceptedUpdate]
+    accepted: list[AcceptedUpdate] = []
     excluded: list[Exclusion] = []
     round_id: Identifier | None = None
 
     @property
     def named(self) -> Iterable[str]:
         return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
+
+
+class StepCollected(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly the replies that count for one collecting step of a run, sorted by instruction, and who was excluded; what comes
+    later is late. A round may have several."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.step.collected.v1"
+    audience = Audience.COHORT
+
+    step: Count
+    accepted: list[AcceptedUpdate]
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+    parts: Parts = []
+
+    @property
+    def named(self) -> Iterable[str]:
+        return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
+
+
+class RoundClosed(StepCollected, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The collecting step with which a round ends: what it accepted is what the round makes a release of."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.closed.v2"
+    audience = Audience.COHORT
+
+
+class RoundClosedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: every collecting step; that of a round, which had one, closed it."""
+
+    type_name = "io.fedloop.round.closed.v1"
+    becomes = RoundClosed
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
+    step: Count
+    accepted: list[AcceptedUpdate]
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+
+    def upcast(self) -> StepCollected:
+        newer = StepCollected if self.round_id is None else RoundClosed
+        return newer(self.origin, self.epoch, self.run_id, self.step, self.accepted, self.excluded, self.round_id)
 
 
 class ResultRecorded(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from fedloop_events.blobs import tensors
@@ -44,6 +44,9 @@ class Collection:
         known_specs: Mapping[str, Sequence[TensorSpec]],
     ) -> None:
         self.sent = sent
+        pairs = [(decision, _sent(decision)) for decision in sent.values()]
+        self.in_order: Final = sorted(pairs, key=lambda pair: pair[1].step)
+        """What was sent, by step."""
         self.sent_ms = max((decision.appended_ms for decision in sent.values()), default=0)
         """When the last instruction was sent, by the log's clock."""
         self.waits_for_blobs = False
@@ -59,11 +62,6 @@ class Collection:
         """Whether every instruction is settled."""
         return len(self._accepted) + len(self._excluded) == len(self.sent)
 
-    def in_order(self) -> list[tuple[Decision, InstructionSent]]:
-        """What was sent, by step."""
-        pairs = [(decision, _sent(decision)) for decision in self.sent.values()]
-        return sorted(pairs, key=lambda pair: pair[1].step)
-
     def judge(self) -> None:
         """Settle what can be settled with the replies that have been read so far."""
         self.waits_for_blobs = False
@@ -78,7 +76,7 @@ class Collection:
         if self._opened is None:
             self._drop_inconsistent()
         self._note_duplicates()
-        order = [decision.id for decision, _ in self.in_order()]
+        order = [decision.id for decision, _ in self.in_order]
         accepted = [self._accept(each, self._accepted[each]) for each in order if each in self._accepted]
         return accepted, [self._excluded[each] for each in order if each in self._excluded]
 
@@ -108,7 +106,7 @@ class Collection:
         return list(known if known is not None else tensors.specs(self._reader.tensors(ref)))
 
     def _open(self) -> list[tuple[Decision, InstructionSent]]:
-        return [pair for pair in self.in_order() if pair[0].id not in self._accepted and pair[0].id not in self._excluded]
+        return [pair for pair in self.in_order if pair[0].id not in self._accepted and pair[0].id not in self._excluded]
 
     def _judge(self, instruction_id: str, sent: InstructionSent, decision: Decision) -> None:
         for reply in self._steps.replies.get(instruction_id, []):
@@ -159,13 +157,13 @@ class Collection:
         return [each for each in self._steps.replies.get(instruction_id, []) if each.payload.client_id == client_id]
 
     def _drop_inconsistent(self) -> None:
-        order = [decision.id for decision, _ in self.in_order() if decision.id in self._accepted]
+        order = [decision.id for decision, _ in self.in_order if decision.id in self._accepted]
         updates = [reply.payload for reply in map(self._accepted.__getitem__, order)]
         for index in inconsistent([each.content for each in updates if isinstance(each, UpdateSubmitted)]):
             self._refuse_answer(order[index], self._accepted.pop(order[index]), INCONSISTENT)
 
     def _note_duplicates(self) -> None:
-        for decision, sent in self.in_order():
+        for decision, sent in self.in_order:
             answers = self._answers(decision.id, sent.client_id)
             for reply in answers[1:]:
                 # The same answer again, under another event id and sequence number, is no second one.

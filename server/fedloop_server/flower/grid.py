@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -25,10 +25,9 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import UsageError
 from fedloop_events.flower.messages import Run, error_reply, identify_process, new_run, reply, run_number
 from fedloop_events.flower.records import ContentWriter, Unstored, content_sha256, from_content
-from fedloop_events.folds.identities import Client, Identities
-from fedloop_events.folds.reader import Reader
-from fedloop_events.logs.port import START, EventLog, Position
-from fedloop_events.types import InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened
+from fedloop_events.folds.identities import Client
+from fedloop_events.logs.port import EventLog
+from fedloop_events.types import InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened, StepCollected
 from fedloop_events.writer import EventWriter
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -36,10 +35,10 @@ from flwr.serverapp import Grid
 from fedloop_server.flower.admission import Admission
 from fedloop_server.flower.collecting import Collection
 from fedloop_server.flower.journal import Journal, ReplayError
-from fedloop_server.flower.steps import Decision
+from fedloop_server.flower.steps import Decision, ReadsRun, RunReader
 
-MAX_MESSAGES: Final = 190
-"""Of one push: what a collection decided must fit into one event."""
+MAX_MESSAGES: Final = 10_000
+"""Of one push: what a collection decided is one event and its parts, of which there are hundreds at most."""
 POLL_S: Final = 60.0
 """How long `get_node_ids` waits for another answer before it gives the same one a third time."""
 
@@ -47,8 +46,8 @@ POLL_S: Final = 60.0
 class LogGrid(Grid):
     """The grid of one run, or with `round` of that round of it.
 
-    `nodes` gives the clients that may be asked (by default all that are enrolled and not revoked). Events before `after` are not
-    read: it must lie before the first event of the run or round. `identities` is kept up to date here and may be shared.
+    `nodes` gives the clients that may be asked (by default all that are enrolled and not revoked). `reads` is what reads the log
+    for it (by default a `RunReader` of its own).
 
     Every method raises FencedError once a later epoch than `epoch` has begun, and ReplayError if the run decides otherwise than
     it did before.
@@ -65,18 +64,14 @@ class LogGrid(Grid):
         nodes: Callable[[], Sequence[Client]] | None = None,
         round: RoundOpened | None = None,  # noqa: A002 (the field's term)
         admission: Admission | None = None,
-        identities: Identities | None = None,
-        after: Position = START,
+        reads: ReadsRun | None = None,
     ) -> None:
-        self.closed: RoundClosed | None = None
+        self.collected: StepCollected | None = None
         """What the last collection decided."""
         self._round, self._admission = round, admission or Admission()
-        self._identities = Identities() if identities is None else identities
-        self._who = Reader(log, self._identities)
-        self._who.catch_up()
-        self._nodes = nodes or self._enrolled
-        round_id = None if round is None else round.round_id
-        self._journal = Journal(log, writer, self._identities, run_id=run_id, round_id=round_id, epoch=epoch, after=after)
+        reads = reads or RunReader(log, run_id, None if round is None else round.round_id)
+        self._identities, self._nodes = reads.identities, nodes or self._enrolled
+        self._journal = Journal(log, writer, reads, epoch=epoch)
         self._blobs, self._writer, self._checker = blobs, ContentWriter(blobs), ContentWriter(Unstored())
         self._reader = TensorReader(blobs)
         self._listed: list[list[str]] = []
@@ -114,7 +109,8 @@ class LogGrid(Grid):
         Raises UsageError for a message to a node that is not enrolled, ContentError or TensorError for one that no event or blob
         can hold.
         """
-        drafts = [self._draft(message) for message in messages]
+        clients = {client.node_id: client.client_id for client in self._identities.clients.values()}
+        drafts = [self._draft(message, clients) for message in messages]
         if len(drafts) > MAX_MESSAGES:
             raise UsageError(f"{len(drafts)} messages are more than one step can hold", hint=f"send at most {MAX_MESSAGES}")
         self._journal.decide_all([each for each in drafts if self._journal.replayed(each.step, InstructionSent) is None])
@@ -139,6 +135,10 @@ class LogGrid(Grid):
 
     # --- more than Flower's interface --------------------------------------------------------------------------------
 
+    def close_round(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """`send_and_receive`, as the last step of the round: with what it collects the round is closed."""
+        return self._collect(self.push_messages(messages), timeout_s=timeout, final=True, kind=RoundClosed)
+
     def record(self, compute: Callable[[], RecordDict]) -> RecordDict:
         """A step that computes: what `compute` gave when the step was first taken, durable before it is returned."""
         step = self._journal.next_step()
@@ -157,9 +157,11 @@ class LogGrid(Grid):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _draft(self, message: Message) -> InstructionSent:
+    def _draft(self, message: Message, clients: Mapping[int, str]) -> InstructionSent:
         step, metadata = self._journal.next_step(), message.metadata
-        client_id = self._client_id(metadata.dst_node_id)
+        client_id = clients.get(metadata.dst_node_id)
+        if client_id is None:
+            raise UsageError(f"node {metadata.dst_node_id} is not enrolled")
         # What is replayed is compared, and written nowhere.
         writer = self._writer if self._journal.replayed(step, InstructionSent) is None else self._checker
         content = writer.content(message.content)
@@ -186,7 +188,14 @@ class LogGrid(Grid):
             )
         return decision
 
-    def _collect(self, instruction_ids: Iterable[str], *, timeout_s: float | None, final: bool) -> list[Message]:
+    def _collect(
+        self,
+        instruction_ids: Iterable[str],
+        *,
+        timeout_s: float | None,
+        final: bool,
+        kind: type[StepCollected | RoundClosed] = StepCollected,
+    ) -> list[Message]:
         step, pushed = self._journal.next_step(), self._journal.instructions()
         try:
             sent = {each: pushed[each] for each in instruction_ids}
@@ -197,15 +206,15 @@ class LogGrid(Grid):
         self._reader.forget()
         reader = self._reader = TensorReader(self._blobs)
         collection = Collection(self._journal.steps, sent, self._round, self._admission, reader, known_specs)
-        closed = self._journal.replayed(step, RoundClosed)
-        if closed is None:
+        collected = self._journal.replayed(step, kind)
+        if collected is None:
             self._gather(collection, timeout_s)
             accepted, excluded = collection.close(final=final)
             self._journal.refuse(collection.take_refusals())
-            closed = self._journal.decide(RoundClosed(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
-        self.closed = closed
+            collected = self._journal.decide(kind(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
+        self.collected = collected
         self._seed(step, secret_noise=True)
-        return self._replies(collection, closed, reader)
+        return self._replies(collection, collected, reader)
 
     def _gather(self, collection: Collection, timeout_s: float | None) -> None:
         """Read and judge replies until every instruction is settled or the time is over."""
@@ -224,11 +233,11 @@ class LogGrid(Grid):
                 return
             wait_s = min(left_s, 0.05 if collection.waits_for_blobs else 1.0)
 
-    def _replies(self, collection: Collection, closed: RoundClosed, reader: TensorReader) -> list[Message]:
-        accepted = {each.instruction_id: each for each in closed.accepted}
-        excluded = {each.client_id: each.reason for each in closed.excluded}
+    def _replies(self, collection: Collection, collected: StepCollected, reader: TensorReader) -> list[Message]:
+        accepted = {each.instruction_id: each for each in collected.accepted}
+        excluded = {each.client_id: each.reason for each in collected.excluded}
         messages, number = [], self._run.run_id
-        for decision, sent in collection.in_order():
+        for decision, sent in collection.in_order:
             node_id = self.node_id(sent.client_id)
             if (each := accepted.get(decision.id)) is not None:
                 answer = collection.update(each).content
@@ -249,7 +258,7 @@ class LogGrid(Grid):
         """The answer of this moment; if it has been given twice in a row, after a wait for another one."""
         deadline = time.monotonic() + POLL_S
         while True:
-            self._who.catch_up()
+            self._journal.catch_up()
             answer = [str(node) for node in sorted(client.node_id for client in self._nodes())]
             if len(self._listed) < 2 or any(given != answer for given in self._listed) or time.monotonic() >= deadline:
                 return answer
@@ -257,9 +266,3 @@ class LogGrid(Grid):
 
     def _enrolled(self) -> list[Client]:
         return [client for client in self._identities.clients.values() if not client.revoked]
-
-    def _client_id(self, node_id: int) -> str:
-        for client in self._identities.clients.values():
-            if client.node_id == node_id:
-                return client.client_id
-        raise UsageError(f"node {node_id} is not enrolled")

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Final, TypedDict, TypeVar
 
 from fedloop_events import ids
-from fedloop_events.errors import FedloopError, FencedError, LogError
-from fedloop_events.folds.identities import Identities
-from fedloop_events.folds.reader import Reader
-from fedloop_events.logs.port import START, EventLog, Position
-from fedloop_events.types import EpochStarted, InstructionSent, NodesListed, ResultRecorded, RoundClosed, UpdateRefused
+from fedloop_events.errors import FedloopError, FencedError
+from fedloop_events.logs.port import EventLog
+from fedloop_events.types import InstructionSent, NodesListed, Payload, ResultRecorded, RoundClosed, StepCollected, UpdateRefused
 from fedloop_events.writer import EventWriter
 
+from fedloop_server.deciding import Draft, begin_epoch, decide
 from fedloop_server.flower.admission import UpdateRefusal
-from fedloop_server.flower.steps import Decision, Reply, RunStep, RunSteps
+from fedloop_server.flower.steps import Decision, ReadsRun, Reply, RunReader, RunStep
 
-S = TypeVar("S", NodesListed, InstructionSent, RoundClosed, ResultRecorded)
+S = TypeVar("S", NodesListed, InstructionSent, StepCollected, RoundClosed, ResultRecorded)
 _KINDS: Final[dict[type[RunStep], str]] = {
     NodesListed: "nodes",
     InstructionSent: "instruction",
+    StepCollected: "closed",
     RoundClosed: "closed",
     ResultRecorded: "result",
 }
@@ -39,27 +39,15 @@ class Common(TypedDict):
 
 
 class Journal:
-    """The steps of one run, or with `round_id` of that round of it, as the server of `epoch` reads and writes them.
+    """The steps of a run, or of one round of it, as the server of `epoch` reads and writes them.
 
     Every method that reads raises FencedError once a later epoch has begun.
     """
 
-    def __init__(
-        self,
-        log: EventLog,
-        writer: EventWriter,
-        identities: Identities,
-        *,
-        run_id: str,
-        round_id: str | None,
-        epoch: int,
-        after: Position = START,
-    ) -> None:
-        self.steps = RunSteps(run_id, round_id)
-        self.origin, self.run_id, self.round_id, self.epoch = identities.origin, run_id, round_id, epoch
-        self._log, self._writer = log, writer
-        self._events = Reader(log, self.steps, identities=identities)
-        self._events.position = after
+    def __init__(self, log: EventLog, writer: EventWriter, run: ReadsRun, *, epoch: int) -> None:
+        self.steps, self.epoch = run.steps, epoch
+        self.origin, self.run_id, self.round_id = run.identities.origin, run.steps.run_id, run.steps.round_id
+        self._log, self._writer, self._read = log, writer, run.read
         self._next = 0
         self.catch_up()
 
@@ -77,7 +65,7 @@ class Journal:
         decision = self.steps.decisions.get(step)
         if decision is None:
             return None
-        if not isinstance(decision.payload, kind):
+        if type(decision.payload) is not kind:
             raise ReplayError(f"the run would take another kind of step {step} than event {decision.id} says it did")
         return decision.payload
 
@@ -89,30 +77,29 @@ class Journal:
         return counts
 
     def decide_all(self, payloads: Sequence[RunStep]) -> None:
-        """Append decisions, all in one, and read back those that count, which another server may have made before.
-
-        An id may be taken by a fenced server's event, which counts for nothing: then the decision is made under an id of this
-        epoch's own.
-        """
-        missing = list(payloads)
-        for suffix in ("", f"-{self.epoch}"):
-            if not missing:
-                return
-            self._log.append([self._writer.event(each, id=self.id(_KINDS[type(each)] + suffix, each.step)) for each in missing])
-            self.catch_up()
-            missing = [each for each in missing if each.step not in self.steps.decisions]
-        if missing:
-            raise LogError(f"step {missing[0].step} of run {self.run_id} was appended and cannot be read back")
+        """Append decisions, all in one, and read back those that count, which another server may have made before."""
+        self._decide([Draft(each, self._what(_KINDS[type(each)], each.step)) for each in payloads])
 
     def refuse(self, refusals: Sequence[tuple[Reply, UpdateRefusal]]) -> None:
         """Append why replies are not accepted."""
-        events = []
+        drafts = []
         for reply, why in refusals:
             client_id = reply.payload.client_id
             payload = UpdateRefused(client_id=client_id, update_id=reply.id, **why._asdict(), **self.common)
-            events.append(self._writer.event(payload, id=self.id("refused", reply.id)))
-        if events:
-            self._log.append(events)
+            drafts.append(Draft(payload, self._what("refused", reply.id)))
+        self._decide(drafts)
+
+    def _decide(self, drafts: Sequence[Draft]) -> None:
+        def missing(tried: Sequence[Draft]) -> list[Draft]:
+            self.catch_up()
+            return [each for each in tried if not self._is_decided(each.payload)]
+
+        decide(self._log, self._writer, drafts, epoch=self.epoch, missing=missing)
+
+    def _is_decided(self, payload: Payload) -> bool:
+        if isinstance(payload, UpdateRefused):
+            return payload.update_id in self.steps.refused
+        return isinstance(payload, RunStep) and payload.step in self.steps.decisions
 
     def instructions(self) -> dict[str, Decision]:
         """All that were sent, by id."""
@@ -121,7 +108,7 @@ class Journal:
 
     def catch_up(self, wait_s: float = 0.0) -> None:
         """Read what is new, waiting up to `wait_s` for the first event."""
-        self._events.wait(wait_s)
+        self._read(wait_s)
         if self.steps.epoch > self.epoch:
             raise FencedError(
                 f"server {self.steps.server_id} has begun epoch {self.steps.epoch} of run {self.run_id}, after {self.epoch}",
@@ -130,22 +117,18 @@ class Journal:
 
     def id(self, kind: str, what: int | str) -> str:
         """The id of a decision, which is a function of what it decides."""
-        return ids.derived_id(self.origin, self.run_id, self.round_id or "", what, kind)
+        return ids.derived_id(*self._what(kind, what))
+
+    def _what(self, kind: str, what: int | str) -> tuple[str | int, ...]:
+        return self.origin, self.run_id, self.round_id or "", what, kind
 
 
 def start_epoch(log: EventLog, writer: EventWriter, *, run_id: str, server_id: str) -> int:
-    """Take over a run: every server of an earlier epoch is fenced from here on. The new epoch.
+    """`begin_epoch`, for a server that has read nothing yet."""
+    run = RunReader(log, run_id)
 
-    Two servers that start at once get an epoch each, and the later one goes on. `server_id` is one process's own.
-    """
-    steps, identities = RunSteps(run_id), Identities()
-    reader = Reader(log, steps, identities=identities)
-    Reader(log, identities).catch_up()
-    while True:
-        reader.catch_up()
-        epoch = steps.epoch + 1
-        started = EpochStarted(origin=identities.origin, epoch=epoch, run_id=run_id, server_id=server_id)
-        log.append([writer.event(started, id=ids.derived_id(identities.origin, run_id, "epoch", epoch))])
-        reader.catch_up()
-        if (steps.epoch, steps.server_id) == (epoch, server_id):
-            return epoch
+    def read() -> tuple[int, str]:
+        run.read()
+        return run.steps.epoch, run.steps.server_id
+
+    return begin_epoch(log, writer, origin=run.identities.origin, run_id=run_id, server_id=server_id, read=read)

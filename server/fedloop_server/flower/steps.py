@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 from fedloop_events import topics
 from fedloop_events.envelope import Record
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.reader import Reader
+from fedloop_events.logs.port import EventLog
 from fedloop_events.types import (
     EpochStarted,
     InstructionSent,
     NodesListed,
     Payload,
     ResultRecorded,
-    RoundClosed,
     RoundDeclined,
     ServerEvent,
+    StepCollected,
     UpdateRefused,
     UpdateSubmitted,
 )
 from msgspec import Struct
 
-RunStep = NodesListed | InstructionSent | RoundClosed | ResultRecorded
+RunStep = NodesListed | InstructionSent | StepCollected | ResultRecorded
 MAX_REPLIES_EACH: Final = 2
 """Replies of one client to one instruction that are kept: the first counts, the second is evidence."""
 
@@ -43,7 +46,7 @@ class Reply(Struct, frozen=True):
 class RunSteps:
     """Fold over `rounds` and `updates` of one run; with `round_id`, of that round alone.
 
-    A decision counts if its epoch is the latest one at its place in the log, and if it is the first of its kind at its step.
+    Of the decisions at one step the first holds.
     """
 
     topics = (topics.ROUNDS, topics.UPDATES)
@@ -71,13 +74,12 @@ class RunSteps:
 
     def _decided(self, record: Record, payload: ServerEvent) -> None:
         if isinstance(payload, EpochStarted):
-            if payload.epoch > self.epoch:
-                self.epoch, self.server_id = payload.epoch, payload.server_id
-        elif payload.epoch != self.epoch or getattr(payload, "round_id", None) != self.round_id:
+            self.epoch, self.server_id = payload.epoch, payload.server_id
+        elif getattr(payload, "round_id", None) != self.round_id:
             return
         elif isinstance(payload, UpdateRefused):
             self.refused.setdefault(payload.update_id, payload)
-        elif isinstance(payload, NodesListed | InstructionSent | RoundClosed | ResultRecorded):
+        elif isinstance(payload, RunStep):
             self.decisions.setdefault(payload.step, Decision(record.id, record.appended_ms, payload))
             if isinstance(payload, InstructionSent):
                 self._sent.add(record.id)
@@ -90,3 +92,30 @@ class RunSteps:
         same_client = [each for each in replies if each.payload.client_id == payload.client_id]
         if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
             replies.append(Reply(record.id, payload))
+
+
+class ReadsRun(Protocol):
+    """What a grid knows of its run, and how it learns more."""
+
+    @property
+    def identities(self) -> Identities: ...
+
+    @property
+    def steps(self) -> RunSteps: ...
+
+    def read(self, wait_s: float, /) -> None:
+        """Bring both up to date, after waiting up to so many seconds for a first event."""
+
+
+class RunReader:
+    """Reads a run, or with `round_id` that round of it, for a grid that is alone with its log."""
+
+    def __init__(self, log: EventLog, run_id: str, round_id: str | None = None) -> None:
+        self.identities, self.steps = Identities(), RunSteps(run_id, round_id)
+        self._people = Reader(log, self.identities)
+        self._events = Reader(log, self.steps, identities=self._people)
+        self.read()
+
+    def read(self, wait_s: float = 0.0) -> None:
+        self._people.catch_up()
+        self._events.wait(wait_s)

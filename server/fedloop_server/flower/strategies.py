@@ -1,72 +1,19 @@
-"""Strategies of our own, as Flower has them: federated LoRA over the log, and recorded aggregation for any other strategy."""
+"""A strategy of our own around any other one: what it aggregates is recorded before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Final
 
-from fedloop_events.blobs.reader import TensorReader
-from fedloop_events.blobs.store import BlobStore
-from fedloop_events.blobs.tensors import specs
 from fedloop_events.errors import UsageError
-from fedloop_events.flower.records import array_record
-from fedloop_events.types import RoundOpened
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedloop_server.aggregation.merging import merge
 from fedloop_server.flower.grid import LogGrid
 
 ARRAYS: Final = "arrays"
 _METRICS: Final = "metrics"
-
-
-class FederatedLora(Strategy):
-    """One round of federated LoRA under the terms of `opened`: its cohort trains on its base release, and `merge` merges.
-
-    Agents take the terms from the `RoundOpened` that they have read in the log; an instruction carries the base release alone,
-    by the name of its blob. Fewer accepted updates than the quorum give no arrays: the round is then to be aborted.
-    """
-
-    def __init__(self, opened: RoundOpened, blobs: BlobStore) -> None:
-        self.opened, self._blobs = opened, blobs
-        self._grid: LogGrid | None = None
-
-    def base(self) -> ArrayRecord:
-        """The base release, read when asked."""
-        reader = TensorReader(self._blobs)
-        return array_record(reader, self.opened.base, specs(reader.tensors(self.opened.base)))
-
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """One message for each client of the cohort. Raises UsageError for another grid, or a client that is not enrolled."""
-        if not isinstance(grid, LogGrid):
-            raise UsageError("federated LoRA runs on a LogGrid alone")
-        self._grid = grid
-        content = RecordDict({ARRAYS: arrays})
-        return [Message(content, grid.node_id(client_id), MessageType.TRAIN) for client_id in self.opened.cohort]
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The merged release of the updates that the round's `RoundClosed` lists."""
-        closed = None if self._grid is None else self._grid.closed
-        if closed is None or len(closed.accepted) < self.opened.quorum:
-            return None, None
-        base = TensorReader(self._blobs).tensors(self.opened.base)
-        merged = merge(self._blobs, self.opened, base, closed.accepted)
-        record = ArrayRecord()
-        for name, values in merged.items():
-            record[name] = Array(values)
-        return record, None
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """No messages: candidates are evaluated on the server's held-out set."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return None
-
-    def summary(self) -> None:
-        """Nothing: the round's terms are in the log."""
 
 
 class Durable(Strategy):

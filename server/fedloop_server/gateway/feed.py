@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from fedloop_events import envelope, topics, types
+from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import FedloopError, InvalidEventError, UsageError
+from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import Identities
 from fedloop_events.logs.port import START, Batch, EventLog, Position, read_all
 from msgspec import Struct
@@ -48,6 +49,7 @@ class Feed:
 
     def __init__(self, log: EventLog, limits: Limits) -> None:
         self.identities, self.visibility = Identities(), Visibility()
+        self._admit = Admit(self.identities)
         self.taken: set[str] = set()
         """Public keys and node ids of every client."""
         self.created: Record | None = None
@@ -238,23 +240,19 @@ class Feed:
         if record.topic not in _TELLING or record.type == types.ClientSeen.type_name:
             return
         try:
-            payload = envelope.decode(record)
-            if payload is None:
-                return
-            if record.topic == topics.CLIENTS:
-                self.identities.apply(record, payload)
-                if isinstance(payload, types.DeploymentCreated) and self.created is None:
-                    self.created = record
-                    self.taken.add(payload.public_key)
-                elif isinstance(payload, types.ClientEnrolled):
-                    holder = self.identities.clients.get(payload.client_id)
-                    if holder is not None and holder.public_key == payload.public_key:
-                        self.taken |= {payload.public_key, payload.node_id}
-            else:
-                self.identities.authenticate(record, payload)
-                self.visibility.learn(payload)
+            payload = self._admit(record)
         except InvalidEventError:
             return
+        match payload:
+            case None:
+                pass
+            case types.DeploymentCreated():
+                self.created = self.created or record
+                self.taken.add(payload.public_key)
+            case types.ClientEnrolled():
+                self.taken |= {payload.public_key, payload.node_id}
+            case _:
+                self.visibility.learn(payload)
 
     def _take(self, entries: list[Entry], position: Position, taken: threading.Event) -> None:
         self._ring.add(entries, position)

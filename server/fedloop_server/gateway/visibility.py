@@ -20,7 +20,8 @@ NOBODY: Final[frozenset[str]] = frozenset()
 Clients = frozenset[str]
 """The clients that may see an event, or `EVERYONE` who is enrolled. The server sees all."""
 
-_MAX_ROUNDS: Final = 10_000
+_MAX_NAMES: Final = 1_000_000
+"""Of clients in the cohorts that are remembered."""
 _MAX_BLOBS: Final = 200_000
 
 
@@ -29,6 +30,7 @@ class Visibility:
 
     def __init__(self) -> None:
         self._cohorts: OrderedDict[tuple[str, str], Clients] = OrderedDict()
+        self._names = 0
         self._released: dict[str, None] = {}
         self._personal: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -66,9 +68,7 @@ class Visibility:
         """Take in an event of the server; whether it is authentic is for the caller to know."""
         match payload:
             case types.RoundOpened():
-                self._cohorts[payload.run_id, payload.round_id] = frozenset(payload.cohort)
-                if len(self._cohorts) > _MAX_ROUNDS:
-                    self._cohorts.popitem(last=False)
+                self._remember((payload.run_id, payload.round_id), frozenset(payload.cohort))
             case types.InstructionSent():
                 for ref in payload.content.arrays.values():
                     self.grant(payload.client_id, ref.sha256)
@@ -76,6 +76,13 @@ class Visibility:
                 self._released[payload.blob.sha256] = None
             case _:
                 pass
+
+    def _remember(self, name: tuple[str, str], cohort: Clients) -> None:
+        """The oldest rounds give way: of those, who was in the cohort sees no more than what names it."""
+        self._names += len(cohort) - len(self._cohorts.pop(name, NOBODY))
+        self._cohorts[name] = cohort
+        while self._names > _MAX_NAMES and len(self._cohorts) > 1:
+            self._names -= len(self._cohorts.popitem(last=False)[1])
 
     def grant(self, client_id: str, sha256: str) -> None:
         """Let a client read a blob: an instruction to it names it, or it has just sent it. A hash alone is no right to bytes."""

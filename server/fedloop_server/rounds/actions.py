@@ -5,24 +5,18 @@ A server that is killed at any point is started again with the same folds, and s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import msgspec
-from fedloop_events import topics, types
-from fedloop_events.envelope import Record
-from fedloop_events.folds.identities import Client, Identities
-from fedloop_events.folds.releases import ReleaseState, ReleasesView
-from fedloop_events.folds.rounds import RoundState, RoundsView
-from fedloop_events.logs.port import START, Position
-from fedloop_privacy.ledger import Ledger
+from fedloop_events import types
+from fedloop_events.folds.identities import Client
+from fedloop_events.folds.releases import ReleaseState
+from fedloop_events.folds.rounds import RoundState
 from fedloop_tasks.task import Task, Verdict
 from msgspec import Struct
 
-from fedloop_server.rounds import registry, scheduler
+from fedloop_server.operations import registry
+from fedloop_server.rounds import scheduler
 from fedloop_server.rounds.planner import Planner
 from fedloop_server.rounds.scheduler import Eligibility
-
-OnEvent = Callable[[Record, types.Payload], None]
+from fedloop_server.state import ServerState
 
 
 class StartEpoch(Struct, frozen=True):
@@ -85,75 +79,6 @@ Action = (
 )
 
 
-class _Kept(Struct, frozen=True):
-    """What a snapshot of the state holds."""
-
-    rounds: bytes
-    releases: bytes
-    ledger: bytes
-    decided_ms: int
-    round_after: dict[str, int]
-    epoch_after: dict[str, int]
-    offsets: dict[str, int]
-
-
-class ServerState:
-    """Everything the server knows: folds over the log, and its clock. `people` says whose word counts; its reader is another."""
-
-    topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 2
-
-    def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
-        self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
-        self.people = people
-        self.decided_ms = 0
-        """The log's own clock, as of the last event that the server said."""
-        self.round_after = START
-        """Before everything that the open round rests on."""
-        self._epoch_after = START
-        self._offsets: dict[str, int] = {}
-        self._on_event = on_event
-
-    def apply(self, record: Record, payload: types.Payload) -> None:
-        if payload.author == "server":
-            self.decided_ms = max(self.decided_ms, record.appended_ms)
-        if record.topic == topics.RELEASES:
-            self.releases.apply(record, payload)
-        elif record.topic == topics.AUDIT:
-            self.ledger.apply(record, payload)
-        else:
-            epoch, open_round = self.rounds.epoch, self.rounds.open_round
-            self.rounds.apply(record, payload)
-            if self.rounds.epoch != epoch:
-                self._epoch_after = Position({**self._offsets, record.stream: record.offset - 1})
-            if self.rounds.open_round is not open_round:
-                self.round_after = self._epoch_after
-        self._offsets[record.stream] = record.offset
-        if self._on_event is not None:
-            self._on_event(record, payload)
-
-    def to_state(self) -> bytes:
-        kept = _Kept(
-            self.rounds.to_state(),
-            self.releases.to_state(),
-            self.ledger.to_state(),
-            self.decided_ms,
-            dict(self.round_after.offsets),
-            dict(self._epoch_after.offsets),
-            self._offsets,
-        )
-        return msgspec.msgpack.encode(kept)
-
-    def from_state(self, state: bytes) -> ServerState:
-        kept = msgspec.msgpack.decode(state, type=_Kept)
-        restored = ServerState(self.rounds.run_id, self.people, self._on_event)
-        restored.rounds, restored.releases = RoundsView.from_state(kept.rounds), ReleasesView.from_state(kept.releases)
-        restored.ledger, restored.decided_ms = Ledger.from_state(kept.ledger), kept.decided_ms
-        restored.round_after, restored._epoch_after = Position(kept.round_after), Position(kept.epoch_after)
-        restored._offsets = kept.offsets
-        return restored
-
-
 def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int, now_ms: int) -> Action:
     """What a server of `epoch` (0: it has none yet) does next; `now_ms` is the log's own clock."""
     if epoch == 0:
@@ -164,7 +89,7 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
         update_id, (round_id, client_id) = next(iter(rounds.unanswered.items()))
         return RefuseLate(update_id, client_id, round_id)
     if (candidate := releases.candidate(model)) is not None:
-        return _judge(candidate, current, registry.task(releases, model), planner.config.gate_margin)
+        return _judge(candidate, current, registry.task_of_model(releases, model), planner.config.gate_margin)
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:

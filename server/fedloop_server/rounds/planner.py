@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import secrets
 from pathlib import Path
 
 import msgspec
 from fedloop_events import types
+from fedloop_events.files import write_whole
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_tasks.task import Terms
@@ -66,9 +65,7 @@ class Planner:
     def _save(self, made: _Kept) -> None:
         if self._cache is None:
             return
-        temporary = self._cache.with_name(f".{self._cache.name}.{secrets.token_hex(4)}")
         try:
-            temporary.write_bytes(msgspec.json.encode(made))
-            os.replace(temporary, self._cache)  # noqa: PTH105
+            write_whole(self._cache, msgspec.json.encode(made))
         except OSError as error:
             _logger.warning("the plan cannot be kept in %s (%s): it is made again at the next start", self._cache, error.strerror)

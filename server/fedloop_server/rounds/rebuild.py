@@ -25,7 +25,7 @@ from fedloop_events.types import DEFAULT_MODEL
 from msgspec import Struct
 
 from fedloop_server.aggregation.merging import merge
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 
 
 class RebuildError(FedloopError):

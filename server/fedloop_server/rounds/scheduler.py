@@ -13,8 +13,10 @@ from msgspec import Struct
 
 from fedloop_server.config import ServerConfig
 
-MAX_EXCLUSIONS_BYTES: Final = 24 * 1024
-"""Of the exclusions in one event: with the cohort and the terms it must fit into 60 KiB."""
+MAX_OPENING_BYTES: Final = 1 << 20
+"""Of the exclusions that a round's opening names: some ten thousand, in some dozens of events."""
+MAX_ABORT_BYTES: Final = 40 * 1024
+"""Of those that an abort names, in one event."""
 
 Budget = Callable[[Client, Mechanism], str | None]
 """Why a client cannot pay for a mechanism, as a stable code; None if it can."""
@@ -58,9 +60,9 @@ def draw(eligibility: Eligibility, size: int, source: random.Random) -> Eligibil
     return Eligibility(sorted(drawn), sorted([*eligibility.excluded, *left], key=lambda each: each.client_id))
 
 
-def bounded(excluded: list[Exclusion]) -> list[Exclusion]:
-    """As many exclusions as one event can hold; those that were merely not drawn are left out first, then the last ones."""
-    left = MAX_EXCLUSIONS_BYTES
+def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
+    """As many exclusions as have so many bytes; those that were merely not drawn are left out first, then the last ones."""
+    left = max_bytes
     kept: list[Exclusion] = []
     for each in sorted(excluded, key=lambda each: (each.reason == "not-drawn", each.client_id)):
         left -= len(msgspec.json.encode(each)) + 1

@@ -6,7 +6,6 @@ log again. The names and their meanings are a contract with deploy/grafana.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,12 +16,17 @@ from fedloop_events.envelope import Event
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.folds.rounds import RoundState
 from fedloop_events.logs.port import START, Batch, EventLog, Position
+from fedloop_tasks.table import TASKS
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from fedloop_server.config import ServerConfig
-from fedloop_server.rounds.actions import ServerState
+from fedloop_server.operations import clients
+from fedloop_server.operations.budgets import budget_of
+from fedloop_server.operations.registry import summarise
+from fedloop_server.operations.rounds import waiting
+from fedloop_server.state import ServerState
 
 ROUND_BUCKETS_S: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0)
 
@@ -37,6 +41,9 @@ class Serves(Protocol):
 
     @property
     def refused(self) -> int: ...
+
+    @property
+    def stale(self) -> int: ...
 
 
 class MeteredLog:
@@ -89,9 +96,7 @@ class ServerCollector:
         rounds = list(self._server.state.rounds.rounds.values())
         yield from _rounds(rounds)
         yield from _participation(rounds)
-        wanted = sum(
-            each.rounds - len(each.numbers) for each in list(self._server.state.rounds.requests.values()) if each.pending
-        )
+        wanted = waiting(self._server.state.rounds)
         yield GaugeMetricFamily("fedloop_rounds_waiting", "Rounds that were requested and have not begun.", wanted)
         yield from self._releases()
         yield from self._clients()
@@ -108,7 +113,7 @@ class ServerCollector:
         refused = "Events since this process began that are malformed, or not authentic."
         yield CounterMetricFamily("fedloop_events_refused", refused, server.refused)
         stale = "Decisions in the log by servers that another one had taken over from."
-        yield CounterMetricFamily("fedloop_decisions_stale", stale, server.state.rounds.stale)
+        yield CounterMetricFamily("fedloop_decisions_stale", stale, server.stale)
         idle = GaugeMetricFamily("fedloop_loop_idle_seconds", "Seconds since the server last read its log.")
         if (idle_s := self._log.idle_s) is not None:
             idle.add_metric([], idle_s)
@@ -116,41 +121,42 @@ class ServerCollector:
 
     def _releases(self) -> Iterator[Metric]:
         view, model = self._server.state.releases, self._server.model
-        found = [each for each in list(view.releases.values()) if each.model == model]
-        yield _by("fedloop_releases", "Releases of the model, and candidates for one.", "state", map(_standing, found), STANDINGS)
-        current = view.current(model)
+        found = [summarise(view, each) for each in list(view.releases.values()) if each.model == model]
+        meaning = "Releases of the model, and candidates for one."
+        yield _by("fedloop_releases", meaning, "state", (each.status for each in found), STANDINGS)
         number = GaugeMetricFamily("fedloop_release_number", "The number of the release in force.")
         shown: list[tuple[str, ReleaseState]] = []
+        current = view.current(model)
         if current is not None:
             number.add_metric([], current.number)
             shown.append(("in_force", current))
         if found:
-            shown.append(("last", max(found, key=lambda each: each.number)))
+            last = max(found, key=lambda each: each.number)
+            shown.append(("last", view.releases[last.release]))
         yield number
         yield from _evaluations(shown)
 
     def _clients(self) -> Iterator[Metric]:
         state, config = self._server.state, self._server.config
-        clients = list(state.people.clients.values())
         since_ms = (self._clock() - config.availability_s) * 1000
-        yield GaugeMetricFamily("fedloop_clients_enrolled", "Clients that were ever enrolled.", len(clients))
-        revoked = sum(each.revoked for each in clients)
-        yield GaugeMetricFamily("fedloop_clients_revoked", "Revoked clients.", revoked)
-        available = sum(not each.revoked and each.seen_ms >= since_ms for each in clients)
-        yield GaugeMetricFamily("fedloop_clients_available", "Clients that were seen lately enough to be asked.", available)
-        suspended = sum(state.ledger.suspended(each.client_id) is not None for each in clients)
-        yield GaugeMetricFamily("fedloop_clients_suspended", "Clients whose record of spends was forked or torn.", suspended)
+        counts = clients.count(state.people, state.ledger, since_ms)
+        yield GaugeMetricFamily("fedloop_clients_enrolled", "Clients that were ever enrolled.", counts.enrolled)
+        yield GaugeMetricFamily("fedloop_clients_revoked", "Revoked clients.", counts.revoked)
+        meaning = "Clients that were seen lately enough to be asked."
+        yield GaugeMetricFamily("fedloop_clients_available", meaning, counts.available)
+        meaning = "Clients whose record of spends was forked or torn."
+        yield GaugeMetricFamily("fedloop_clients_suspended", meaning, counts.suspended)
         share = GaugeMetricFamily(
             "fedloop_budget_share_max", "The largest share of its privacy budget (epsilon) that any client has spent for good."
         )
         # Equal histories cost one computation, which the accountant remembers; the scheduler has mostly asked for it already.
-        shares = [state.ledger.epsilon(each.client_id, each.delta) / each.epsilon for each in clients if each.epsilon is not None]
+        limited = [each for each in list(state.people.clients.values()) if each.epsilon is not None]
+        shares = [found for each in limited if (found := budget_of(state.ledger, each).share) is not None]
         if shares:
             share.add_metric([], max(shares))
         yield share
 
 
-_NOT_IN_NAMES: Final = re.compile("[^A-Za-z0-9_]")
 ROUND_STATES: Final = ("open", "closed", "aborted")
 STANDINGS: Final = ("proposed", "published", "rejected", "withdrawn")
 
@@ -199,19 +205,15 @@ def _code(reason: str) -> str:
     return "declined" if reason.startswith("declined.") else reason
 
 
-def _standing(release: ReleaseState) -> str:
-    return "withdrawn" if release.withdrawn else release.status
-
-
 def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
-    """A gauge for each metric of the task, such as fedloop_release_accuracy."""
-    gauges: dict[str, GaugeMetricFamily] = {}
-    for which, release in shown:
-        for metric, value in release.evaluation.metrics.items() if release.evaluation is not None else ():
-            name = f"fedloop_release_{_NOT_IN_NAMES.sub('_', metric)}"
-            meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
-            gauges.setdefault(name, GaugeMetricFamily(name, meaning, labels=["release"])).add_metric([which], value)
-    yield from gauges.values()
+    """A gauge for each metric of a task, such as fedloop_release_accuracy."""
+    for metric in sorted({name for task in TASKS.values() for name in task.metrics}):
+        meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
+        gauge = GaugeMetricFamily(f"fedloop_release_{metric}", meaning, labels=["release"])
+        for which, release in shown:
+            if release.evaluation is not None and metric in release.evaluation.metrics:
+                gauge.add_metric([which], release.evaluation.metrics[metric])
+        yield gauge
 
 
 def _by(name: str, meaning: str, label: str, found: Iterable[str], known: Iterable[str]) -> Metric:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.files import write_whole
 from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
@@ -42,9 +42,7 @@ def keep(folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | 
         else:
             held.texts.append(masked)
             held.labels.append(message.answer)
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    temporary.write_bytes(msgspec.json.encode(held))
-    temporary.replace(folder / FILE)
+    write_whole(folder / FILE, msgspec.json.encode(held))
     return {"could not be masked": failed} if failed else {}
 
 

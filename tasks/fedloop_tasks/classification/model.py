@@ -168,7 +168,8 @@ class EmbeddingClassifier:
         """See `Trains`. If only the head is trained, its inputs are computed once."""
         from fedloop_privacy.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
 
-        texts, of_class = self._known(examples)
+        texts, numbers = self._known(examples)
+        of_class = torch.from_numpy(numbers).to(self.device)
         of_tensor = {name: training.learning_rate(name, rates) for name in names}
         with self.trainable([name for name in of_tensor if of_tensor[name] > 0]) as chosen:
             if not chosen:
@@ -176,9 +177,11 @@ class EmbeddingClassifier:
                 return
             groups = [ParameterGroup([p], of_tensor[name]) for name, p in chosen.items()]
             if any(name.startswith("lora.") for name in chosen):
-                yield Training(self.tail, groups, training.Texts(self, texts, of_class), training.losses)
+                inputs = training.Texts(texts, self.lengths(texts), of_class, self.batch)
+                yield Training(self.tail, groups, inputs, training.losses)
             else:
-                yield Training(self.tail.head, groups, training.Inputs(self, texts, of_class), training.losses)
+                embedded = torch.from_numpy(self.embed(texts)).to(self.device)
+                yield Training(self.tail.head, groups, training.Inputs(embedded, of_class), training.losses)
 
     def embedded(self, examples: Sequence[Example]) -> Embedded:
         """See `Embeds`."""

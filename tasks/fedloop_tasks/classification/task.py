@@ -33,6 +33,7 @@ class Classification:
         Option("labels", "FILE", "Labels, one a line."),
     )
     remarks: ClassVar[Sequence[Option]] = (Option("label", "TEXT", "The right label.", str),)
+    metrics: ClassVar[Sequence[str]] = (heldout.ACCURACY,)
     columns: ClassVar[str] = "columns text and label"
 
     def __init__(self, spec: ClassificationSpec) -> None:

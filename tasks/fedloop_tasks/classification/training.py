@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from fedloop_tasks.classification.model import EmbeddingClassifier
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """What the module takes, and the number of each example's class."""
@@ -25,24 +18,28 @@ def learning_rate(name: str, rates: Mapping[str, float]) -> float:
 
 
 class Texts:
-    """Examples as the adapted layers take them: states and mask."""
+    """Examples as the adapted layers take them: states and mask, which `batch` gives of texts. `of_class` [n]."""
 
-    def __init__(self, model: EmbeddingClassifier, texts: Sequence[str], of_class: NDArray[np.int64]) -> None:
-        self._model, self._texts, self._of_class = model, texts, of_class
-        self.lengths: Sequence[int] = model.lengths(texts)
+    def __init__(
+        self,
+        texts: Sequence[str],
+        lengths: Sequence[int],
+        of_class: Tensor,
+        batch: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._texts, self._of_class, self._batch = texts, of_class, batch
+        self.lengths = lengths
 
     def collate(self, indices: Sequence[int]) -> Batch:
-        batch = self._model.batch([self._texts[i] for i in indices])
-        return batch, torch.from_numpy(self._of_class[list(indices)]).to(self._model.device)
+        return self._batch([self._texts[i] for i in indices]), self._of_class[list(indices)]
 
 
 class Inputs:
-    """Examples as the head takes them: sentence embeddings, which stay the same as long as only the head is trained."""
+    """Examples as the head takes them: sentence embeddings [n, d], which stay the same as long as only the head is trained."""
 
-    def __init__(self, model: EmbeddingClassifier, texts: Sequence[str], of_class: NDArray[np.int64]) -> None:
-        self._inputs = torch.from_numpy(model.embed(texts)).to(model.device)
-        self._of_class = torch.from_numpy(of_class).to(model.device)
-        self.lengths: Sequence[int] = [1] * len(texts)
+    def __init__(self, inputs: Tensor, of_class: Tensor) -> None:
+        self._inputs, self._of_class = inputs, of_class
+        self.lengths: Sequence[int] = [1] * len(of_class)
 
     def collate(self, indices: Sequence[int]) -> Batch:
         return (self._inputs[list(indices)],), self._of_class[list(indices)]

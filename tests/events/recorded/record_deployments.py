@@ -23,7 +23,7 @@ import samples
 from devices import CONFIG, OPEN_CONFIG, Behaviour, Device, World, evaluation
 from fedloop_events import ids, types
 from fedloop_events.blobs.tensors import Array
-from fedloop_server.rounds import registry
+from fedloop_server.operations import registry
 from msgspec.structs import replace
 from simulated import SimulatedClient
 

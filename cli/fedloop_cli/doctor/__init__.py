@@ -1,0 +1,1 @@
+"""What keeps a deployment or a device from working, or stands open: `diagnosis.diagnose`."""

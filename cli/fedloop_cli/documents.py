@@ -1,0 +1,133 @@
+"""What commands print of what operations answer: a document for --json, lines and tables for a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedloop_cli import console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedloop_events import types
+    from fedloop_server.operations.registry import ReleaseSummary
+    from fedloop_server.operations.rounds import RoundSummary
+
+
+def seconds(ms: int | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def round_document(each: RoundSummary) -> dict[str, Any]:
+    return {
+        "round_id": each.round_id,
+        "number": each.number,
+        "state": each.state,
+        "kind": each.kind,
+        "strategy": each.strategy,
+        "base_release": each.base_release,
+        "release": each.release,
+        "decision": each.decision,
+        "accuracy": each.accuracy,
+        "cohort": each.cohort,
+        "participants": each.participants,
+        "excluded": [{"client": out.client_id, "reason": out.reason, "detail": out.detail} for out in each.excluded],
+        "opened": console.moment(each.opened_ms),
+        "seconds": seconds(each.took_ms),
+        "bytes_up": each.bytes_up,
+        "bytes_down": each.bytes_down,
+        "reason": each.reason,
+    }
+
+
+def rounds_table(rounds: Sequence[RoundSummary]) -> str:
+    heads = ["round", "state", "kind", "took part", "excluded", "accuracy", "release", "seconds", "bytes up", "bytes down", "why"]
+    return console.table(
+        heads,
+        [
+            [
+                each.round_id,
+                each.state,
+                each.kind,
+                f"{len(each.participants)} of {len(each.cohort)}",
+                len(each.excluded),
+                each.accuracy,
+                each.release,
+                seconds(each.took_ms),
+                f"{each.bytes_up:,}",
+                f"{each.bytes_down:,}",
+                each.reason or each.decision or "",
+            ]
+            for each in rounds
+        ],
+        empty="no rounds yet",
+    )
+
+
+def round_line(each: RoundSummary) -> str:
+    """How a round stands, on one line."""
+    line = f"{each.round_id} {each.state}"
+    if each.kind is not None and not each.over:
+        line += f": {each.kind} on {each.base_release}, {each.replies} of {len(each.cohort)} have replied"
+    if each.accuracy is not None:
+        line += f", accuracy {each.accuracy:.4f}"
+    if (took_s := seconds(each.took_ms)) is not None:
+        line += f", {took_s:.1f} s"
+    why = each.reason or each.decision
+    return console.printable(line + (f" ({why})" if why else ""))
+
+
+def release_document(each: ReleaseSummary) -> dict[str, Any]:
+    return {
+        "release": each.release,
+        "number": each.number,
+        "status": each.status,
+        "current": each.current,
+        "accuracy": each.accuracy,
+        "round_id": each.round_id,
+        "base_release": each.base_release,
+        "strategy": each.strategy,
+        "updates": each.updates,
+        "sha256": each.sha256,
+        "size_bytes": each.size_bytes,
+        "proposed": console.moment(each.proposed_ms),
+        "reason": each.reason,
+    }
+
+
+def event_line(payload: types.Payload) -> str:
+    """What an event changed in a round or a release, on one line; "" for one that needs none."""
+    from fedloop_events import types
+    from fedloop_tasks.table import kind_of
+
+    match payload:
+        case types.EpochStarted():
+            return f"server {payload.server_id} has begun epoch {payload.epoch}"
+        case types.RoundRequested():
+            return f"{payload.rounds} requested ({payload.reason})"
+        case types.RoundOpened():
+            kind, clients = kind_of(payload.strategy), len(payload.cohort)
+            return f"{payload.round_id} opened: {kind} on {payload.base_release}, {clients} clients"
+        case types.UpdateSubmitted(round_id=str()):
+            return f"{payload.round_id} update of {payload.client_id}"
+        case types.RoundDeclined(round_id=str()):
+            return f"{payload.round_id} declined by {payload.client_id}: {payload.reason}"
+        case types.UpdateRefused():
+            return f"{payload.round_id} update of {payload.client_id} refused: {payload.reason}"
+        case types.RoundClosed(round_id=str()):
+            return f"{payload.round_id} closed: {len(payload.accepted)} updates count, {len(payload.excluded)} clients do not"
+        case types.StepCollected(round_id=str()):
+            return f"{payload.round_id} step {payload.step}: {len(payload.accepted)} replies count"
+        case types.RoundAborted():
+            return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
+        case types.ReleaseEvaluated():
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in payload.metrics.items())
+            return f"{payload.release} has {metrics} on {payload.examples} held-out messages"
+        case types.ReleasePublished():
+            return f"{payload.release} published"
+        case types.ReleaseRejected():
+            return f"{payload.release} rejected: {payload.reason} ({payload.detail})"
+        case types.ReleaseRolledBack():
+            return f"{payload.release} in force again, {payload.withdrawn} withdrawn: {payload.reason}"
+        case _:
+            return ""

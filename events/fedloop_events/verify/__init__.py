@@ -1,0 +1,1 @@
+"""Checks of a log's integrity, by anybody who has the log: `log.verify`."""

@@ -1,0 +1,172 @@
+"""What is wrong with the events of a log, and with the blobs that they name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from msgspec import Struct
+
+from fedloop_events import envelope, topics, types
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.envelope import Record
+from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
+from fedloop_events.folds.admit import Admit
+from fedloop_events.folds.identities import Identities
+from fedloop_events.verify.sequences import At, Sequences
+
+MOST_FINDINGS: Final = 100
+
+
+class Fault(Struct, frozen=True):
+    """One thing that is wrong, and where; None if it concerns no single event."""
+
+    what: str
+    offset: int | None = None
+    event_id: str | None = None
+    stream: str | None = None
+
+
+class VerifyReport(Struct):
+    """What was checked and found. `findings` are the first `MOST_FINDINGS`, `wrong` counts all."""
+
+    log: str
+    verified: bool = False
+    events: int = 0
+    by_topic: dict[str, int] = {}
+    clients: int = 0
+    blobs: int = 0
+    """Different blobs that events name, each read and hashed."""
+    blob_bytes: int = 0
+    unknown: int = 0
+    """Events of types that only a newer program knows; their signatures cannot be checked here."""
+    stale: int = 0
+    """Decisions of a server after another one had taken over: they count for nothing, and are no fault of the log."""
+    repeated: int = 0
+    """Events that stand there again, byte for byte: they count once."""
+    rivals: int = 0
+    """Authentic events under the id of an earlier one, with other bytes: the first counts. Two servers that decide the same at
+    once leave them behind."""
+    wrong: int = 0
+    findings: list[Fault] = []
+    not_seen: str = ""
+    """What this check cannot see."""
+
+
+class LogCheck:
+    """Takes in events, those of each stream in their order and topic `clients` before what rests on it; finds what is wrong.
+
+    With `unique_ids` an id that stands there twice is wrong.
+    """
+
+    def __init__(self, report: VerifyReport, *, unique_ids: bool) -> None:
+        self.report, self._unique_ids = report, unique_ids
+        self._identities = Identities()
+        self._admit = Admit(self._identities)
+        self._topics: Counter[str] = Counter()
+        self._marks: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._ends: dict[str, int] = {}
+        self._sequences = Sequences(self.wrong)
+        self.blobs: dict[types.BlobRef, At] = {}
+        """Every blob that an authentic event names, and the first one that does."""
+
+    def wrong(self, what: str, at: At | None = None) -> None:
+        report = self.report
+        report.wrong += 1
+        if len(report.findings) < MOST_FINDINGS:
+            found = Fault(what) if at is None else Fault(what, at.offset, at.event_id, at.stream)
+            report.findings.append(found)
+
+    def event(self, record: Record) -> None:
+        self.report.events += 1
+        self._topics[record.topic if record.topic in topics.ALL else "unknown"] += 1
+        at = At(record.stream, record.offset, record.id)
+        order = self._order(record)
+        if record.offset <= self._ends.get(order, 0):
+            self.wrong("the offsets of the stream do not rise", at)
+        elif record.stream not in self._begun and record.offset > 1:
+            self._sequences.begins_late(record.appended_ms)
+        self._begun.add(record.stream)
+        self._ends[order] = record.offset
+        try:
+            payload = envelope.decode(record)
+            if payload is None:
+                self.report.unknown += 1
+            elif self._counts(record, payload, at):
+                self._take(record, payload, at)
+        except InvalidEventError as error:
+            self.wrong(error.message, at)
+
+    def _order(self, record: Record) -> str:
+        """Within what events are read in their order: a stream or, where topics are read one after the other, a topic of one."""
+        return record.stream if self._unique_ids else f"{record.stream}/{record.topic}"
+
+    def _counts(self, record: Record, payload: types.Payload, at: At) -> bool:
+        """Whether it is the first authentic event under its id. Raises `InvalidEventError` if it is not authentic."""
+        mark, known = hash((record.key, record.data, record.signature)), self._marks.get(record.id)
+        if known is None:
+            self._admit.authenticate(record, payload)
+            self._marks[record.id] = mark
+            return True
+        if self._unique_ids:
+            self.wrong("the event id stands in the log a second time", at)
+        elif known == mark:
+            self.report.repeated += 1
+        else:
+            self._admit.authenticate(record, payload)
+            self.report.rivals += 1
+        return False
+
+    def _take(self, record: Record, payload: types.Payload, at: At) -> None:
+        if isinstance(payload, types.ClientEvent):
+            self._sequences.take(payload.client_id, payload.seq, record.appended_ms, at, self._order(record))
+        elif isinstance(payload, types.ServerEvent) and self._is_ahead(payload):
+            self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
+        elif not self._admit.standing.counts(payload):
+            self.report.stale += 1
+        for ref in _blobs(payload):
+            self.blobs.setdefault(ref, at)
+
+    def _is_ahead(self, payload: types.ServerEvent) -> bool:
+        latest = self._admit.standing.epochs.get(payload.run_id, 0)
+        return payload.epoch > latest and not isinstance(payload, types.EpochStarted)
+
+    def end(self) -> None:
+        """Every event has been taken in: say what is missing."""
+        report = self.report
+        self._sequences.end()
+        report.by_topic = {topic: self._topics[topic] for topic in (*topics.ALL, "unknown") if topic in self._topics}
+        report.clients = len(self._identities.clients)
+        if not self._identities.origin:
+            self.wrong("the log has no deployment: nothing in it can be checked")
+
+    def read_blobs(self, store: BlobStore) -> None:
+        """Read and hash every blob that an event names."""
+        for ref, at in self.blobs.items():
+            try:
+                for _ in store.blocks(ref):
+                    pass
+            except BlobError as error:
+                self.wrong(error.message, at)
+            except FedloopError as error:
+                self.wrong(f"{error.message}: {error.cause}", at)
+            else:
+                self.report.blobs += 1
+                self.report.blob_bytes += ref.size_bytes
+
+
+def _blobs(value: object) -> Iterator[types.BlobRef]:
+    """Every blob that a payload names, wherever it stands."""
+    if isinstance(value, types.BlobRef):
+        yield value
+    elif isinstance(value, Struct):
+        for field in value.__struct_fields__:
+            yield from _blobs(getattr(value, field))
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _blobs(each)
+    elif isinstance(value, list) and value and not isinstance(value[0], (str, int, float)):
+        for each in value:
+            yield from _blobs(each)

@@ -1,0 +1,92 @@
+"""What a server knows: folds over the log, kept in one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from fedloop_events import topics, types
+from fedloop_events.envelope import Record
+from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.logs.port import START, Position
+from fedloop_privacy.ledger import Ledger
+from msgspec import Struct
+
+from fedloop_server.flower.steps import RunSteps
+
+OnEvent = Callable[[Record, types.Payload], None]
+
+
+class _Kept(Struct, frozen=True):
+    """What a snapshot of the state holds."""
+
+    rounds: bytes
+    releases: bytes
+    ledger: bytes
+    decided_ms: int
+    round_after: dict[str, int]
+    epoch_after: dict[str, int]
+    offsets: dict[str, int]
+
+
+class ServerState:
+    """The server's folds, and its clock. `people` are those whose events count; another reader keeps them up to date."""
+
+    topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
+    version = 2
+
+    def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
+        self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
+        self.people = people
+        self.decided_ms = 0
+        """The log's own clock, as of the last event that the server has signed."""
+        self.round_after = START
+        """Before everything that the open round rests on."""
+        self.steps: RunSteps | None = None
+        """Those of the round that is being collected, which are kept up to date too."""
+        self._epoch_after = START
+        self._offsets: dict[str, int] = {}
+        self._on_event = on_event
+
+    def apply(self, record: Record, payload: types.Payload) -> None:
+        if payload.author == "server":
+            self.decided_ms = max(self.decided_ms, record.appended_ms)
+        if record.topic == topics.RELEASES:
+            self.releases.apply(record, payload)
+        elif record.topic == topics.AUDIT:
+            self.ledger.apply(record, payload)
+        else:
+            epoch, open_round = self.rounds.epoch, self.rounds.open_round
+            self.rounds.apply(record, payload)
+            if self.rounds.epoch != epoch:
+                self._epoch_after = Position({**self._offsets, record.stream: record.offset - 1})
+            if self.rounds.open_round is not open_round:
+                self.round_after = self._epoch_after
+            if self.steps is not None:
+                self.steps.apply(record, payload)
+        self._offsets[record.stream] = record.offset
+        if self._on_event is not None:
+            self._on_event(record, payload)
+
+    def to_state(self) -> bytes:
+        kept = _Kept(
+            self.rounds.to_state(),
+            self.releases.to_state(),
+            self.ledger.to_state(),
+            self.decided_ms,
+            dict(self.round_after.offsets),
+            dict(self._epoch_after.offsets),
+            self._offsets,
+        )
+        return msgspec.msgpack.encode(kept)
+
+    def from_state(self, state: bytes) -> ServerState:
+        kept = msgspec.msgpack.decode(state, type=_Kept)
+        restored = ServerState(self.rounds.run_id, self.people, self._on_event)
+        restored.rounds, restored.releases = RoundsView.from_state(kept.rounds), ReleasesView.from_state(kept.releases)
+        restored.ledger, restored.decided_ms = Ledger.from_state(kept.ledger), kept.decided_ms
+        restored.round_after, restored._epoch_after = Position(kept.round_after), Position(kept.epoch_after)
+        restored._offsets = kept.offsets
+        return restored

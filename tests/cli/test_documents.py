@@ -1,0 +1,120 @@
+"""The documents that --json prints: programs rest on their keys, so none is renamed, lost or added unnoticed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devices import World
+from fedloop_cli.main import run
+
+Document = Callable[..., dict[str, Any]]
+
+ROUND = (
+    "round_id number state kind strategy base_release release decision accuracy cohort participants excluded opened seconds"
+    " bytes_up bytes_down reason"
+)
+RELEASE = "release number status current accuracy round_id base_release strategy updates sha256 size_bytes proposed reason"
+BUDGET = "client_id budget delta epsilon spends kept suspended revoked"
+EVENT = "stream offset appended topic key id type source data"
+VERIFIED = "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings not_seen"
+REPLAYED = (
+    "log events seconds types unknown refused first_refused epoch clients revoked rounds releases current stale_decisions spends"
+    " suspended matching differing"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployment after a round in which one of three devices declined."""
+    world = World(tmp_path_factory.mktemp("documents") / "deployment")
+    for name in ("ann", "bob"):
+        world.device(name)
+    world.device("cem", behave=lambda opened, arrays: "busy")
+    world.request()
+    with world.serving():
+        world.server().run(rounds=1)
+    world.log.close()
+    return world.folder
+
+
+@pytest.fixture
+def document(capsys: pytest.CaptureFixture[str]) -> Document:
+    def printed(*arguments: str | Path) -> dict[str, Any]:
+        assert run([*map(str, arguments), "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return printed
+
+
+def keys(found: dict[str, Any]) -> str:
+    return " ".join(found)
+
+
+def test_rounds(folder: Path, document: Document) -> None:
+    found = document("round", "list", folder)
+    assert keys(found) == "rounds requested epoch"
+    (each,) = found["rounds"]
+    assert keys(each) == ROUND
+    assert each["excluded"] == [{"client": "cem", "reason": "declined.busy", "detail": ""}]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each["opened"])
+    assert 0 <= each["seconds"] < 60
+    shown = document("round", "show", folder, "r0001")
+    assert keys(shown) == f"{ROUND} mechanism hyperparameters quorum deadline_s declined refused replies"
+    assert {name: shown[name] for name in each} == each
+    assert (shown["declined"], shown["refused"], shown["replies"]) == ({"cem": "busy"}, [], 2)
+    assert document("round", "start", folder).keys() == {"request_id", "rounds"}
+
+
+def test_releases(folder: Path, document: Document) -> None:
+    found = document("release", "list", folder)
+    assert keys(found) == "current releases"
+    first, second = found["releases"]
+    assert keys(first) == keys(second) == RELEASE
+    assert (first["current"], second["current"], found["current"]) == (False, True, second["release"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["proposed"])
+    shown = document("release", "show", folder, second["release"])
+    assert keys(shown) == f"{RELEASE} lineage"
+    step = shown["lineage"][0]
+    assert keys(step) == "release number sha256 base_release round_id strategy contributions"
+    assert keys(step["contributions"][0]) == "client_id update_id blob weight"
+    rebuilt = document("release", "rebuild", folder)
+    assert keys(rebuilt) == "release identical published_sha256 rebuilt_sha256 steps"
+    assert keys(rebuilt["steps"][0]) == "release published_sha256 rebuilt_sha256 clients"
+
+
+def test_budgets(folder: Path, document: Document) -> None:
+    found = document("audit", "budget", folder)
+    assert keys(found) == "clients kept"
+    assert [keys(each) for each in found["clients"]] == [BUDGET] * 3
+
+
+def test_the_log(folder: Path, document: Document) -> None:
+    tail = document("log", "tail", folder, "-n", "2")
+    assert keys(tail) == "log events"
+    assert [keys(each) for each in tail["events"]] == [EVENT] * 2
+    assert keys(document("log", "verify", folder)) == VERIFIED
+    assert keys(document("log", "replay", folder)) == REPLAYED
+
+
+def test_the_doctor(folder: Path, document: Document) -> None:
+    found = document("doctor", folder)
+    assert keys(found) == "findings failed warned"
+    assert {keys(each) for each in found["findings"]} == {"subject level what hint"}
+
+
+def test_commands(tmp_path: Path, document: Document) -> None:
+    world = World(tmp_path / "deployment")
+    world.device("ann")
+    world.device("bob")
+    world.request()
+    with world.serving():
+        world.server().run(rounds=1)
+    zero, _ = world.releases.releases
+    assert document("release", "rollback", world.folder, zero, "--reason", "worse").keys() == {"release", "withdrawn", "reason"}
+    assert document("server", "revoke", world.folder, "ann") == {"client_id": "ann", "reason": "operator"}

@@ -1,0 +1,74 @@
+"""What a device knows of the log, and what it keeps of that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from fedloop_clients.device_view import DeviceView
+from fedloop_events import types
+from fedloop_events.logs.port import START
+from fedloop_events.parts import split
+
+if TYPE_CHECKING:
+    from clients.conftest import Deployment
+
+
+def view_of(deployment: Deployment, state: bytes | None = None, client_id: str = "phone") -> DeviceView:
+    return DeviceView(client_id, deployment.server.key.public_key, state)
+
+
+def test_a_view_goes_on_from_its_state_and_knows_who_is_fenced(deployment: Deployment) -> None:
+    view = view_of(deployment)
+    deployment.server.append(types.EpochStarted(origin="test.example", epoch=2, run_id="main", server_id="s2"))
+    view.catch_up(deployment.log)
+    again = view_of(deployment, view.to_state())
+    assert again.position == deployment.log.end()
+    fenced = deployment.ask("phone")
+    opened = deployment.opened("phone", epoch=2)
+    deployment.server.append(opened)
+    counts = deployment.instruct("phone", opened)
+    again.catch_up(deployment.log)
+    assert list(again.rounds) == [opened.round_id]
+    assert list(again.instructions) == [counts] != [fenced]
+
+
+def test_a_step_that_was_collected_leaves_the_round_open_for_the_next(deployment: Deployment) -> None:
+    opened = deployment.opened("phone")
+    deployment.server.append(opened)
+    first = deployment.instruct("phone", opened)
+    view = view_of(deployment)
+    view.catch_up(deployment.log)
+    assert list(view.instructions) == [first]
+    said = {"origin": "test.example", "epoch": 1, "run_id": "main", "accepted": [], "round_id": opened.round_id}
+    deployment.server.append(types.StepCollected(**said, step=1))  # type: ignore[arg-type]
+    second = deployment.instruct("phone", opened, step=2)
+    view.catch_up(deployment.log)
+    assert (list(view.instructions), list(view.rounds)) == ([second], [opened.round_id])
+    deployment.server.append(types.RoundClosed(**said, step=3))  # type: ignore[arg-type]
+    view.catch_up(deployment.log)
+    assert (view.instructions, view.rounds) == ({}, {})
+
+
+@pytest.mark.parametrize("seen", ["all", "its own"])
+def test_of_a_cohort_in_many_events_a_device_keeps_whether_it_is_in_it(deployment: Deployment, seen: str) -> None:
+    names = [f"device-{number:04d}" for number in range(1500)]
+    *listed, whole = split(deployment.opened(*names))
+    for me in ("device-1234", "phone"):
+        view = view_of(deployment, client_id=me)
+        deployment.server.append(*(part for part in listed if seen == "all" or me in part.named), whole)
+        view.catch_up(deployment.log)
+        (opened,) = view.rounds.values()
+        assert (opened.cohort, opened.parts) == ([me] if me in names else [], [])
+        assert len(view.to_state()) < 10_000
+
+
+def test_a_state_that_an_older_program_kept_is_read_again_from_the_log(deployment: Deployment) -> None:
+    """It held epochs of its own, and rounds as they were then."""
+    old = {"offsets": dict(deployment.log.end().offsets), "epochs": {"main": 7}, "rounds": {"r0001": {"kind": "train"}}}
+    view = view_of(deployment, msgspec.msgpack.encode(old))
+    assert (view.position, view.rounds) == (START, {})
+    instruction = deployment.ask("phone")
+    view.catch_up(deployment.log)
+    assert list(view.instructions) == [instruction]

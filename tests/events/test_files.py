@@ -1,0 +1,36 @@
+"""Files that appear whole, or not at all."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from fedloop_events.files import PRIVATE, new_file, write_private, write_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_the_place_of_one_that_is_there_unless_that_one_is_to_stay(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data, replace, found in ((b"one", True, b"one"), (b"two", True, b"two"), (b"three", False, b"two")):
+        write_whole(path, data, replace=replace)
+        assert (path.read_bytes(), names(tmp_path)) == (found, ["file"])
+    write_whole(tmp_path / "other", b"four", replace=False)
+    assert (tmp_path / "other").read_bytes() == b"four"
+
+
+def test_a_private_file_is_its_owners_from_the_first_byte_on(tmp_path: Path) -> None:
+    with new_file(tmp_path, ".new-", mode=PRIVATE) as new:
+        assert new.path.stat().st_mode & 0o777 == PRIVATE
+    write_private(tmp_path / "key", b"secret")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == PRIVATE
+
+
+def test_what_is_not_published_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_whole(tmp_path / "file", b"whole")
+    with suppress(ZeroDivisionError), new_file(tmp_path, ".file.") as new:
+        new.file.write(b"half")
+        raise ZeroDivisionError
+    assert (names(tmp_path), (tmp_path / "file").read_bytes()) == (["file"], b"whole")
