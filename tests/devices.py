@@ -59,6 +59,17 @@ def evaluate(arrays: Mapping[str, Array]) -> Evaluation:
     return evaluation(0.5)
 
 
+class Following:
+    """The log as scripted devices read it: each for itself, or many together."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.identities, self.ledger = Identities(), Ledger()
+        people = Reader(log, self.identities)
+        people.catch_up()
+        self.rounds = Reader(log, RoundsView(), identities=people)
+        self.audit = Reader(log, self.ledger, identities=people)
+
+
 class Device:
     """Answers each instruction of the latest epoch once. Its updates are a function of its name, the round and the base."""
 
@@ -71,20 +82,18 @@ class Device:
         epsilon: float | None = 8.0,
         examples: int = 64,
         behave: Behaviour = lambda opened, arrays: arrays,
+        following: Following | None = None,
     ) -> None:
         self.client_id, self.epsilon, self.examples, self.behave = client_id, epsilon, examples, behave
         self.writer = EventWriter(log, SigningKey.generate())
         self._blobs = blobs
-        self._identities, self._ledger = Identities(), Ledger()
-        self._rounds = Reader(log, RoundsView(), identities=self._identities)
-        self._audit = Reader(log, self._ledger, identities=self._identities)
+        self.following = following or Following(log)
         self._answered: set[str] = set()
         self._seq = 0
-        Reader(log, self._identities).catch_up()
 
     @property
     def origin(self) -> str:
-        return self._identities.origin
+        return self.following.identities.origin
 
     def seq(self) -> int:
         self._seq += 1
@@ -104,8 +113,8 @@ class Device:
 
     def step(self, wait_s: float = 0.0) -> None:
         """Answer what is open and addressed to this device."""
-        self._rounds.wait(wait_s)
-        opened = self._rounds.fold.open_round
+        self.following.rounds.wait(wait_s)
+        opened = self.following.rounds.fold.open_round
         if opened is None or opened.opened is None:
             return
         instruction = opened.instructed.get(self.client_id)
@@ -149,9 +158,9 @@ class Device:
         return self.writer.append(update)[0].id
 
     def spend(self, opened: types.RoundOpened, instruction: str) -> int:
-        self._audit.catch_up()
+        self.following.audit.catch_up()
         assert opened.mechanism is not None
-        spent = self._ledger.next_spend(
+        spent = self.following.ledger.next_spend(
             self.client_id,
             opened.mechanism,
             origin=self.origin,
@@ -234,6 +243,33 @@ class World:
         reader = Reader(self.log, ReleasesView(), identities=Identities())
         reader.catch_up()
         return reader.fold
+
+    def crowd(self, *client_ids: str, epsilon: float | None = 8.0) -> None:
+        """Enrolled devices that read the log together."""
+        following = Following(self.log)
+        for client_id in client_ids:
+            device = Device(self.log, self.blobs, client_id, epsilon=epsilon, following=following)
+            device.enrol()
+            self.devices[client_id] = device
+
+    @contextmanager
+    def serving_together(self) -> Iterator[None]:
+        """All devices answer, one after the other, as long as the block lasts."""
+        stop = threading.Event()
+
+        def serve() -> None:
+            while not stop.wait(0.05):
+                for device in self.devices.values():
+                    if not stop.is_set():
+                        device.step()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
     @contextmanager
     def serving(self, *names: str) -> Iterator[None]:

@@ -253,7 +253,7 @@ class RoundClosedV1(Older, frozen=True, forbid_unknown_fields=True, omit_default
     """Before 2: every collecting step; that of a round, which had one, closed it."""
 
     type_name = "io.fedloop.round.closed.v1"
-    becomes = RoundClosed
+    becomes = StepCollected  # as a `RoundClosed` is one
 
     origin: Identifier
     epoch: Count
