@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 from fedloop_events.types import Mechanism
-from fedloop_privacy.dpsgd import ParameterGroup, dp_sgd
+from fedloop_privacy.dp.dpsgd import ParameterGroup, dp_sgd
 from torch import Tensor, nn
 
 from benchmarks.harness import MIN_RUNS, Row, costs, data_set, timed_in_turn

@@ -22,7 +22,7 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import FedloopError
 from fedloop_events.types import AcceptedUpdate, RoundOpened
-from fedloop_privacy.accounting import epsilon, noise_multiplier_for
+from fedloop_privacy.dp.accounting import epsilon, noise_multiplier_for
 from fedloop_server.aggregation.merging import merge
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.model import EmbeddingClassifier, describe
