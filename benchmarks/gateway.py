@@ -13,7 +13,6 @@ import hashlib
 import multiprocessing
 import socket
 import ssl
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -31,7 +30,7 @@ from fedloop_events.logs.port import read_all
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
 
-from benchmarks.harness import Row, rates, scratch
+from benchmarks.harness import Pair, Row, in_turn, rates, scratch
 
 DEVICES: Final = 64
 EVENTS_EACH: Final = 2
@@ -42,7 +41,7 @@ _Ports = tuple[int, int]
 
 
 def rows(quick: bool) -> list[Row]:
-    each, runs = (3, 1) if quick else (60, 7)
+    each, runs, warm = (3, 1, 1) if quick else (60, 7, 2)
     with scratch() as folder:
         keys = [SigningKey.generate() for _ in range(DEVICES)]
         _deploy(folder, keys)
@@ -51,26 +50,24 @@ def rows(quick: bool) -> list[Row]:
         with closing(ours), closing(theirs):
             bench = _Load(folder / "tls" / "ca.pem", [key.private_bytes() for key in keys])
             with closing(bench):
-                for _ in range(1 if quick else 2):
-                    bench.rate(theirs.port, each), bench.rate(ours.port, each)
-                pairs = [(bench.rate(ours.port, each), bench.rate(theirs.port, each)) for _ in range(runs)]
-        count = EVENTS_EACH * DEVICES * each * (runs + (1 if quick else 2))
+                measures = [lambda: bench.rate(ours.port, each), lambda: bench.rate(theirs.port, each)]
+                pairs = [Pair(EVENTS_EACH * mine, peers) for mine, peers in in_turn(measures, runs=runs, warm=warm)]
+        count = EVENTS_EACH * DEVICES * each * (runs + warm)
         held = _held(folder)
         assert held == count, f"{held} events of {count} are in the log"
-    mine, peers = (statistics.median(column) for column in zip(*pairs, strict=True))
     what = f"events through the gateway, {DEVICES} devices, two a request"
-    return [rates(what, "FastAPI answering an empty POST of that size", EVENTS_EACH * mine, peers, "/s", 0.3)]
+    return [rates(what, "FastAPI answering an empty POST of that size", pairs, "/s", 0.3)]
 
 
 def _deploy(folder: Path, keys: Sequence[SigningKey]) -> None:
     log = open_log(folder / "deployment", create=True)
     server = SigningKey.generate()
-    said: list[tuple[types.Payload, SigningKey]] = [(types.DeploymentCreated(ORIGIN, server.public_key), server)]
-    said += [
+    payloads: list[tuple[types.Payload, SigningKey]] = [(types.DeploymentCreated(ORIGIN, server.public_key), server)]
+    payloads += [
         (types.ClientEnrolled(ORIGIN, f"device-{number}", 0, key.public_key, str(number + 1), 8.0, 1e-5), key)
         for number, key in enumerate(keys)
     ]
-    log.append([signatures.sign(envelope.encode(payload, id=ids.new_id(), time_s=0), key) for payload, key in said])
+    log.append([signatures.sign(envelope.encode(payload, id=ids.new_id(), time_s=0), key) for payload, key in payloads])
     log.close()
 
 
@@ -104,14 +101,14 @@ class _Served:
         self._process.join(30)
 
 
-def _gateway(folder: Path, tls: tuple[Path, Path], told: Connection) -> None:
+def _gateway(folder: Path, tls: tuple[Path, Path], ready: Connection) -> None:
     from fedloop_server.gateway import Limits, create_app
 
     log, blobs = open_log(folder / "deployment"), BlobStore(folder / "deployment" / "blobs")
-    _serve(create_app(log, blobs, limits=Limits(requests_per_s=1e6, burst=1e6, nonces=1_000_000)), tls, told)
+    _serve(create_app(log, blobs, limits=Limits(requests_per_s=1e6, burst=1e6, nonces=1_000_000)), tls, ready)
 
 
-def _empty(folder: Path, tls: tuple[Path, Path], told: Connection) -> None:
+def _empty(folder: Path, tls: tuple[Path, Path], ready: Connection) -> None:
     app = FastAPI()
 
     @app.post("/v1/events")
@@ -119,17 +116,17 @@ def _empty(folder: Path, tls: tuple[Path, Path], told: Connection) -> None:
         await request.body()
         return Response(status_code=204)
 
-    _serve(app, tls, told)
+    _serve(app, tls, ready)
 
 
-def _serve(app: object, tls: tuple[Path, Path], told: Connection) -> None:
+def _serve(app: object, tls: tuple[Path, Path], ready: Connection) -> None:
     import uvicorn
     from fedloop_server.gateway import listening as gateway_listening
 
     bound = gateway_listening.listen("127.0.0.1", 0)
     settings = gateway_listening.settings(tls)
     config = uvicorn.Config(app, **settings)  # type: ignore[arg-type]
-    told.send(bound.getsockname()[1])
+    ready.send(bound.getsockname()[1])
     uvicorn.Server(config).run(sockets=[bound])
 
 
@@ -175,8 +172,8 @@ def _request(port: int, device: str, key: SigningKey, seq: int) -> bytes:
         ORIGIN, device, seq, f"f{seq}", f"r{seq}", "0001-0123456789ab", "default", text, "card_arrival", thumb="up"
     )
     masked = types.TextMasked(ORIGIN, device, seq + 1, f"f{seq}", {"CARD": 18})
-    said = [envelope.encode(each, id=ids.new_id(), time_s=1_800_000_000) for each in (payload, masked)]
-    body = cloudevents.encode_batch([signatures.sign(each, key) for each in said])
+    events = [envelope.encode(each, id=ids.new_id(), time_s=1_800_000_000) for each in (payload, masked)]
+    body = cloudevents.encode_batch([signatures.sign(each, key) for each in events])
     headers = {
         "host": f"localhost:{port}",
         "content-type": cloudevents.BATCH_TYPE,

@@ -20,47 +20,63 @@ from fedloop_events.logs.sqlite_file import PAGE_BYTES
 from fedloop_events.masked import MaskedText
 from fedloop_events.signatures import SigningKey
 
-from benchmarks.harness import Row, rates, scratch, seconds
+from benchmarks.harness import Pair, Row, per_second, rates, scratch, seconds
 
 _ATTRIBUTES = ("topic", "key", "source", "type", "signature")
 
 
 def rows(quick: bool) -> list[Row]:
-    count, chunk = (20_000, 2_000) if quick else (1_000_000, 10_000)
+    count, chunk, runs = (20_000, 2_000, 1) if quick else (1_000_000, 10_000, 3)
     result: list[Row] = []
     for label, words, signed in (("300 B", 3, False), ("1 KB, signed", 18, True)):
         make = maker(words, signed=signed)
         for batch in (100, 1000):
-            with scratch() as folder:
-                result += _append(f"{label}, batches of {batch:,}", folder, make, batch, count, chunk)
-                if batch == 1000:
-                    result.append(_fold(label, folder, count, chunk))
+            appended: list[Pair] = []
+            tenths: list[Pair] = []
+            folded: list[Pair] = []
+            for _ in range(runs):
+                with scratch() as folder:
+                    chunks = _append(folder, make, batch, count, chunk)
+                    appended.append(Pair(*map(sum, zip(*chunks, strict=True))))
+                    tenths.append(_last_and_first_tenth(chunks))
+                    if batch == 1000:
+                        folded.append(_fold(folder, count, chunk))
+            name = f"append {count:,} events of {label}, batches of {batch:,}"
+            result.append(rates(name, "bare apsw, same bytes, no ids", per_second(count, appended), "/s", 0.5))
+            result.append(rates(f"{name}: last tenth", "first tenth", tenths, "of bare apsw", 0.8))
+            if folded:
+                name = f"read, decode and fold {count:,} events of {label}"
+                result.append(rates(name, "msgspec decoding the same bytes", per_second(count, folded), "/s", 0.5))
     return result
 
 
-def _append(what: str, folder: Path, make: Callable[[], Event], batch: int, count: int, chunk: int) -> list[Row]:
-    """Both logs grow in turn, a chunk at a time, up to `count` events."""
+def _append(folder: Path, make: Callable[[], Event], batch: int, count: int, chunk: int) -> list[Pair]:
+    """Both logs grow up to `count` events, a chunk at a time, and take turns at going first; the seconds of each chunk."""
     peer, log = _bare(folder / "peer.sqlite"), SqliteLog(folder / "log.sqlite")
-    ours_s, theirs_s = [], []
-    for _ in range(count // chunk):
+    times = []
+    for number in range(count // chunk):
         events = [make() for _ in range(chunk)]
         values = [(bytes(_size(event)),) for event in events]
-        ours_s.append(seconds(partial(_batches, log.append, events, batch)))
-        theirs_s.append(seconds(partial(_batches, partial(_insert, peer), values, batch)))
+        ours, theirs = partial(_batches, log.append, events, batch), partial(_batches, partial(_insert, peer), values, batch)
+        if number % 2:
+            theirs_s, ours_s = seconds(theirs), seconds(ours)
+        else:
+            ours_s, theirs_s = seconds(ours), seconds(theirs)
+        times.append(Pair(ours_s, theirs_s))
     log.close()
     peer.close()
-    # The peer has no index that could slow down as the log grows, and shares every bad moment of the disk.
-    relative = [theirs / ours for ours, theirs in zip(ours_s, theirs_s, strict=True)]
+    return times
+
+
+def _last_and_first_tenth(chunks: Sequence[Pair]) -> Pair:
+    """The speed of each, relative to the peer: it has no index that could slow down, and shares every bad moment of the disk."""
+    relative = [theirs_s / ours_s for ours_s, theirs_s in chunks]
     tenth = max(1, len(relative) // 10)
-    name = f"append {count:,} events of {what}"
-    return [
-        rates(name, "bare apsw, same bytes, no ids", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5),
-        rates(f"{name}: last tenth", "first tenth", median(relative[-tenth:]), median(relative[:tenth]), "of bare apsw", 0.8),
-    ]
+    return Pair(median(relative[-tenth:]), median(relative[:tenth]))
 
 
-def _fold(label: str, folder: Path, count: int, chunk: int) -> Row:
-    """A chunk is read from the log, decoded and folded; then the peer decodes the same bytes, which lie in memory."""
+def _fold(folder: Path, count: int, chunk: int) -> Pair:
+    """A chunk is read from the log, decoded and folded; then the peer decodes the same bytes, which lie in memory. Seconds."""
     log = SqliteLog(folder / "log.sqlite")
     decoder = msgspec.json.Decoder(types.FeedbackRecorded)
     records = read_all(log)
@@ -75,15 +91,14 @@ def _fold(label: str, folder: Path, count: int, chunk: int) -> Row:
         for data in part:
             decoder.decode(data)
 
-    ours_s, theirs_s = [], []
+    ours_s = theirs_s = 0.0
     for start in range(0, count, chunk):
         part = [record.data for record in islice(read_all(log, after=Position({STREAM: start})), chunk)]
-        ours_s.append(seconds(ours))
-        theirs_s.append(seconds(partial(theirs, part)))
+        ours_s += seconds(ours)
+        theirs_s += seconds(partial(theirs, part))
     assert counts.total() == count
     log.close()
-    what = f"read, decode and fold {count:,} events of {label}"
-    return rates(what, "msgspec decoding the same bytes", count / sum(ours_s), count / sum(theirs_s), "/s", 0.5)
+    return Pair(ours_s, theirs_s)
 
 
 def maker(words: int, *, signed: bool) -> Callable[[], Event]:

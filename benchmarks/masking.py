@@ -1,31 +1,24 @@
-"""What the masker finds and what it leaves: `python -m benchmarks.masking [--data DIR]`.
+"""What the masker finds and what it leaves: `python -m benchmarks masking`.
 
 On presidio-research's synthetic texts, against Presidio's default recognisers on a blank model: recall (at least nine tenths of
 the letters and digits of a planted value are masked, whatever the type), the share of planted letters and digits that leak,
 precision (at least half of a mask lies on planted values), and texts per second. Then the share of words masked in banking77's
 questions, which hold next to nothing personal, and 24 ways to write a personal value so that a pattern misses it.
-
-Reads DIR, else FEDLOOP_DATA, else ../shared/data beside the checkout.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fedloop_events.errors import UsageError
 from fedloop_privacy.masking import Masker
 
-from benchmarks.harness import Row, interleaved_s, rates, table
+from benchmarks.harness import MIN_RUNS, Row, counted, data_set, per_second, rates, timed_in_turn
 
 Found = list[tuple[int, int, str]]
 Finder = Callable[[str], Found]
@@ -148,10 +141,11 @@ def share_masked(masker: Masker, texts: Iterable[str]) -> tuple[float, Counter[s
     return masked.total() / max(1, words), masked
 
 
-def report(folder: Path, *, part: float = 1.0) -> list[Row]:
-    """Measures, prints the tables, and returns the comparison. Raises `UsageError` naming a file that is missing."""
-    documents = json.loads(_existing(folder / "pii" / "synth_dataset_v2.json").read_text("utf-8"))
-    with _existing(folder / "banking77" / "test.csv").open(encoding="utf-8", newline="") as file:
+def rows(quick: bool) -> list[Row]:
+    """Prints the tables by type, and returns the comparison; on a twentieth of the texts when quick."""
+    part, runs = (0.05, 1) if quick else (1.0, MIN_RUNS)
+    documents = json.loads(data_set("pii/synth_dataset_v2.json").read_text("utf-8"))
+    with data_set("banking77/test.csv").open(encoding="utf-8", newline="") as file:
         questions = [row["text"] for row in csv.DictReader(file)]
     documents, questions = documents[: int(part * len(documents))], questions[: int(part * len(questions))]
     masker, peer = Masker(), presidio_alone()
@@ -168,41 +162,10 @@ def report(folder: Path, *, part: float = 1.0) -> list[Row]:
     left = leaks(masker)
     print(f"attacks: {len(left)} of {len(ATTACKS)} leak{': ' + ', '.join(left) if left else ''}\n")
     texts = [document["full_text"] for document in documents[:300]]
-    fast, slow = interleaved_s([lambda: [masker.find(t) for t in texts], lambda: [peer(t) for t in texts]], runs=3)
+    times = timed_in_turn(lambda: [masker.find(t) for t in texts], lambda: [peer(t) for t in texts], runs=runs)
     what = "Presidio's defaults, blank model"
     return [
-        Row("personal values masked", what, ours.recall, theirs.recall, "of all", ours.recall / max(theirs.recall, 1e-9), 2.0),
-        Row("masks on a personal value", "promised 0.90", ours.precision, 0.9, "of all", ours.precision / 0.9, 1.0),
-        rates("finding, texts with personal values", what, len(texts) / fast, len(texts) / slow, "texts/s"),
+        counted("personal values masked", what, ours.recall, max(theirs.recall, 1e-9), "of all", 2.0),
+        counted("masks on a personal value", "the bound", ours.precision, 0.9, "of all", 1.0),
+        rates("finding, texts with personal values", what, per_second(len(texts), times), "texts/s"),
     ]
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UsageError(f"{path} is missing", hint="set FEDLOOP_DATA, or --data, to the folder that holds it")
-    return path
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("FEDLOOP_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-def rows(quick: bool) -> list[Row]:
-    """The comparison, on a twentieth of the texts when quick."""
-    return report(_folder(), part=0.05 if quick else 1.0)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.masking", description=__doc__)
-    parser.add_argument("--data", type=Path, default=_folder(), metavar="DIR")
-    try:
-        found = report(parser.parse_args().data)
-    except UsageError as error:
-        print(f"{error.message}: {error.hint}", file=sys.stderr)
-        return error.exit_status
-    print(table(found))
-    return 0 if all(row.ok for row in found) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

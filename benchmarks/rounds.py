@@ -1,5 +1,7 @@
 """What a round costs when training costs nothing: clients in processes of their own over the log, against Flower's own.
 
+In each run every candidate starts anew, runs as many rounds as the other, and drops the first.
+
 `python -m benchmarks.rounds ours|ray FOLDER CLIENTS MEGABYTES ROUNDS [KAFKA]` measures one candidate and prints JSON; KAFKA is
 the location of the log, which is a file otherwise.
 """
@@ -12,12 +14,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from brokers import Cluster
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
@@ -30,10 +32,11 @@ from fedloop_events.writer import EventWriter
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from msgspec import Struct
-from simulated import SimulatedClient
 
 from benchmarks import superlink
-from benchmarks.harness import Row, costs, peak_rss_bytes, scratch
+from benchmarks.broker import broker
+from benchmarks.client import serve
+from benchmarks.harness import MIN_RUNS, Row, costs, in_turn, peak_rss_bytes, scratch
 from benchmarks.trivial import LIMIT_S, timed_rounds, trivial_app
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"}
@@ -46,41 +49,52 @@ class Report(Struct, frozen=True):
     peak_bytes: int
 
 
-def rows(quick: bool) -> list[Row]:
+def rows(quick: bool) -> Iterator[Row]:
     if quick:
-        return _against_ray(2, 1, 3, 0.0)
-    return [
-        *_against_ray(2, 1, 12, 1.0),
-        *_against_ray(10, 1, 12, 1.0),
-        *_against_ray(10, 10, 8, 0.67),
-        _against_superlink(2, 1, 4, 50.0),
-        _against_superlink(10, 10, 3, 10.0),
-        _kafka_against_superlink(10, 1, 3, 20.0),
-    ]
+        yield from _against_ray(2, 1, 3, None, runs=1)
+        return
+    yield from _against_ray(2, 1, 12, 1.0)
+    yield from _against_ray(10, 1, 12, 1.0)
+    yield from _against_ray(10, 10, 8, 0.67)
+    yield _against_superlink("round", _ours, 2, 1, 5, 50.0)
+    yield _against_superlink("round", _ours, 10, 10, 4, 10.0)
+    yield _against_superlink("round on Kafka", _ours_on_kafka, 10, 1, 4, 20.0)
 
 
-def _against_ray(clients: int, megabytes: int, rounds: int, at_least: float) -> list[Row]:
+def _against_ray(clients: int, megabytes: int, rounds: int, at_least: float | None, runs: int = MIN_RUNS) -> list[Row]:
     what, peer = f"round, {clients} clients x {megabytes} MB", "Flower simulation on Ray, in memory"
-    ours, theirs = (_measure(name, clients, megabytes, rounds) for name in ("ours", "ray"))
-    memory = costs(f"{what}: server's peak memory", peer, ours.peak_bytes / 1e6, theirs.peak_bytes / 1e6, "MB", 2.0)
-    return [costs(what, peer, ours.seconds, theirs.seconds, "s", at_least), memory]
+    measured = in_turn([partial(each, clients, megabytes, rounds) for each in (_ours, _ray)], runs=runs)
+    times = [(ours.seconds, theirs.seconds) for ours, theirs in measured]
+    peaks = [(ours.peak_bytes / 1e6, theirs.peak_bytes / 1e6) for ours, theirs in measured]
+    return [costs(what, peer, times, "s", at_least), costs(f"{what}: server's peak memory", peer, peaks, "MB", 2.0)]
 
 
-def _against_superlink(clients: int, megabytes: int, rounds: int, at_least: float) -> Row:
-    what, peer = f"round, {clients} clients x {megabytes} MB", "Flower SuperLink and SuperNodes, loopback"
-    ours = _measure("ours", clients, megabytes, 3 * rounds)
-    with scratch() as folder:
-        theirs_s = superlink.seconds_a_round(folder, clients, megabytes, rounds)
-    return costs(what, peer, ours.seconds, theirs_s, "s", at_least)
+def _against_superlink(
+    what: str, ours: Callable[[int, int, int], Report], clients: int, megabytes: int, rounds: int, at_least: float
+) -> Row:
+    def ours_s() -> float:
+        return ours(clients, megabytes, rounds).seconds
+
+    def theirs_s() -> float:
+        with scratch() as folder:
+            return superlink.seconds_a_round(folder, clients, megabytes, rounds)
+
+    peer = "Flower SuperLink and SuperNodes, loopback"
+    times = [(mine, theirs) for mine, theirs in in_turn([ours_s, theirs_s], runs=MIN_RUNS)]
+    return costs(f"{what}, {clients} clients x {megabytes} MB", peer, times, "s", at_least)
 
 
-def _kafka_against_superlink(clients: int, megabytes: int, rounds: int, at_least: float) -> Row:
-    what, peer = f"round on Kafka, {clients} clients x {megabytes} MB", "Flower SuperLink and SuperNodes, loopback"
-    with scratch() as folder, Cluster(folder) as cluster:
-        ours = _measure("ours", clients, megabytes, 3 * rounds, f"kafka://{cluster.bootstrap}/bench")
-    with scratch() as folder:
-        theirs_s = superlink.seconds_a_round(folder, clients, megabytes, rounds)
-    return costs(what, peer, ours.seconds, theirs_s, "s", at_least)
+def _ours(clients: int, megabytes: int, rounds: int) -> Report:
+    return _measure("ours", clients, megabytes, rounds)
+
+
+def _ours_on_kafka(clients: int, megabytes: int, rounds: int) -> Report:
+    with broker() as bootstrap:
+        return _measure("ours", clients, megabytes, rounds, f"kafka://{bootstrap}/bench")
+
+
+def _ray(clients: int, megabytes: int, rounds: int) -> Report:
+    return _measure("ray", clients, megabytes, rounds)
 
 
 def _measure(candidate: str, clients: int, megabytes: int, rounds: int, *kafka: str) -> Report:
@@ -129,11 +143,7 @@ def run_ours(folder: Path, clients: int, megabytes: int, rounds: int, kafka: str
 
 
 def _serve(folder: Path, kafka: str, number: int) -> None:
-    log, blobs = _open(folder, kafka), BlobStore(folder / "blobs")
-    config: dict[str, bool | float | int | str] = {"partition-id": number}
-    client = SimulatedClient(log, blobs, f"client-{number}", trivial_app(), node_id=1000 + number, node_config=config)
-    client.enrol()
-    client.run(threading.Event())
+    serve(_open(folder, kafka), BlobStore(folder / "blobs"), number)
 
 
 def _wait_until_enrolled(log: EventLog, clients: int) -> None:

@@ -22,7 +22,7 @@ from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
 from fedloop_events.writer import EventWriter
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
 from fedloop_server.rounds.loop import Server

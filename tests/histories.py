@@ -27,7 +27,7 @@ from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_MODEL, DEFAULT_RUN, Mechanism, Payload
 from fedloop_events.writer import EventWriter
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.journal import start_epoch

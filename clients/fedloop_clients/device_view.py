@@ -18,7 +18,7 @@ from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.logs.port import Batch, EventLog, Position
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct, field
 from msgspec.structs import replace
 

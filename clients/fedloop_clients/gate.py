@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from fedloop_events import types
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import BlobError, TensorError
-from fedloop_privacy.accounting import MechanismError, validate
+from fedloop_privacy.dp.accounting import MechanismError, validate
 from fedloop_tasks.table import PROGRAMS
 from fedloop_tasks.task import ModelError
 

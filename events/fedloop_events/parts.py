@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def split(payload: Payload) -> list[Payload]:
-    """The events that say `payload`, in the order in which they are to be appended: parts, then what names them."""
+    """The events that make up `payload`, in the order in which they are to be appended: parts, then what names them."""
     if not isinstance(payload, RoundOpened | StepCollected):
         return [payload]
     listed: Sequence[object] = payload.cohort if isinstance(payload, RoundOpened) else payload.accepted
@@ -56,9 +56,9 @@ class Parts(Struct):
     replies: dict[str, RepliesListed] = {}
 
     def join(self, record: Record, payload: Payload, *, partly: bool) -> Payload | None:
-        """What an event says with its parts: None for a part by itself, and for an event that names a part which was not read.
+        """An event with what its parts hold: None for a part by itself, and for an event that names a part which was not read.
 
-        With `partly`, such an event says what its other parts say. An epoch's parts are of no use to the next one.
+        With `partly`, such an event holds what its other parts do. An epoch's parts are of no use to the next one.
         """
         match payload:
             case CohortListed():

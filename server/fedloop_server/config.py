@@ -48,7 +48,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 _MEANING: Final = {
     "quorum": "Fewest clients that a round may start with, and fewest updates that make a release.",
     "cohort_size": f"Most clients that one round asks, at most {MAX_COHORT}.",
-    "min_examples": "Examples a client must say it has at least (it says a power of two, or 0).",
+    "min_examples": "Examples that a client must report at least (it reports a power of two, or 0).",
     "deadline_s": "Seconds that clients have for a round.",
     "availability_s": "Seconds for which a client counts as available after it was last seen.",
     "quorum_wait_s": "Seconds that a request waits for enough clients before it is given up.",
@@ -100,10 +100,10 @@ def decode(found: dict[str, Any], plan: type[Plan] = DEFAULT.plan) -> ServerConf
 def dump(config: ServerConfig) -> str:
     """The TOML text of a configuration, each key with what it means: `decode` gives the same configuration back."""
     lines = ["# Configuration of a Fedloop server, which reads it when it starts.", ""]
-    for key, said in meaning(type(config.plan)).items():
+    for key, meant in meaning(type(config.plan)).items():
         value = getattr(config.plan if key in config.plan.MEANING else config, key)
         shown = config.plan.NONE[key] if value is None else value
-        lines += [f"# {said}", f"{key} = {msgspec.json.encode(shown).decode()}", ""]
+        lines += [f"# {meant}", f"{key} = {msgspec.json.encode(shown).decode()}", ""]
     return "\n".join(lines)
 
 

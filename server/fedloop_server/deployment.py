@@ -175,9 +175,9 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
 
 
 def _announce(writer: EventWriter, intent: _Intent) -> None:
-    """What the log does not hold yet, under ids that are functions of the intent: said once, however often this runs."""
+    """What the log does not hold yet, under ids that are functions of the intent: appended once, however often this runs."""
     origin, release = intent.origin, release_id(0, intent.initial)
-    said: list[tuple[types.Payload, str]] = [
+    announced: list[tuple[types.Payload, str]] = [
         (types.DeploymentCreated(origin=origin, public_key=writer.key.public_key), derived_id(origin, "deployment")),
         (
             types.ModelRegistered(origin=origin, model=DEFAULT_MODEL, spec=intent.spec),
@@ -193,7 +193,7 @@ def _announce(writer: EventWriter, intent: _Intent) -> None:
         ),
     ]
     there = {record.id for record in read_all(writer.log, (topics.CLIENTS, topics.RELEASES))}
-    for payload, event_id in said:
+    for payload, event_id in announced:
         if event_id not in there:  # one by one: between topics a log has the order of its clock, and the deployment comes first
             writer.log.append([writer.event(payload, id=event_id)])
 

@@ -11,7 +11,7 @@ from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.logs.port import START, Position
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
 from fedloop_server.flower.steps import RunSteps

@@ -31,7 +31,7 @@ class TermsError(FedloopError):
     """A round asks for something that its program does not do."""
 
 
-# --- what users say ------------------------------------------------------------------------------------------------------
+# --- what users do -------------------------------------------------------------------------------------------------------
 
 
 class Interaction(Struct, frozen=True, kw_only=True):
@@ -199,7 +199,7 @@ class Task(Protocol):
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
-    """What a user can say of a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
     metrics: ClassVar[Sequence[str]]
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[str]
@@ -238,7 +238,7 @@ class Task(Protocol):
 
     @classmethod
     def remark(cls, answer: str) -> dict[str, Any]:
-        """What a user says who knows the right answer: arguments of `Agent.feedback`."""
+        """The feedback of a user who knows the right answer: arguments of `Agent.feedback`."""
 
     # --- one model ---
 

@@ -9,8 +9,8 @@ import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from fedloop_events.types import Mechanism
-from fedloop_privacy import accounting
-from fedloop_privacy.accounting import (
+from fedloop_privacy.dp import accounting
+from fedloop_privacy.dp.accounting import (
     EPSILON_ERROR,
     BudgetTooSmallError,
     MechanismError,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from fedloop_events.types import Mechanism
-from fedloop_privacy.accounting import MechanismError
-from fedloop_privacy.dpsgd import ParameterGroup, TrainingError, dp_sgd, plain_sgd
+from fedloop_privacy.dp.accounting import MechanismError
+from fedloop_privacy.dp.dpsgd import ParameterGroup, TrainingError, dp_sgd, plain_sgd
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn

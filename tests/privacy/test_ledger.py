@@ -10,8 +10,8 @@ import pytest
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Record
 from fedloop_events.types import BudgetSpent, Mechanism, Payload, TextMasked
-from fedloop_privacy import accounting
-from fedloop_privacy.ledger import BudgetRefusal, Ledger, spend_sha256
+from fedloop_privacy.dp import accounting
+from fedloop_privacy.dp.ledger import BudgetRefusal, Ledger, spend_sha256
 from fedloop_tasks.classification.plan import ClassificationPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from fedloop_privacy.noise import NoiseError, SystemSource, gaussian, poisson_sample
+from fedloop_privacy.dp.noise import NoiseError, SystemSource, gaussian, poisson_sample
 from numpy.typing import NDArray
 from scipy import stats
 

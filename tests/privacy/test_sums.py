@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fedloop_events.types import Mechanism
-from fedloop_privacy.accounting import MechanismError
-from fedloop_privacy.sums import SumsError, group_sums
+from fedloop_privacy.dp.accounting import MechanismError
+from fedloop_privacy.dp.sums import SumsError, group_sums
 from numpy.typing import NDArray
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from fedloop_events.types import Mechanism
-from fedloop_privacy.sums import group_sums
+from fedloop_privacy.dp.sums import group_sums
 from fedloop_tasks.programs.class_sums import head_from_sums
 from numpy.typing import NDArray
 

@@ -7,7 +7,7 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from fedloop_events.errors import UsageError
 from fedloop_events.types import Mechanism
-from fedloop_privacy.accounting import MechanismError, epsilon
+from fedloop_privacy.dp.accounting import MechanismError, epsilon
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.table import PROGRAMS
 

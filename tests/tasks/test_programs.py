@@ -11,7 +11,7 @@ import torch
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import TensorError
 from fedloop_events.types import BlobRef, Mechanism, RoundOpened
-from fedloop_privacy.accounting import MechanismError
+from fedloop_privacy.dp.accounting import MechanismError
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
 from fedloop_tasks.programs.adapter import default_hyperparameters

@@ -84,7 +84,7 @@ def feedback(
     model_dir: ModelDir = None,
     json: options.Json = False,
 ) -> None:
-    """Record what a user says of a response: one made before (--response), one shown elsewhere (--text with --predicted), or one
+    """Record feedback on a response: one made before (--response), one shown elsewhere (--text with --predicted), or one
     made now (--text alone). It is on disk when this returns; `fedloop agent run` publishes it, masked.
     """
     from fedloop_events.errors import UsageError
@@ -124,13 +124,13 @@ def run(
     from fedloop_cli.signals import stoppable
 
     with _open(store, model_dir) as agent, stoppable() as stop:
-        before, told = sum(agent.status().answers.values()), ""
+        before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
-            nonlocal told
+            nonlocal shown
             line = _summary(status)
-            if line != told:
-                told = line
+            if line != shown:
+                shown = line
                 console.note(line)
             answered = sum(status.answers.values()) - before
             return (until_settled and status.settled) or (rounds is not None and answered >= rounds)

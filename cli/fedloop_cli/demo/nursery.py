@@ -27,7 +27,7 @@ MAX_ORDER_BYTES: Final = 65_536
 LOADED: Final = (
     "fedloop_clients.instructions",
     "fedloop_server.rounds.loop",
-    "fedloop_privacy.dpsgd",
+    "fedloop_privacy.dp.dpsgd",
     "opacus.accountants.analysis.prv",
     "scipy.optimize",
     "scipy.special",

@@ -1,4 +1,4 @@
-"""Who may speak: the fold over topic `clients` that says whose key signs what, at which place of the log."""
+"""Whose key signs what, at which place of the log: the fold over topic `clients`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedloop_events.logs.port import Position
 from fedloop_events.types import ClientEnrolled, ClientRevoked, ClientSeen, DeploymentCreated, Payload
 
 MAX_SKEW_MS: Final = 5_000
-"""How far the clocks of two brokers may be apart: a client that speaks as soon as it is enrolled is heard."""
+"""How far the clocks of two brokers may be apart: what a client appends as soon as it is enrolled is accepted."""
 
 
 class RecordPosition(Struct, frozen=True):
@@ -33,7 +33,7 @@ class RecordPosition(Struct, frozen=True):
 
 
 class Client(Struct, frozen=True):
-    """One enrolled device. `seen_ms` is when the log last heard that it is up (its enrolment at first)."""
+    """One enrolled device. `seen_ms` is when it last recorded that it is up (its enrolment at first)."""
 
     client_id: str
     public_key: str
@@ -115,7 +115,7 @@ class Identities:
                 self.authenticate(record, payload)
 
     def authenticate(self, event: Event, payload: Payload) -> None:
-        """Raise `InvalidEventError` or `SignatureError` unless `event` was said by whom `payload` names.
+        """Raise `InvalidEventError` or `SignatureError` unless `event` is by whom `payload` names.
 
         Its deployment, source, topic and key must be the payload's, and its signature by the author's key. For a `Record`, the
         author must have been enrolled, and not yet revoked, at its place in the log.

@@ -15,7 +15,7 @@ from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 
 MAX_REPLIES_EACH = 16
-"""Replies of one client to one round that are kept in view; what a client says beyond them changes nothing."""
+"""Replies of one client to one round that are kept in view; what a client sends beyond them changes nothing."""
 
 
 class RoundRequest(Struct):

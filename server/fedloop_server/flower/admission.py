@@ -1,6 +1,6 @@
 """Which replies count: everything that is checked before a strategy sees a tensor.
 
-That the event was said by its client is checked by whoever reads the log (`Identities.authenticate`). What is hashed is what is
+That the event is by its client is checked by whoever reads the log (`Identities.authenticate`). What is hashed is what is
 parsed, in one read. That noise was really added cannot be seen from an update.
 """
 

@@ -182,7 +182,7 @@ class LogGrid(Grid):
         recorded = self._journal.replayed(draft.step, InstructionSent)
         if recorded is None or recorded.content_sha256 != draft.content_sha256:
             raise ReplayError(
-                f"the run would send something else at step {draft.step} than event {decision.id} says it did",
+                f"the run would send something else at step {draft.step} than event {decision.id} records",
                 cause="its code, its configuration or an unrecorded random choice is not what it was",
                 hint="run it as it was, or begin a new run",
             )

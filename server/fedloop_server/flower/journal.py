@@ -26,7 +26,7 @@ _KINDS: Final[dict[type[RunStep], str]] = {
 
 
 class ReplayError(FedloopError):
-    """A run that was started again decided otherwise than the log says it did."""
+    """A run that was started again decided otherwise than the log has it."""
 
 
 class Common(TypedDict):
@@ -61,12 +61,12 @@ class Journal:
         return self._next - 1
 
     def replayed(self, step: int, kind: type[S]) -> S | None:
-        """What the log says of `step`; None if the run has not come there yet. Raises ReplayError if it was of another kind."""
+        """What the log has at `step`; None if the run has not come there yet. Raises ReplayError if it was of another kind."""
         decision = self.steps.decisions.get(step)
         if decision is None:
             return None
         if type(decision.payload) is not kind:
-            raise ReplayError(f"the run would take another kind of step {step} than event {decision.id} says it did")
+            raise ReplayError(f"the run would take another kind of step {step} than event {decision.id} records")
         return decision.payload
 
     def decide(self, payload: S) -> S:

@@ -29,7 +29,7 @@ MAX_REPLIES_EACH: Final = 2
 
 
 class Decision(Struct, frozen=True):
-    """A step as it was recorded: the event's id, when the log took it, and what it says."""
+    """A step as it was recorded: the event's id, when the log took it, and its payload."""
 
     id: str
     appended_ms: int

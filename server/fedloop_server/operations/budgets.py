@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.identities import Client
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
 from fedloop_server.operations.followed import Followed

@@ -6,7 +6,7 @@ from fedloop_events import types
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.writer import EventWriter
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
 from fedloop_server.operations import commands

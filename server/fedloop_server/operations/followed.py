@@ -11,7 +11,7 @@ from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.logs.port import EventLog
 
 if TYPE_CHECKING:
-    from fedloop_privacy.ledger import Ledger
+    from fedloop_privacy.dp.ledger import Ledger
 
 
 class Followed:
@@ -44,7 +44,7 @@ class Followed:
 
     def ledger(self) -> Ledger:
         """Every client's spends, read from the log now."""
-        from fedloop_privacy.ledger import Ledger
+        from fedloop_privacy.dp.ledger import Ledger
 
         reader = Reader(self.log, Ledger(), identities=self.identities)
         reader.catch_up()

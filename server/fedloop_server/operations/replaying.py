@@ -21,7 +21,7 @@ from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_RUN
-from fedloop_privacy.ledger import Ledger
+from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
 from fedloop_server.state import ServerState

@@ -59,7 +59,7 @@ class _RunInHand(NamedTuple):
 class Server:
     """One server process of a deployment.
 
-    `evaluate` is called with the tensors of a release. `on_event` is told of each event as it is read, for a live view. `plan`
+    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, for a live view. `plan`
     is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
     time and nothing else. `source` decides who takes part.
     """
@@ -95,7 +95,7 @@ class Server:
 
     @property
     def refused(self) -> int:
-        """Events that counted for nothing since it began: malformed, or not said by whom they name."""
+        """Events that counted for nothing since it began: malformed, or not authentic."""
         return self._people.refused + self._events.refused
 
     @property
@@ -164,7 +164,7 @@ class Server:
         self._read(wait_s)
 
     def _now_ms(self) -> int:
-        """The log's own clock: what it showed when the server last spoke, and what has passed on this machine since."""
+        """The log's own clock: what it showed when the server last decided, and what has passed on this machine since."""
         if self._clock[0] != self.state.decided_ms:
             self._clock = self.state.decided_ms, time.monotonic()
         decided_ms, at = self._clock

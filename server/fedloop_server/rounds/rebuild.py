@@ -29,7 +29,7 @@ from fedloop_server.operations import registry
 
 
 class RebuildError(FedloopError):
-    """The log does not say how the release was made, or says it of updates that it does not hold."""
+    """The log does not hold how the release was made, or not the updates that it was made of."""
 
 
 class RebuiltRelease(Struct, frozen=True):

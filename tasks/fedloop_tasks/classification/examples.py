@@ -30,16 +30,16 @@ def examples(interactions: Iterable[Interaction], labels: Sequence[str]) -> list
     return [Example(text, label) for _, label, text in latest.values() if label is not None and label in labels]
 
 
-def _taught(said: Interaction, labels: Sequence[str]) -> tuple[str | None, int]:
+def _taught(given: Interaction, labels: Sequence[str]) -> tuple[str | None, int]:
     """The label that is taught (the one given, or the predicted one where the user was content with it), and how much that weighs
     beside others about the response: 2 if it names a label, 1 if it judges the predicted one, else 0."""
-    if said.label is not None:
-        return said.label, 2
-    if said.edit is not None:
-        named = said.edit.text.strip().casefold()
+    if given.label is not None:
+        return given.label, 2
+    if given.edit is not None:
+        named = given.edit.text.strip().casefold()
         for label in labels:
             if label.casefold() == named:
                 return label, 2
-    content = said.thumb == "up" or (said.thumb is None and said.rating is not None and said.rating >= 4)
-    remark_only = said.thumb is None and said.rating is None and said.edit is None
-    return said.predicted if content else None, 0 if remark_only else 1
+    content = given.thumb == "up" or (given.thumb is None and given.rating is not None and given.rating >= 4)
+    remark_only = given.thumb is None and given.rating is None and given.edit is None
+    return given.predicted if content else None, 0 if remark_only else 1

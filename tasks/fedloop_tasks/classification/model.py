@@ -166,7 +166,7 @@ class EmbeddingClassifier:
         self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
     ) -> Iterator[Training | None]:
         """See `Trains`. If only the head is trained, its inputs are computed once."""
-        from fedloop_privacy.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
+        from fedloop_privacy.dp.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
 
         texts, numbers = self._known(examples)
         of_class = torch.from_numpy(numbers).to(self.device)

@@ -87,7 +87,7 @@ class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         rounds DP-SGD whose noise is the least that keeps the whole, jointly composed, within epsilon."""
         if self.epsilon is None:
             return {}
-        from fedloop_privacy.accounting import noise_multiplier_for, validate  # imports torch when it is asked
+        from fedloop_privacy.dp.accounting import noise_multiplier_for, validate  # imports torch when it is asked
 
         sums = Mechanism(
             sampling_rate=1.0,

@@ -20,7 +20,7 @@ from fedloop_events.types import RoundOpened
 from fedloop_tasks.task import Arrays, TermsError
 
 if TYPE_CHECKING:
-    from fedloop_privacy.dpsgd import Examples, ParameterGroup
+    from fedloop_privacy.dp.dpsgd import Examples, ParameterGroup
     from torch import Tensor, nn
 
 _PASSES: Final = {"local_epochs": 1.0, "batch": 32.0}
@@ -108,7 +108,7 @@ def _settings(model: Trains, opened: RoundOpened) -> dict[str, float]:
 
 def _fit(training: Training, opened: RoundOpened, settings: Mapping[str, float]) -> None:
     import torch
-    from fedloop_privacy.dpsgd import dp_sgd, plain_sgd
+    from fedloop_privacy.dp.dpsgd import dp_sgd, plain_sgd
 
     if opened.mechanism is not None:
         dp_sgd(*training, opened.mechanism)

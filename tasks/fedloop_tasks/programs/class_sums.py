@@ -12,7 +12,7 @@ import numpy as np
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import TensorError
 from fedloop_events.types import RoundOpened
-from fedloop_privacy.sums import group_sums, row_norms
+from fedloop_privacy.dp.sums import group_sums, row_norms
 from numpy.typing import ArrayLike, NDArray
 
 from fedloop_tasks.task import Arrays, TermsError

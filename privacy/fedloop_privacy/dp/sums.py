@@ -7,8 +7,8 @@ from fedloop_events.errors import FedloopError
 from fedloop_events.types import Mechanism
 from numpy.typing import ArrayLike, NDArray
 
-from fedloop_privacy.accounting import validate
-from fedloop_privacy.noise import SYSTEM, RandomSource, gaussian
+from fedloop_privacy.dp.accounting import validate
+from fedloop_privacy.dp.noise import SYSTEM, RandomSource, gaussian
 
 
 class SumsError(FedloopError):

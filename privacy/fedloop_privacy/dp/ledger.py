@@ -20,7 +20,7 @@ from fedloop_events.envelope import Record
 from fedloop_events.types import BudgetSpent, Mechanism, Payload
 from msgspec import Struct
 
-from fedloop_privacy import accounting
+from fedloop_privacy.dp import accounting
 
 Reason = Literal["budget-exceeded", "client-suspended", "no-budget", "mechanism-mismatch", "spend-missing"]
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fedloop_privacy.accounting import validate
-from fedloop_privacy.noise import SYSTEM, RandomSource, gaussian, poisson_sample
+from fedloop_privacy.dp.accounting import validate
+from fedloop_privacy.dp.noise import SYSTEM, RandomSource, gaussian, poisson_sample
 
 MICRO_BATCH_TOKENS = 256
 """Padded tokens that go through the model at once, by default: small pieces hold little padding, which is what a CPU pays

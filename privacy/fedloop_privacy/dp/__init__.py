@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, their noise, what they cost together, and who has spent what."""
