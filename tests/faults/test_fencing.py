@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import samples
 from devices import CONFIG, SPEC, World, evaluate, initial_arrays
-from fedloop_events import ids, topics, types
+from fedloop_events import ids, parts, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import FencedError
 from fedloop_events.folds.identities import Identities
@@ -28,6 +28,7 @@ from fedloop_server.deployment import create_deployment, open_deployment
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.rebuild import rebuild
+from server.test_server import Killed, Torn
 
 CLIENTS: Final = ("ann", "bob", "cem")
 ANSWER_S: Final = 60.0
@@ -135,6 +136,23 @@ def test_a_server_that_sleeps_through_its_replacement_wakes_up_fenced(world: Kaf
     assert world.releases == before
     assert world.rounds.epoch == new.epoch == 2
     assert [each.participants for each in world.rounds.rounds.values()] == [list(CLIENTS)]
+    assert rebuild(world.log, world.blobs, deep=True).identical
+
+
+@pytest.mark.parametrize("at", [3, 11], ids=["opening", "closing"])
+def test_a_decision_that_was_torn_between_its_events_is_made_anew_by_the_next_server(
+    world: KafkaWorld, kafka_url: str, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    world.request(1)
+    with closing(KafkaLog(kafka_url)) as connection, world.serving():
+        with pytest.raises(Killed):
+            until_idle(world.server(log=Torn(connection, at)))
+        until_idle(world.server())
+    assert [(each.state, each.participants) for each in world.rounds.rounds.values()] == [("closed", list(CLIENTS))]
+    assert len(world.payloads(types.InstructionSent)) == len(CLIENTS)
+    torn, kind = ("opening", types.CohortListed) if at == 3 else ("closing", types.RepliesListed)
+    assert len(world.payloads(kind)) > len(CLIENTS), f"the {torn} was begun twice"
     assert rebuild(world.log, world.blobs, deep=True).identical
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import UsageError
-from fedloop_events.types import InstructionSent, Mechanism, RoundClosed, RoundOpened, UpdateSubmitted
+from fedloop_events.types import InstructionSent, Mechanism, RoundClosed, RoundOpened, StepCollected, UpdateSubmitted
 from fedloop_server.aggregation.merging import merge
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.instructing import instructions
-from fedloop_server.flower.journal import start_epoch
+from fedloop_server.flower.journal import ReplayError, start_epoch
 from fedloop_server.flower.strategies import Durable
 from fleet import Deployment, regression_app, serving
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -150,6 +150,26 @@ def test_a_second_round_does_not_hear_the_replies_to_the_first(deployment: Deplo
     first, second = deployment.of(RoundClosed)
     assert len(first.accepted) == len(second.accepted) == 3
     assert not {each.update_id for each in first.accepted} & {each.update_id for each in second.accepted}
+
+
+def test_a_round_of_two_steps_is_closed_by_the_last_and_replays_as_it_was(deployment: Deployment) -> None:
+    opened = open_round(deployment)
+
+    def run(grid: LogGrid) -> list[str]:
+        replies = grid.send_and_receive(instructions(grid, opened, deployment.blobs), timeout=20)
+        replies += grid.close_round(instructions(grid, opened, deployment.blobs), timeout=20)
+        return [each.metadata.message_id for each in replies]
+
+    with serving(*(NamesItsBase(deployment, number, FFA).client for number in range(3))):
+        first = run(round_grid(deployment, opened))
+    assert len(set(first)) == 6
+    assert [type(each) for each in deployment.of(StepCollected)] == [StepCollected, RoundClosed]
+    events = len(deployment.payloads())
+    assert run(round_grid(deployment, opened)) == first
+    assert len(deployment.payloads()) == events + 1, "a replay appends nothing but its epoch"
+    grid = round_grid(deployment, opened)
+    with pytest.raises(ReplayError, match="another kind of step"):
+        grid.close_round(instructions(grid, opened, deployment.blobs), timeout=20)
 
 
 def test_another_grid_is_refused_and_so_is_a_cohort_that_is_not_enrolled(deployment: Deployment) -> None:
