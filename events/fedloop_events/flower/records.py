@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any, Final, Protocol
@@ -27,6 +28,9 @@ from fedloop_events.types import BlobRef, Content, Metric, Scalar
 _NUMPY_DTYPES: Final = {"F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
+
+_parsing: Final = threading.Lock()
+"""Numpy reads headers with Python's own parser, whose depth Python 3.11 counts over all threads: two at once can fail."""
 
 
 class ContentError(FedloopError):
@@ -75,9 +79,10 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != SType.NUMPY:
         raise TensorError("an array is not serialised by numpy", hint="make it from a numpy array or a torch tensor")
     stream = BytesIO(array.data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        return array.numpy()
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    with _parsing:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return array.numpy()
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.hasobject:
         raise TensorError("an array holds Python objects")
     values = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=stream.tell())
