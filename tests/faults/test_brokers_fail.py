@@ -1,4 +1,7 @@
-"""100,000 acknowledged events through the faults of a cluster: none lost, none twice after folding, in order within each key."""
+"""100,000 acknowledged events through the faults of a cluster: none lost, none twice after folding, in order within each key.
+
+And no reader spins meanwhile, which would keep the processor from the brokers.
+"""
 
 from __future__ import annotations
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +32,8 @@ TOPICS: Final = (topics.CLIENTS, topics.FEEDBACK, topics.ROUNDS, topics.UPDATES)
 KEYS_EACH: Final = 5
 """Of one producer in one topic."""
 LARGEST_BATCH: Final = 200
+MOST_SWITCHES: Final = 10_000
+"""In a second, of all threads of a reader: ten times what reading takes, and a tenth of what one makes that spins."""
 _ORIGIN: Final = "faults"
 _NEWS_S: Final = 0.5
 _PAUSE_S: Final = 0.5
@@ -113,6 +117,22 @@ def persistently(act: Callable[[], None]) -> int:
         return attempts
 
 
+@contextmanager
+def calmly() -> Iterator[None]:
+    """In here this process waits for whatever is away, and does not spin."""
+    began, before = time.monotonic(), _switches()
+    try:
+        yield
+    finally:
+        took_s, made = time.monotonic() - began, _switches() - before
+        assert made <= MOST_SWITCHES * (1 + took_s), f"{made:,} context switches in {took_s:.1f} s: a thread spins"
+
+
+def _switches() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_nvcsw + used.ru_nivcsw
+
+
 def opened(task: Task) -> KafkaLog:
     found: list[KafkaLog] = []
     persistently(lambda: found.append(KafkaLog(task.url, timeout_s=task.timeout_s)))
@@ -185,7 +205,8 @@ def follow(task: Task, stop: threading.Event) -> None:
     while True:
         ending = stop.is_set()
         try:
-            count = reader.wait(_NEWS_S)
+            with calmly():
+                count = reader.wait(_NEWS_S)
         except UnreachableError:
             continue
         fold.flush()
@@ -211,7 +232,8 @@ def resume(task: Task, stop: threading.Event) -> None:
     while left > 0:
         try:
             ending = stop.is_set()
-            batch = log.read(TOPICS, position, limit=min(left, _PAGE), wait_s=_NEWS_S)
+            with calmly():
+                batch = log.read(TOPICS, position, limit=min(left, _PAGE), wait_s=_NEWS_S)
         except UnreachableError:
             continue
         lines.add([seen(record) for record in batch.records])
