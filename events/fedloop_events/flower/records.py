@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any, Final, Protocol
@@ -27,6 +28,11 @@ from fedloop_events.types import BlobRef, Content, Metric, Scalar
 _NUMPY_DTYPES: Final = {"F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
+
+
+_one_header = threading.Lock()
+"""numpy parses a header as Python, and CPython 3.11 counts the depths of two threads' parsing together: one of them can fail with
+a SystemError (https://github.com/python/cpython/issues/106905)."""
 
 
 class ContentError(FedloopError):
@@ -77,7 +83,8 @@ def view(array: Array) -> NDArray[Any]:
     stream = BytesIO(array.data)
     if np.lib.format.read_magic(stream) != (1, 0):
         return array.numpy()
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    with _one_header:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.hasobject:
         raise TensorError("an array holds Python objects")
     values = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=stream.tell())
