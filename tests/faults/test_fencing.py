@@ -109,7 +109,7 @@ def test_servers_that_start_at_once_get_an_epoch_each_and_the_last_one_goes_on(w
         assert world.rounds.server_id.startswith(f"{alive.pid}.")
         world.request(1)
         with world.serving():
-            until(lambda: len(world.releases.releases) == 2)
+            until(lambda: [each.status for each in world.releases.releases.values()] == ["published"] * 2)
         assert alive.is_alive()
     finally:
         _end(*processes)

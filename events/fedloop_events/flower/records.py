@@ -29,8 +29,10 @@ _NUMPY_DTYPES: Final = {"F16": "float16", "F32": "float32", "F64": "float64", "B
     f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
 
-_parsing: Final = threading.Lock()
-"""Numpy reads headers with Python's own parser, whose depth Python 3.11 counts over all threads: two at once can fail."""
+
+_one_header = threading.Lock()
+"""numpy parses a header as Python, and CPython 3.11 counts the depths of two threads' parsing together: one of them can fail with
+a SystemError (https://github.com/python/cpython/issues/106905)."""
 
 
 class ContentError(FedloopError):
@@ -79,9 +81,9 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != SType.NUMPY:
         raise TensorError("an array is not serialised by numpy", hint="make it from a numpy array or a torch tensor")
     stream = BytesIO(array.data)
-    with _parsing:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            return array.numpy()
+    if np.lib.format.read_magic(stream) != (1, 0):
+        return array.numpy()
+    with _one_header:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.hasobject:
         raise TensorError("an array holds Python objects")

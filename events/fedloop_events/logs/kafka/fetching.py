@@ -158,6 +158,7 @@ class Fetcher:
                         hint="fedloop doctor says which brokers answer",
                     )
                 messages = consumer.consume(1, min(left_s, _PAUSE_S))
+                messages += consumer.consume(_AT_ONCE, 0)  # what came with it: a read that ends here gives all of it
                 self._trouble.check()
             self._keep(messages)
 
