@@ -87,10 +87,10 @@ def _home(directory: Path) -> Home:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-Deployment = Annotated[Where, typer.Argument(metavar="[DIR]", parser=Path, callback=_where)]
+DeploymentFolder = Annotated[Where, typer.Argument(metavar="[DIR]", parser=Path, callback=_where)]
 """DIR can be left out where `--log` is given, also before another argument."""
 ServerFolder = Annotated[Home, typer.Argument(metavar="DIR", parser=Path, callback=_home)]
-Store = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
+StoreFolder = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
 
 _ARGUMENTS: Final = {
     "DIR": "Folder of the deployment.",

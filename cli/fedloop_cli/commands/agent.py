@@ -22,8 +22,8 @@ ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base m
 
 @app.command(cls=options.Command)
 def enrol(
-    where: options.Deployment,
-    store: options.Store,
+    where: options.DeploymentFolder,
+    store: options.StoreFolder,
     client_id: Annotated[str | None, typer.Option(metavar="NAME", help="The device's name.", show_default="a new one")] = None,
     epsilon: Annotated[float, typer.Option(help="Its privacy budget for its whole life.")] = 8.0,
     delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
@@ -58,7 +58,7 @@ def enrol(
 
 
 @app.command(cls=options.Command)
-def predict(store: options.Store, text: Text = None, model_dir: ModelDir = None, json: options.Json = False) -> None:
+def predict(store: options.StoreFolder, text: Text = None, model_dir: ModelDir = None, json: options.Json = False) -> None:
     """Answer a text with the release in force; the response's id is what feedback names."""
     with _open(store, model_dir) as agent:
         response = agent.predict(_given(text))
@@ -68,7 +68,7 @@ def predict(store: options.Store, text: Text = None, model_dir: ModelDir = None,
 
 @app.command(cls=options.RemarksCommand)
 def feedback(
-    store: options.Store,
+    store: options.StoreFolder,
     response: Annotated[str | None, typer.Option(metavar="ID", help="The response it is about.")] = None,
     text: Text = None,
     predicted: Annotated[str | None, typer.Option(help="The answer that the user was shown for --text.")] = None,
@@ -114,7 +114,7 @@ def feedback(
 
 @app.command(cls=options.Command)
 def run(
-    store: options.Store,
+    store: options.StoreFolder,
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
@@ -143,7 +143,7 @@ def run(
 
 
 @app.command(cls=options.Command)
-def status(store: options.Store, json: options.Json = False) -> None:
+def status(store: options.StoreFolder, json: options.Json = False) -> None:
     """Say where the device stands: feedback, examples, answers, budget."""
     with _open(store, None) as agent:
         document = _document(agent.status())

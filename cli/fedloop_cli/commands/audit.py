@@ -13,7 +13,7 @@ app = options.group(help="Read the privacy ledger.")
 
 @app.command(cls=options.Command)
 def budget(
-    where: options.Deployment,
+    where: options.DeploymentFolder,
     client: Annotated[str | None, typer.Option("--client", metavar="CLIENT", help="Only this client.")] = None,
     json: options.Json = False,
 ) -> None:

@@ -12,7 +12,7 @@ from fedloop_cli import console, options
 
 
 def gateway(
-    where: options.Deployment,
+    where: options.DeploymentFolder,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 or :: for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8443,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM).")] = None,

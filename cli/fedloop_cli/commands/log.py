@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 app = options.group(help="Read the log, check it, replay it.")
 
-Topic = Annotated[list[str] | None, typer.Option("--topic", help="Only this topic; can be given several times.")]
+TopicOption = Annotated[list[str] | None, typer.Option("--topic", help="Only this topic; can be given several times.")]
 
 
 @app.command(cls=options.Command)
 def tail(
-    where: options.Deployment,
+    where: options.DeploymentFolder,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last events.")] = 20,
-    topic: Topic = None,
+    topic: TopicOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended, until Ctrl-C.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -43,7 +43,7 @@ def tail(
 
 
 @app.command(cls=options.Command)
-def verify(where: options.Deployment, json: options.Json = False) -> None:
+def verify(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """Check that the log is whole, each event signed by the author that it names, and each blob as its name promises.
 
     Opens it for reading only. Exit status 1 if anything is wrong.
@@ -58,7 +58,7 @@ def verify(where: options.Deployment, json: options.Json = False) -> None:
 
 
 @app.command(cls=options.Command)
-def replay(where: options.Deployment, json: options.Json = False) -> None:
+def replay(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """Fold the whole log from scratch, and compare with the snapshots that are there.
 
     Exit status 1 if a snapshot differs from the log.

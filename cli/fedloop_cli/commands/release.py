@@ -14,7 +14,7 @@ Release = Annotated[str, typer.Argument(metavar="RELEASE")]
 
 
 @app.command("list", cls=options.Command)
-def list_(where: options.Deployment, json: options.Json = False) -> None:
+def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
     from fedloop_server.operations import registry
 
@@ -34,7 +34,7 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
 
 
 @app.command(cls=options.Command)
-def show(where: options.Deployment, release: Release, json: options.Json = False) -> None:
+def show(where: options.DeploymentFolder, release: Release, json: options.Json = False) -> None:
     """Show one release and its lineage: back to release 0, with each update that went in."""
     from fedloop_server.operations import registry
 
@@ -53,7 +53,7 @@ def show(where: options.Deployment, release: Release, json: options.Json = False
 
 @app.command(cls=options.Command)
 def rebuild(
-    where: options.Deployment,
+    where: options.DeploymentFolder,
     release: Annotated[str | None, typer.Argument(metavar="[RELEASE]")] = None,
     shallow: Annotated[bool, typer.Option("--shallow", help="Only the last round, on its base as it is stored.")] = False,
     json: options.Json = False,

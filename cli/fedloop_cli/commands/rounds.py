@@ -42,7 +42,7 @@ def start(
 
 
 @app.command("list", cls=options.Command)
-def list_(where: options.Deployment, json: options.Json = False) -> None:
+def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""
     from fedloop_server.operations import rounds
 
@@ -58,7 +58,7 @@ def list_(where: options.Deployment, json: options.Json = False) -> None:
 
 
 @app.command(cls=options.Command)
-def show(where: options.Deployment, round_id: RoundId, json: options.Json = False) -> None:
+def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json = False) -> None:
     """Show one round: its terms, who took part, who did not and why."""
     import msgspec
     from fedloop_server.operations import rounds
@@ -89,7 +89,7 @@ def show(where: options.Deployment, round_id: RoundId, json: options.Json = Fals
 
 @app.command(cls=options.Command)
 def watch(
-    where: options.Deployment,
+    where: options.DeploymentFolder,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="End after so many rounds have ended; 0: never.")] = 0,
     timeout_s: Timeout = None,
     json: options.Json = False,

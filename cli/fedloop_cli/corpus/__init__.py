@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Literal, NamedTuple
 
 
-class Message(NamedTuple):
+class CorpusMessage(NamedTuple):
     """`planted` names each personal value of the text and its type, exactly as it stands there."""
 
     text: str
@@ -18,11 +18,11 @@ class Message(NamedTuple):
     planted: tuple[tuple[str, str], ...] = ()
 
 
-def load(part: Literal["train", "test"]) -> list[Message]:
+def load(part: Literal["train", "test"]) -> list[CorpusMessage]:
     """2,400 messages to give feedback on, or 360 held-out ones, a third of them worded as none of the others is."""
     text = resources.files(__name__).joinpath(f"{part}.csv").read_text("utf-8")
     return [
-        Message(row["text"], row["intent"], tuple((kind, value) for kind, value in json.loads(row["planted"])))
+        CorpusMessage(row["text"], row["intent"], tuple((kind, value) for kind, value in json.loads(row["planted"])))
         for row in csv.DictReader(io.StringIO(text, newline=""))
     ]
 

@@ -75,7 +75,7 @@ def main(terms: DeviceSettings, channel: socket.socket, masker: Masker) -> None:
         stop = threading.Event()
         runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")
         runner.start()
-        _guarded(lambda: User(agent, Path(terms.store), channel).live())
+        _guarded(lambda: DemoUser(agent, Path(terms.store), channel).live())
         stop.set()
         runner.join()
 
@@ -93,7 +93,7 @@ def _guarded(work: Callable[[], None]) -> None:
         os._exit(1)
 
 
-class User:
+class DemoUser:
     """Writes messages, reads the answers, and judges whether they are right."""
 
     def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:

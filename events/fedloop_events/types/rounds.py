@@ -59,7 +59,7 @@ class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 MAX_PARTS: Final = 512
-Parts = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
+PartHashes = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
 """The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
 
 
@@ -107,7 +107,7 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     hyperparameters: dict[Line, float] = {}
     excluded: list[Exclusion] = []
     """Enrolled clients that the scheduler did not choose, and why."""
-    parts: Parts = []
+    parts: PartHashes = []
 
     @property
     def named(self) -> Iterable[str]:
@@ -234,7 +234,7 @@ class StepCollected(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
     accepted: list[AcceptedUpdate]
     excluded: list[Exclusion] = []
     round_id: Identifier | None = None
-    parts: Parts = []
+    parts: PartHashes = []
 
     @property
     def named(self) -> Iterable[str]:

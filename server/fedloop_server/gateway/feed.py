@@ -36,7 +36,7 @@ _TELLING: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 _logger = logging.getLogger(__name__)
 
 
-class Page(Struct, frozen=True):
+class FeedPage(Struct, frozen=True):
     """Events as they are sent, the position after them, and whether there is more that could be read now."""
 
     events: Sequence[bytes]
@@ -107,7 +107,7 @@ class Feed:
 
     # --- reading ---
 
-    async def read(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int, wait_s: float) -> Page:
+    async def read(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int, wait_s: float) -> FeedPage:
         """Up to `limit` events that this client (None: the server) may see, after waiting up to `wait_s` for the first one."""
         await self.sync()
         deadline = asyncio.get_running_loop().time() + wait_s
@@ -155,7 +155,7 @@ class Feed:
             self._next_end = None  # who comes from here on wants to know it anew
             return await asyncio.to_thread(self._log.end)
 
-    def _recent(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int) -> Page | None:
+    def _recent(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int) -> FeedPage | None:
         """A page from memory; None if there are older events than it holds."""
         if not self._ring.covers(after):
             return None
@@ -165,10 +165,10 @@ class Feed:
             if len(found) == limit:
                 offsets = dict(after.offsets)
                 offsets |= {each.record.stream: each.record.offset for each in found}
-                return Page(_wires(found), Position(offsets), more=True)
-        return Page(_wires(found), _latest(after, self._ring.position), more=False)
+                return FeedPage(_wires(found), Position(offsets), more=True)
+        return FeedPage(_wires(found), _latest(after, self._ring.position), more=False)
 
-    async def _older(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int) -> Page:
+    async def _older(self, client_id: str | None, wanted: Collection[str], after: Position, limit: int) -> FeedPage:
         """A page from the log, after looking at some thousand events at most."""
         known = self._ring.position  # up to here it is known who may see what
         found: list[Entry] = []
@@ -176,7 +176,7 @@ class Feed:
         while scanned < self._limits.scan_events:
             batch = await self._read_log(wanted, place, self._limits.scan_events - scanned)
             if not batch.records:
-                return Page(_wires(found), _latest(after, known), more=False)
+                return FeedPage(_wires(found), _latest(after, known), more=False)
             place, scanned = batch.position, scanned + len(batch.records)
             for record in batch.records:
                 if not known.covers(record.stream, record.offset):
@@ -186,8 +186,8 @@ class Feed:
                 if client_id is None or visible(audience, client_id):
                     found.append(Entry(record, audience))
                     if len(found) == limit:
-                        return Page(_wires(found), Position(offsets), more=True)
-        return Page(_wires(found), Position(offsets), more=True)
+                        return FeedPage(_wires(found), Position(offsets), more=True)
+        return FeedPage(_wires(found), Position(offsets), more=True)
 
     async def _read_log(self, wanted: Collection[str], after: Position, limit: int) -> Batch:
         try:

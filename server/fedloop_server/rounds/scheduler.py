@@ -18,7 +18,7 @@ MAX_OPENING_BYTES: Final = 1 << 20
 MAX_ABORT_BYTES: Final = 40 * 1024
 """Of those that an abort names, in one event."""
 
-Budget = Callable[[Client, Mechanism], str | None]
+BudgetCheck = Callable[[Client, Mechanism], str | None]
 """Why a client cannot pay for a mechanism, as a stable code; None if it can."""
 
 
@@ -30,7 +30,7 @@ class Eligibility(Struct, frozen=True):
 
 
 def eligible(
-    clients: Iterable[Client], mechanism: Mechanism | None, config: ServerConfig, *, now_ms: int, budget: Budget
+    clients: Iterable[Client], mechanism: Mechanism | None, config: ServerConfig, *, now_ms: int, budget: BudgetCheck
 ) -> Eligibility:
     """Split enrolled clients. `now_ms` is the log's own clock, by which they were last seen.
 
@@ -72,7 +72,7 @@ def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
     return sorted(kept, key=lambda each: each.client_id)
 
 
-def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: Budget) -> str | None:
+def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: BudgetCheck) -> str | None:
     if client.revoked:
         return "revoked"
     if now_ms - client.seen_ms > config.availability_s * 1000:

@@ -119,7 +119,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 def _server(family: int) -> type[_Server]:
-    class Server(_Server):
+    class MetricsServer(_Server):
         address_family = family
 
-    return Server
+    return MetricsServer

@@ -39,7 +39,7 @@ _AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _AGAIN_CODES: Final = frozenset({"clock", "replayed"})
 _MAX_ANSWER_BYTES: Final = 64 << 20
 
-Content = bytes | Callable[[], Iterator[bytes]]
+RequestBody = bytes | Callable[[], Iterator[bytes]]
 
 # It says the address of every request.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -106,7 +106,7 @@ class Transport:
         method: str,
         path: str,
         query: dict[str, str] | None = None,
-        content: Content = b"",
+        content: RequestBody = b"",
         *,
         sha256: bytes | None = None,
         headers: dict[str, str] | None = None,
@@ -128,7 +128,7 @@ class Transport:
         method: str,
         path: str,
         query: dict[str, str] | None = None,
-        content: Content = b"",
+        content: RequestBody = b"",
         *,
         sha256: bytes | None = None,
         headers: dict[str, str] | None = None,
@@ -166,7 +166,7 @@ class Transport:
         method: str,
         path: str,
         query: dict[str, str] | None,
-        content: Content,
+        content: RequestBody,
         sha256: bytes | None,
         headers: dict[str, str] | None,
         wait_s: float,
