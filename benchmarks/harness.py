@@ -7,6 +7,7 @@ runs are dropped for both, and they take turns at going first, so that neither h
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -151,13 +152,18 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         promised, kept = ("", "") if row.at_least is None else (f"{row.at_least:g}", "yes" if row.ok else "NO")
         ours, theirs = (f"{figure:,.{_digits(figure)}f} {row.unit}".rstrip() for figure in row.worst_pair)
-        worst, median = (f"{ratio:,.{0 if ratio >= 100 else 2}f}" for ratio in (row.worst, row.median))
+        worst, median = (_rounded_down(ratio) for ratio in (row.worst, row.median))
         runs = "counted" if row.counted else str(len(row.pairs))
         cells.append((row.what, row.peer, ours, theirs, worst, median, runs, promised, kept))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
+
+
+def _rounded_down(ratio: float) -> str:
+    """Down, so that a promise that was missed does not look kept."""
+    return f"{math.floor(ratio):,}" if ratio >= 100 else f"{math.floor(100 * ratio) / 100:.2f}"
 
 
 def _digits(figure: float) -> int:
