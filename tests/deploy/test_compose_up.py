@@ -121,7 +121,7 @@ def _check_confinement(stack: Stack) -> None:
         assert stack.run(name, ["sh", "-c", "echo > /tmp/written"])[0] == 0
     mine = "import os; print(os.getuid(), sorted(os.listdir('/var/lib/fedloop/secrets')))"
     assert stack.run("agent-1", ["python", "-c", mine])[1] == "10001 ['ca.pem', 'kafka.properties', 's3.credentials']\n"
-    reads = "import os; from fedloop_events.kafka import KafkaLog; KafkaLog(os.environ['FEDLOOP_LOG']).read(['updates'])"
+    reads = "import os; from fedloop_events.logs.kafka import KafkaLog; KafkaLog(os.environ['FEDLOOP_LOG']).read(['updates'])"
     status, text = stack.run("agent-1", ["python", "-c", reads])
     assert status != 0
     assert "NotAllowedError" in text

@@ -91,6 +91,6 @@ def test_the_build_sees_the_sources_and_nothing_else() -> None:
     listed = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     assert listed[0] == "*"
     let_in = {line[1:] for line in listed if line.startswith("!")}
-    packages = {f"{each}/fedloop_{each}" for each in ("events", "privacy", "clients", "server", "cli")}
+    packages = {f"{each}/fedloop_{each}" for each in ("events", "privacy", "tasks", "clients", "server", "cli")}
     assert let_in == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock", "deploy/docker/install.py"}
     assert all((ROOT / each).exists() for each in let_in)

@@ -180,10 +180,10 @@ def test_an_update_without_tensors_or_a_base_without_the_upload_is_an_error(blob
 
 _SCRIPT = """
 import sys
-from fedloop_events.blobs import BlobStore
-from fedloop_events.tensors import TensorSpec
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.types import BlobRef
-from fedloop_server.merging import weighted_mean
+from fedloop_server.aggregation.merging import weighted_mean
 store, size, *refs = sys.argv[1:]
 updates = [(BlobRef(ref, int(size)), 1.0 + number) for number, ref in enumerate(refs)]
 merged = weighted_mean(BlobStore(store), updates, [TensorSpec("a", "F32", (500_000,))])
