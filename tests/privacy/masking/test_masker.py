@@ -201,7 +201,9 @@ def _mints(node: ast.AST) -> bool:
 
 def test_only_the_masker_mints_masked_text() -> None:
     allowed = Path(masker_module.__file__)
-    sources = [path for room in ("events", "privacy", "tasks", "clients", "server", "cli") for path in (ROOT / room).rglob("*.py")]
+    sources = [
+        path for room in ("events", "privacy", "tasks", "clients", "server", "cli") for path in (ROOT / room).rglob("*.py")
+    ]
     assert allowed in sources
     callers = [path for path in sources for node in ast.walk(ast.parse(path.read_text("utf-8"))) if _mints(node)]
     assert callers == [allowed]
