@@ -99,7 +99,7 @@ def create_deployment(
         _remember(root, place)
         fresh = _Intent(f"fedloop-{secrets.token_hex(8)}", spec, initial)
         _once(folder / INTENT_FILE, msgspec.json.encode(fresh))
-        intent = msgspec.json.decode((folder / INTENT_FILE).read_bytes(), type=_Intent)
+        intent = _read_intent(folder / INTENT_FILE)
         if (intent.spec, intent.initial) != (spec, initial):
             raise UsageError(
                 f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
@@ -139,7 +139,16 @@ def _plan(intent_file: Path) -> type[Plan]:
     """What the rounds are planned by: the task's."""
     if not intent_file.exists():
         return DEFAULT.plan
-    return task_of(msgspec.json.decode(intent_file.read_bytes(), type=_Intent).spec).plan
+    return task_of(_read_intent(intent_file).spec).plan
+
+
+def _read_intent(path: Path) -> _Intent:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Intent)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(
+            f"{path} does not say what the deployment is", cause=str(error), hint="restore it from a backup"
+        ) from None
 
 
 def _check_free(log: EventLog, key_file: Path) -> None:

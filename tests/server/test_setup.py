@@ -176,3 +176,12 @@ def test_without_a_deployment_or_its_key_nothing_is_opened(tmp_path: Path) -> No
     (tmp_path / "server" / "key.pem").unlink()
     with pytest.raises(UsageError, match="server's key"):
         open_deployment(tmp_path)
+
+
+def test_a_damaged_file_of_what_the_folder_is_to_become_is_one_clear_sentence(tmp_path: Path) -> None:
+    create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    (tmp_path / "server" / "deployment.json").write_text('{"origin": 1}')
+    with pytest.raises(UsageError, match=r"deployment\.json does not say what the deployment is"):
+        open_deployment(tmp_path)
+    with pytest.raises(UsageError, match=r"deployment\.json does not say what the deployment is"):
+        create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
