@@ -220,6 +220,6 @@ class InstructionHandler:
 def _paid_for(content: types.Content) -> types.Content:
     """What the mechanism covers: tensors. Losses, counts and times are private, so only the constant weight stays."""
     weights: dict[str, dict[str, types.Metric]] = {
-        name: {"num-examples": 1} for name, metrics in content.metrics.items() if "num-examples" in metrics
+        name: {_WEIGHT: 1} for name, metrics in content.metrics.items() if _WEIGHT in metrics
     }
     return types.Content(arrays=content.arrays, metrics=weights)

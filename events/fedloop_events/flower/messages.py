@@ -142,9 +142,3 @@ def serve_instruction(
         return to_content(answer.content, reader.blobs)
     except (ContentError, TensorError) as error:
         return Declined("unusable-answer", type(error).__name__)
-
-
-def terms_of(message: Message) -> RoundOpened | None:
-    """The round's terms in the message that a `ClientApp` got, if it is one of a Fedloop round."""
-    config = message.content.config_records.get(TERMS)
-    return None if config is None else msgspec.json.decode(str(config[TERMS]), type=RoundOpened)
