@@ -84,10 +84,14 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
 
     `strategy` is the name of the program that the round runs, `upload` names the tensors of an update. `mechanism` None is a
     round without differential privacy.
+
+    The round ends when every instruction is settled, when `enough` updates are accepted (None: all of the cohort), `grace_s`
+    after the quorum is reached (None: no sooner for that), or after `deadline_s`. No update weighs more than `max_weight`. Up to
+    `max_staleness` further rounds later, an update is still taken into the round that is then open (FedBuff, Nguyen et al. 2022).
     """
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.round.opened.v2"
+    type_name = "io.fedloop.round.opened.v3"
     audience = Audience.COHORT
 
     round_id: Identifier
@@ -108,17 +112,52 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     excluded: list[Exclusion] = []
     """Enrolled clients that the scheduler did not choose, and why."""
     parts: PartHashes = []
+    enough: Annotated[int, Meta(ge=1)] | None = None
+    grace_s: Positive | None = None
+    max_weight: Positive | None = None
+    max_staleness: Count = 0
 
     @property
     def named(self) -> Iterable[str]:
         return self.cohort
 
 
+class RoundOpenedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 3: a round waited for its whole cohort, or for its deadline."""
+
+    type_name = "io.fedloop.round.opened.v2"
+    becomes = RoundOpened
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
+    round_id: Identifier
+    request_id: Identifier
+    number: Annotated[int, Meta(ge=1)]
+    model: Identifier
+    base_release: Identifier
+    base: BlobRef
+    strategy: Identifier
+    cohort: list[Identifier]
+    quorum: Annotated[int, Meta(ge=1)]
+    deadline_s: Positive
+    upload: list[Line]
+    max_upload_bytes: Count
+    max_update_norm: Positive
+    mechanism: Mechanism | None = None
+    hyperparameters: dict[Line, float] = {}
+    excluded: list[Exclusion] = []
+    parts: PartHashes = []
+
+    def upcast(self) -> RoundOpened:
+        return RoundOpened(**{name: getattr(self, name) for name in self.__struct_fields__})
+
+
 class RoundOpenedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: `kind` "sums" or "train" beside `strategy`, which says the same."""
 
     type_name = "io.fedloop.round.opened.v1"
-    becomes = RoundOpened
+    becomes = RoundOpenedV2
 
     origin: Identifier
     epoch: Count
@@ -141,8 +180,8 @@ class RoundOpenedV1(Older, frozen=True, forbid_unknown_fields=True, omit_default
     hyperparameters: dict[Line, float] = {}
     excluded: list[Exclusion] = []
 
-    def upcast(self) -> RoundOpened:
-        return RoundOpened(**{name: getattr(self, name) for name in self.__struct_fields__ if name != "kind"})
+    def upcast(self) -> RoundOpenedV2:
+        return RoundOpenedV2(**{name: getattr(self, name) for name in self.__struct_fields__ if name != "kind"})
 
 
 class NodesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -196,20 +235,24 @@ class UpdateRefused(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 class AcceptedUpdate(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One reply that counts: the event, the instruction it answers, its tensors, and its weight in the merge."""
+    """One reply that counts: the event, the instruction it answers, its tensors, and its weight in the merge.
+
+    `round_id` is the round whose terms it ran under, where that is an earlier one than the round that takes it.
+    """
 
     client_id: Identifier
     update_id: EventId
     instruction_id: EventId
     blob: BlobRef | None = None
     weight: Positive = 1.0
+    round_id: Identifier | None = None
 
 
 class RepliesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A part of a `StepCollected` that comes after it and names it: more of the replies that count, or of who was excluded."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.replies.listed.v1"
+    type_name = "io.fedloop.replies.listed.v2"
     audience = Audience.NAMED
 
     step: Count
@@ -222,12 +265,30 @@ class RepliesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
         return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
 
 
+class RepliesListedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: every reply that counted was to an instruction of its own round."""
+
+    type_name = "io.fedloop.replies.listed.v1"
+    becomes = RepliesListed
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
+    step: Count
+    accepted: list[AcceptedUpdate] = []
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+
+    def upcast(self) -> RepliesListed:
+        return RepliesListed(**{name: getattr(self, name) for name in self.__struct_fields__})
+
+
 class StepCollected(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Exactly the replies that count for one collecting step of a run, sorted by instruction, and who was excluded; what comes
     later is late. A round may have several."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.step.collected.v1"
+    type_name = "io.fedloop.step.collected.v2"
     audience = Audience.COHORT
 
     step: Count
@@ -245,8 +306,46 @@ class RoundClosed(StepCollected, frozen=True, forbid_unknown_fields=True, omit_d
     """The collecting step with which a round ends: what it accepted is what the round makes a release of."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.round.closed.v2"
+    type_name = "io.fedloop.round.closed.v3"
     audience = Audience.COHORT
+
+
+class StepCollectedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 2: every reply that counted was to an instruction of its own round."""
+
+    type_name = "io.fedloop.step.collected.v1"
+    becomes = StepCollected
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
+    step: Count
+    accepted: list[AcceptedUpdate]
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+    parts: PartHashes = []
+
+    def upcast(self) -> StepCollected:
+        return StepCollected(**{name: getattr(self, name) for name in self.__struct_fields__})
+
+
+class RoundClosedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 3: every reply that counted was to an instruction of its own round."""
+
+    type_name = "io.fedloop.round.closed.v2"
+    becomes = RoundClosed
+
+    origin: Identifier
+    epoch: Count
+    run_id: Identifier
+    step: Count
+    accepted: list[AcceptedUpdate]
+    excluded: list[Exclusion] = []
+    round_id: Identifier | None = None
+    parts: PartHashes = []
+
+    def upcast(self) -> RoundClosed:
+        return RoundClosed(**{name: getattr(self, name) for name in self.__struct_fields__})
 
 
 class RoundClosedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
