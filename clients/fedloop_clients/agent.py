@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -190,6 +190,17 @@ class Agent:
         task = self._device.task
         feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
+
+    @property
+    def words(self) -> Sequence[str]:
+        """The closed set of words that the model answers with; none as long as the device knows no model."""
+        if self._device.spec is None:
+            self._read()
+        return self._device.task.words if self._device.task else ()
+
+    def knows(self, feedback_id: str) -> bool:
+        """Whether feedback with this id is in the store."""
+        return self._device.interactions.knows(feedback_id)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.

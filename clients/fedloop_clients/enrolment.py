@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable
@@ -53,6 +54,11 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def key(self) -> SigningKey:
         return SigningKey.from_private_bytes(self.signing_key)
+
+    def derived_id(self, kind: str, *parts: str | int) -> str:
+        """An id that is a function of this device and of `parts`; without the device's key it tells nothing of them."""
+        data = msgspec.json.encode((kind, *parts))
+        return hashlib.blake2b(data, digest_size=16, key=self.signing_key, person=b"fedloop.id").hexdigest()
 
     def writer(self, log: EventLog) -> EventWriter:
         """Who signs the events of this device."""

@@ -128,6 +128,10 @@ class Interactions:
             )
         return feedback_id, _interaction(*row)
 
+    def knows(self, feedback_id: str) -> bool:
+        """Whether there is feedback with this id."""
+        return bool(self._store.rows("SELECT 1 FROM feedback WHERE feedback_id = ?", (feedback_id,)))
+
     def judged(self) -> Iterator[Interaction]:
         """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
 

@@ -6,6 +6,7 @@ file in `programs`, and both stand in the `table` of those that exist.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -63,12 +64,25 @@ class Message(Struct, frozen=True):
     answer: str
 
 
+class BadRow(Struct, frozen=True):
+    """A row that cannot be used: the line of the file that it begins in, and why, without a word of it."""
+
+    line: int
+    reason: str
+
+
 class Messages(Struct, frozen=True):
-    """The messages of the file at `path` that can be used, and how many were skipped for which reason."""
+    """The messages of the file at `path` that can be used, the lines that they begin in, and the rows that cannot be used."""
 
     path: Path
     rows: list[Message]
-    skipped: dict[str, int]
+    lines: list[int]
+    bad: list[BadRow] = []
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows cannot be used, by reason."""
+        return dict(Counter(each.reason for each in self.bad))
 
 
 class Option(Struct, frozen=True):

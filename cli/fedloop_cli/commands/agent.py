@@ -81,6 +81,9 @@ def feedback(
         Path | None,
         typer.Option(metavar="CSV", help="Many at once: answer each text, then say what is right."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows of --data that cannot be used; else one of them refuses the file.")
+    ] = False,
     model_dir: ModelDir = None,
     json: options.Json = False,
 ) -> None:
@@ -93,7 +96,7 @@ def feedback(
         raise UsageError("feedback is about one of --response, --text or --data")
     with _open(store, model_dir) as agent:
         if data is not None:
-            _take_in(agent, data, json)
+            _take_in(agent, data, skip_bad, json)
             return
         if response is None:
             shown = _given(text)
@@ -166,27 +169,17 @@ def _given(text: str | None) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _take_in(agent: Agent, path: Path, json: bool) -> None:
-    """Feedback on each row of a file; a row that was taken in before counts once."""
-    import hashlib
-
-    from fedloop_clients.feedback import ConflictingFeedbackError
+def _take_in(agent: Agent, path: Path, skip_bad: bool, json: bool) -> None:
+    """Feedback on each row of a file; a message that was taken in before counts once."""
+    from fedloop_clients.importing import take_in
     from fedloop_tasks.table import DEFAULT
 
-    messages, known, recorded, right = DEFAULT.read(path), 0, 0, 0
-    name = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
-    for number, row in enumerate(messages.rows):
-        response = agent.predict(row.text)
-        try:
-            agent.feedback(response.response_id, feedback_id=f"{name}-{number}", **DEFAULT.remark(row.answer))
-            recorded += 1
-            right += response.answer == row.answer
-        except ConflictingFeedbackError:
-            known += 1
-    for what, count in messages.skipped.items():
-        console.note(f"warning: {count} rows skipped: {what}")
-    document = {"recorded": recorded, "known": known, "right": right, "skipped": messages.skipped}
-    console.show(document, f"{recorded} recorded ({right} were answered rightly), {known} known already", as_json=json)
+    found = take_in(agent, DEFAULT.read(path), skip_bad=skip_bad)
+    for what, count in found.skipped.items():
+        console.note(f"warning: {count} rows skipped: {console.printable(what)}")
+    document = {name: getattr(found, name) for name in found.__struct_fields__}
+    shown = f"{found.recorded} recorded ({found.right} were answered rightly), {found.known} known already"
+    console.show(document, shown, as_json=json)
 
 
 def _document(status: Status) -> dict[str, object]:

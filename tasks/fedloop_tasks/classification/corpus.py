@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from fedloop_events.errors import UsageError
 
-from fedloop_tasks.task import Message, Messages
+from fedloop_tasks.task import BadRow, Message, Messages
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_LABEL_CHARS: Final = 100
@@ -23,32 +22,33 @@ def read(path: Path) -> Messages:
     """The CSV file at `path`: a header, a column `text`, and a column `label`, `intent` or `category` (or just one other column).
 
     Labels are the answers. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than
-    `MAX_LABEL_CHARS`, or that have too few or too many columns are skipped and counted. Raises `UsageError` for anything else,
-    and if no row is left.
+    `MAX_LABEL_CHARS`, or that have too few or too many columns are left out and listed with their lines. Raises
+    `UsageError` for anything else, and if no row is left.
     """
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     csv.field_size_limit(MAX_FILE_BYTES)
-    rows: list[Message] = []
-    skipped: Counter[str] = Counter()
+    found = Messages(path, [], [], [])
     try:
         heads = [head.strip() for head in next(reader, [])]
         text_at, label_at = _columns(path, heads)
+        line = reader.line_num + 1
         for cells in reader:
-            if not cells:
-                continue
-            wrong = _wrong(cells, heads, text_at, label_at)
-            if wrong:
-                skipped[wrong] += 1
-            else:
-                rows.append(Message(cells[text_at], cells[label_at].strip()))
+            if cells:
+                wrong = _wrong(cells, heads, text_at, label_at)
+                if wrong:
+                    found.bad.append(BadRow(line, wrong))
+                else:
+                    found.rows.append(Message(cells[text_at], cells[label_at].strip()))
+                    found.lines.append(line)
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(
             f"{path} is no CSV file: line {reader.line_num} cannot be read", cause=str(error), hint='quotes are written ""'
         ) from None
-    if not rows:
-        cause = ", ".join(f"{count} skipped: {reason}" for reason, count in skipped.items())
+    if not found.rows:
+        cause = ", ".join(f"{count} skipped: {reason}" for reason, count in found.skipped.items())
         raise UsageError(f"{path} holds no row that can be used", cause=cause)
-    return Messages(path, rows, dict(skipped))
+    return found
 
 
 def written(messages: Iterable[Message]) -> str:
