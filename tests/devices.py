@@ -85,6 +85,8 @@ class Device:
         following: Following | None = None,
     ) -> None:
         self.client_id, self.epsilon, self.examples, self.behave = client_id, epsilon, examples, behave
+        self.weight = examples
+        """What it says that an update without a mechanism weighs."""
         self.writer = EventWriter(log, SigningKey.generate())
         self._blobs = blobs
         self.following = following or Following(log)
@@ -142,7 +144,7 @@ class Device:
         """The update's event id."""
         blob = self._blobs.put(tensors.encode(arrays))
         spend_seq = None if opened.mechanism is None else self.spend(opened, instruction)
-        weight = self.examples if opened.mechanism is None else 1
+        weight = self.weight if opened.mechanism is None else 1
         update = types.UpdateSubmitted(
             self.origin,
             self.client_id,

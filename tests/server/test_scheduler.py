@@ -14,7 +14,7 @@ from fedloop_events.parts import split
 from fedloop_events.types import Exclusion, Mechanism
 from fedloop_server.config import MAX_COHORT, ServerConfig
 from fedloop_server.rounds.planner import Planner
-from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible
+from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible, weight_bound
 from fedloop_tasks.classification.plan import ClassificationPlan
 from msgspec.structs import replace
 
@@ -166,3 +166,10 @@ def test_sums_may_be_as_long_as_a_device_has_examples(tmp_path: Path) -> None:
         world.server().run(rounds=2)
     opened = [each.opened for each in world.rounds.rounds.values() if each.opened]
     assert [(each.strategy, each.max_update_norm) for each in opened] == [("sums", 4000.0), ("ffa", 1000.0)]
+
+
+def test_the_weight_bound_follows_the_median_client_and_not_who_reports_most() -> None:
+    reported = [64, 64, 32, 2**40, 2**40]
+    assert weight_bound(client(str(n), examples_at_least=many) for n, many in enumerate(reported)) == 256
+    assert weight_bound([client("a", examples_at_least=16), client("b", examples_at_least=2**40)]) == 64
+    assert weight_bound([client("a", examples_at_least=0)]) == 4

@@ -116,6 +116,33 @@ def test_rounds_without_privacy_train_everything_from_the_first_one_on(tmp_path:
     assert rebuild(world.log, world.blobs).identical
 
 
+@pytest.mark.parametrize("reports", [64, 2**40])
+def test_a_client_that_claims_a_vast_weight_does_not_make_the_merge_its_own(tmp_path: Path, reports: int) -> None:
+    """Whether its heartbeat contradicts the claim, or claims as much."""
+    world = World(tmp_path / "open", OPEN_CONFIG)
+    for name in ("ann", "bob", "cem", "dan"):
+        world.device(name, epsilon=None)
+    mallory = world.device(
+        "mallory", epsilon=None, examples=reports, behave=lambda _, arrays: {n: a + 9 for n, a in arrays.items()}
+    )
+    mallory.weight = 10**12
+    world.request(1)
+    with world.serving():
+        until_idle(world.server())
+    (closed,), (opened,) = world.payloads(types.RoundClosed), world.payloads(types.RoundOpened)
+    weights = {each.client_id: each.weight for each in closed.accepted}
+    refused = {each.client_id: each.reason for each in closed.excluded}
+    assert opened.max_weight == 256
+    assert {name: weights[name] for name in ("ann", "bob", "cem", "dan")} == dict.fromkeys(("ann", "bob", "cem", "dan"), 64.0)
+    if reports == 64:
+        assert refused == {"mallory": "refused.implausible-weight"}
+    else:
+        assert weights["mallory"] == 256.0
+    bias = tensors.decode(world.blobs.get(registry.current(world.releases, "default").blob))["head.bias"]
+    assert np.abs(bias).max() < 7  # its own update is about 9
+    assert rebuild(world.log, world.blobs).identical
+
+
 def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_told_to_stop(tmp_path: Path) -> None:
     world = enrolled(World(tmp_path / "deployment", replace(CONFIG, plan=replace(PLAN, planned_rounds=4))))
     world.request(3)

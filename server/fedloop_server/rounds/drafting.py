@@ -105,6 +105,7 @@ class Drafting:
         current = registry.current(self._state.releases, self._model)
         drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source)
         terms = self._planner.terms(action.program)
+        cohort = [self._state.people.clients[client_id] for client_id in drawn.clients]
         opened = types.RoundOpened(
             **self._run(),
             round_id=actions.round_id(action.number),
@@ -123,6 +124,7 @@ class Drafting:
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
+            max_weight=scheduler.weight_bound(cohort) if terms.mechanism is None else None,
         )
         return self._of_run(opened, "round", action.number)
 

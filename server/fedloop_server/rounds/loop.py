@@ -217,7 +217,7 @@ class Server:
                 run_id=self.run_id,
                 epoch=self.epoch,
                 round=opened,
-                admission=Admission(ledger_check=self._ledger_check),
+                admission=Admission(ledger_check=self._ledger_check, examples_at_least=self._examples_at_least),
                 reads=_RunInHand(self.state.people, steps, self._read_unless_stopped),
             )
             grid.close_round(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
@@ -228,3 +228,6 @@ class Server:
         client = self.state.people.clients[client_id]
         refusal = self.state.ledger.check_update(client_id, spend_seq, instruction_id, mechanism, client.epsilon, client.delta)
         return None if refusal is None else refusal.reason
+
+    def _examples_at_least(self, client_id: str) -> int:
+        return self.state.people.clients[client_id].examples_at_least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -17,6 +18,9 @@ MAX_OPENING_BYTES: Final = 1 << 20
 """Of the exclusions that a round's opening names: some ten thousand, in some dozens of events."""
 MAX_ABORT_BYTES: Final = 40 * 1024
 """Of those that an abort names, in one event."""
+
+_WEIGHT_ROOM: Final = 2
+"""A device may have twice as many examples as the median one before it weighs no more for them."""
 
 BudgetCheck = Callable[[Client, Mechanism], str | None]
 """Why a client cannot pay for a mechanism, as a stable code; None if it can."""
@@ -58,6 +62,14 @@ def draw(eligibility: Eligibility, size: int, source: random.Random) -> Eligibil
     drawn = set(source.sample(eligibility.clients, size))
     left = [Exclusion(client, "not-drawn") for client in eligibility.clients if client not in drawn]
     return Eligibility(sorted(drawn), sorted([*eligibility.excluded, *left], key=lambda each: each.client_id))
+
+
+def weight_bound(cohort: Iterable[Client]) -> float:
+    """The most that one update of a round without differential privacy weighs: a small multiple of what the median client of the
+    cohort may have, by heartbeats. It holds as long as fewer than half of the cohort report what is not true.
+    """
+    may_have = [2 * max(client.examples_at_least, 1) for client in cohort]
+    return float(_WEIGHT_ROOM * statistics.median_low(may_have))
 
 
 def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
