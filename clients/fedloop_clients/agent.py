@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedloop_tasks.table import task_of
 
 from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
+from fedloop_clients.eligibility import Conditions, Surroundings, of_platform
 from fedloop_clients.enrolment import Identity, kept
 from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
 from fedloop_clients.gate import Apps
@@ -51,6 +53,9 @@ class Agent:
     run, rounds among them; `app` serves the instructions of all other runs that belong to no round. What data an app trains
     on is its own business, and so is the noise that a round's mechanism asks for. The budget holds for everything: a device
     that has one declines what no mechanism covers.
+
+    `settings.eligibility` are the owner's terms. `conditions` tells whether they hold now: an application knows more than
+    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day alone.
     """
 
     def __init__(
@@ -63,9 +68,12 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity, self.settings = identity, settings
-        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings)
+        around = Surroundings(conditions, clock)
+        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings, around)
         identity.introduce(self._device.log, self._device.blobs)
         self._apps = Apps(dict(apps or {}), app)
         self._masker = masker
@@ -87,6 +95,8 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> Self:
         """Make this device a client of the deployment with this `log`, with a store in the folder `store_dir`.
 
@@ -111,7 +121,9 @@ class Agent:
             )
         finally:
             opened.close()
-        return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
+        return cls(
+            store, identity, place, app=app, apps=apps, masker=masker, settings=settings, conditions=conditions, clock=clock
+        )
 
     @classmethod
     def open(
@@ -124,6 +136,8 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> Self:
         """The device whose store is in `store_dir`; `log` and `blobs` if the deployment has moved since it enrolled.
 
@@ -132,7 +146,9 @@ class Agent:
         store, identity = enrolment.open_store(Path(store_dir))
         try:
             place = identity.place if log is None and blobs is None else locate(None, log or identity.location, blobs)
-            return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
+            return cls(
+                store, identity, place, app=app, apps=apps, masker=masker, settings=settings, conditions=conditions, clock=clock
+            )
         except BaseException:
             store.close()
             raise

@@ -14,6 +14,7 @@ from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_clients.device_view import DeviceView
+from fedloop_clients.eligibility import HERE, Eligibility, Joined, Surroundings
 from fedloop_clients.enrolment import Identity
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
@@ -27,15 +28,15 @@ VIEW: Final = "following"
 class Settings(Struct, frozen=True, kw_only=True):
     """How a device takes part.
 
-    `heartbeat_s` is how often it reports that it is up; `rounds_per_day` bounds what a server can make it spend in a day, by the
-    log's clock; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not installed
-    packages.
+    `heartbeat_s` is how often it reports that it is up; `eligibility` says when it may take part, and so bounds what a server can
+    make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not
+    installed packages.
     """
 
     model: str = types.DEFAULT_MODEL
     model_dir: Path | None = None
     heartbeat_s: float = 30.0
-    rounds_per_day: int = 48
+    eligibility: Eligibility = Eligibility()
     min_examples: int = 1
 
 
@@ -71,7 +72,16 @@ class Status(Struct, frozen=True):
 class Device:
     """The store of an enrolled device, and its deployment."""
 
-    def __init__(self, store: Store, identity: Identity, log: EventLog, blobs: BlobStore, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        log: EventLog,
+        blobs: BlobStore,
+        settings: Settings,
+        around: Surroundings = HERE,
+    ) -> None:
+        self.around, self.joined = around, Joined(store)
         self.store, self.identity, self.log, self.blobs, self.settings = store, identity, log, blobs, settings
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
         self.interactions = Interactions(store)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fedloop_clients import Agent
 from fedloop_clients.device import Settings, Status
+from fedloop_clients.eligibility import Eligibility
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
 from fedloop_events import types
@@ -263,7 +264,7 @@ def test_a_mechanism_without_noise_is_declined(deployment: Deployment, enrol: En
 
 
 def test_a_server_cannot_drain_the_budget_in_a_day(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
-    agent = enrol(epsilon=1000.0, settings=Settings(rounds_per_day=2))
+    agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
     for _ in range(4):
         deployment.ask("phone")
     agent.run(until=answered(4))

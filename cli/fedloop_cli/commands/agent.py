@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from msgspec.structs import replace
 
 from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Status
+    from fedloop_clients.eligibility import Eligibility
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -122,11 +124,36 @@ def run(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
     json: options.Json = False,
+    only_charging: Annotated[bool, typer.Option("--only-charging", help="Take part only while it charges.")] = False,
+    only_unmetered: Annotated[bool, typer.Option("--only-unmetered", help="Only on a network that is not metered.")] = False,
+    only_idle: Annotated[bool, typer.Option("--only-idle", help="Only while under half of its cores are busy.")] = False,
+    hours: Annotated[str | None, typer.Option(help="Only in these hours, as in 22-06 or 12:30-13:15,22-06.")] = None,
+    time_zone: Annotated[str | None, typer.Option(help="Whose hours, as in Europe/Berlin.", show_default="its own")] = None,
+    min_gap: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Least time between rounds.")] = 0.0,
+    rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
 ) -> None:
-    """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was."""
+    """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
+
+    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold.
+    """
+    from fedloop_clients.eligibility import Eligibility, of_platform
+    from fedloop_events.errors import UsageError
+    from fedloop_events.hours import DayHours
+
     from fedloop_cli.signals import stoppable
 
-    with _open(store, model_dir) as agent, stoppable() as stop:
+    if hours is None and time_zone is not None:
+        raise UsageError("--time-zone says whose hours are meant, and there are none", hint="give --hours as well")
+    terms = Eligibility(
+        only_charging=only_charging,
+        only_unmetered=only_unmetered,
+        only_idle=only_idle,
+        hours=None if hours is None else DayHours.parse(hours, time_zone),
+        min_gap_s=min_gap,
+        rounds_per_day=rounds_per_day,
+    )
+    terms.check_known(of_platform())
+    with _open(store, model_dir, terms) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -153,12 +180,13 @@ def status(store: options.StoreFolder, json: options.Json = False) -> None:
     console.show(document, lambda: console.fields(document), as_json=json)
 
 
-def _open(store: Path, model_dir: Path | None) -> Agent:
+def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Settings
 
     log, blobs = options.given()
-    return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))
+    settings = Settings(model_dir=model_dir)
+    return Agent.open(store, log, blobs=blobs, settings=settings if terms is None else replace(settings, eligibility=terms))
 
 
 def _given(text: str | None) -> str:
