@@ -95,6 +95,7 @@ StoreFolder = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the 
 _ARGUMENTS: Final = {
     "DIR": "Folder of the deployment.",
     "ROUND": "A round's id, such as r0001.",
+    "REQUEST": "A request's id, which `round start` has printed.",
     "RELEASE": "A release's id.",
     "CLIENT": "A client's id.",
 }

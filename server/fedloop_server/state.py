@@ -35,7 +35,7 @@ class ServerState:
     """The server's folds, and its clock. `people` are those whose events count; another reader keeps them up to date."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 2
+    version = 3
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()

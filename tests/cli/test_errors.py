@@ -200,3 +200,28 @@ def test_terminal_escapes_in_data_are_shown_and_not_obeyed(fedloop: Fedloop, dep
     assert "\x1b" not in ended.out
     assert "\u202e" not in ended.out
     assert "\\u202e" in ended.out
+
+
+def test_a_request_that_is_given_up_is_withdrawn(fedloop: Fedloop, deployment: Path) -> None:
+    ended = fedloop("round", "start", deployment, "--rounds", "2", "--wait", "--timeout", "0.1")
+    assert ended.status == 3
+    assert "is withdrawn: 2 not opened" in ended.err
+    assert fedloop("round", "list", deployment, "--json").document["requested"] == 0
+
+
+def test_a_request_that_is_interrupted_is_withdrawn(fedloop: Fedloop, deployment: Path) -> None:
+    start = [sys.executable, "-m", "fedloop_cli.main", "round", "start", str(deployment), "--wait"]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        assert "waiting" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(timeout=60) == 130
+    assert fedloop("round", "list", deployment, "--json").document["requested"] == 0
+
+
+def test_a_request_is_withdrawn_by_hand_once(fedloop: Fedloop, deployment: Path) -> None:
+    request_id = fedloop("round", "start", deployment, "--json").document["request_id"]
+    ended = fedloop("round", "withdraw", deployment, request_id, "--json")
+    assert (ended.status, ended.document) == (0, {"request_id": request_id, "withdrawn": 1})
+    again = fedloop("round", "withdraw", deployment, request_id)
+    assert (again.status, again.err) == (1, f"error: nothing more is to come of request {request_id}: it is withdrawn\n")

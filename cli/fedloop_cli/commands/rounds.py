@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedloop_cli import console, documents, options
+
+if TYPE_CHECKING:
+    from fedloop_events.writer import EventWriter
 
 app = options.group(help="Ask for rounds, and look at them.")
 
@@ -23,7 +26,11 @@ def start(
     timeout_s: Timeout = None,
     json: options.Json = False,
 ) -> None:
-    """Ask the server for rounds. It opens them when it runs and enough clients are there."""
+    """Ask the server for rounds. It opens them when it runs and enough clients are there.
+
+    With --wait, a request that is given up (--timeout, Ctrl-C) is withdrawn: no further round is opened for it.
+    """
+    from fedloop_events.errors import UnreachableError
     from fedloop_server.deployment import open_deployment
     from fedloop_server.operations import rounds as operations
 
@@ -34,11 +41,31 @@ def start(
         console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
         return
     console.note(f"requested {rounds} as {request_id}; waiting")
-    ended = operations.until_ended(home.follow(), request_id, timeout_s)
+    try:
+        ended = operations.until_ended(home.follow(), request_id, timeout_s)
+    except (UnreachableError, KeyboardInterrupt):
+        _withdraw(writer, request_id)
+        raise
     found = {"request_id": request_id, "rounds": [documents.round_document(each) for each in ended]}
     console.show(found, documents.rounds_table(ended), as_json=json)
     if any(each.release is None for each in ended) or len(ended) < rounds:
         raise typer.Exit(1)
+
+
+@app.command(cls=options.Command)
+def withdraw(
+    home: options.ServerFolder,
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST")],
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
+    json: options.Json = False,
+) -> None:
+    """Take a request back: its rounds that have not been opened are not opened any more."""
+    from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import rounds
+
+    left = rounds.withdraw(open_deployment(home.directory, home.place).writer, request_id, reason)
+    document = {"request_id": request_id, "withdrawn": left}
+    console.show(document, f"{request_id} is withdrawn: {left} not opened", as_json=json)
 
 
 @app.command("list", cls=options.Command)
@@ -111,3 +138,15 @@ def watch(
             ended[each.round_id] = documents.round_document(each)
     if json:
         console.show({"rounds": list(ended.values())}, "", as_json=True)
+
+
+def _withdraw(writer: EventWriter, request_id: str) -> None:
+    """Take back a request that nobody waits for any more; that this fails does not hide why it is given up."""
+    from fedloop_events.errors import FedloopError
+    from fedloop_server.operations import rounds
+
+    try:
+        left = rounds.withdraw(writer, request_id, "nobody waits for it any more")
+        console.note(f"{request_id} is withdrawn: {left} not opened")
+    except FedloopError as error:
+        console.note(f"{request_id} is not withdrawn: {error.message}")

@@ -27,11 +27,12 @@ class RoundRequest(Struct):
     reason: str = ""
     numbers: list[int] = []
     given_up: bool = False
+    withdrawn: bool = False
 
     @property
     def pending(self) -> bool:
         """Whether a further round is to be opened for it."""
-        return not self.given_up and len(self.numbers) < self.rounds
+        return not self.given_up and not self.withdrawn and len(self.numbers) < self.rounds
 
 
 class RoundState(Struct):
@@ -96,7 +97,7 @@ class RoundsView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     run_id: str = types.DEFAULT_RUN
     epoch: int = 0
@@ -137,6 +138,10 @@ class RoundsView(Struct):
             if payload.run_id == self.run_id and payload.request_id not in self.requests:
                 request = RoundRequest(payload.request_id, payload.rounds, record.appended_ms, payload.reason)
                 self.requests[request.request_id], self._queue[request.request_id] = request, None
+        elif isinstance(payload, types.RoundRequestWithdrawn):
+            if payload.run_id == self.run_id and payload.request_id in self._queue:
+                del self._queue[payload.request_id]
+                self.requests[payload.request_id].withdrawn = True
         elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
             self._decided(record, payload)
 

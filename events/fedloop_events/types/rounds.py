@@ -50,6 +50,22 @@ class RoundRequested(Payload, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.run_id
 
 
+class RoundRequestWithdrawn(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Whoever asked for rounds no longer wants those that have not been opened."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.request.withdrawn.v1"
+    audience = Audience.EVERYONE
+
+    run_id: Identifier
+    request_id: Identifier
+    reason: Line = ""
+
+    @property
+    def key(self) -> str:
+        return self.run_id
+
+
 class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Why a client did not count: a stable code, and one sentence without any content."""
 

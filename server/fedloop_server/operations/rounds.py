@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from fedloop_events import ids, types
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import FedloopError, UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion
@@ -183,6 +183,28 @@ def request(writer: EventWriter, rounds: int, reason: str) -> str:
     )
     writer.append(requested)
     return requested.request_id
+
+
+def withdraw(writer: EventWriter, request_id: str, reason: str) -> int:
+    """Take a request back: the rounds of it that have not been opened are not opened any more; how many those are. A round that
+    is open goes on.
+
+    Raises `UsageError` if there is no such request, `FedloopError` if nothing more was to come of it.
+    """
+    reason = commands.check_reason(reason)
+    rounds = Followed(writer.log).rounds
+    request = rounds.requests.get(request_id)
+    if request is None:
+        pending = ", ".join(each.request_id for each in rounds.requests.values() if each.pending)
+        raise UsageError(f"there is no request {request_id!r}", hint=f"pending are {pending}" if pending else "none is pending")
+    if not request.pending:
+        why = (
+            "it is withdrawn" if request.withdrawn else "the server gave it up" if request.given_up else "its rounds were opened"
+        )
+        raise FedloopError(f"nothing more is to come of request {request_id}: {why}")
+    origin = commands.identities(writer).origin
+    writer.append(types.RoundRequestWithdrawn(origin, types.DEFAULT_RUN, request_id, reason))
+    return request.rounds - len(request.numbers)
 
 
 def _deadline(timeout_s: float | None) -> float | None:
