@@ -20,7 +20,7 @@ from fedloop_tasks.table import task_of
 from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text, check_word
 from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
@@ -158,8 +158,10 @@ class Agent:
         `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
         """
         spec, release = self._in_force()
+        words = task_of(spec).words
+        label = check_word("label", label, words)
         response_id = self._device.interactions.respond(
-            text, None, label, release.release, task_of(spec).words, response=response, response_id=response_id
+            text, None, label, release.release, words, response=response, response_id=response_id
         )
         return Response(response_id, label, 1.0, release.release)
 

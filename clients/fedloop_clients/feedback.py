@@ -10,7 +10,9 @@ import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_events.types import Identifier
+from fedloop_tasks.words import find
 from msgspec import Struct
+from msgspec.structs import replace
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_REMARK_CHARS: Final = 2_000
@@ -70,8 +72,11 @@ def check_text(name: str, text: str, most_chars: int) -> None:
         raise UsageError(f"{name} is not Unicode text: it holds half a surrogate pair")
 
 
-def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
-    """Raise `UsageError` unless a user can have meant this of a model that answers with these words."""
+def check_input(given: FeedbackInput, words: Sequence[str]) -> FeedbackInput:
+    """What is given, its label as the model writes it.
+
+    Raises `UsageError` unless a user can have meant this of a model that answers with these words.
+    """
     if given == FeedbackInput():
         raise UsageError("the feedback is empty", hint="give a thumb, rating, label, correction, comment or preferred_over")
     if given.thumb not in (None, "up", "down"):
@@ -79,9 +84,10 @@ def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
     if given.rating is not None and (type(given.rating) is not int or not 1 <= given.rating <= 5):
         raise UsageError("rating must be a whole number from 1 to 5")
     if given.label is not None:
-        check_word("label", given.label, words)
+        given = replace(given, label=check_word("label", given.label, words))
     for name, text in remarks(given):
         check_text(name, text, MAX_REMARK_CHARS)
+    return given
 
 
 def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comment"], str]]:
@@ -92,16 +98,18 @@ def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comme
         yield "comment", given.comment
 
 
-def check_word(name: str, word: str, words: Sequence[str]) -> None:
-    """Raise `UsageError` unless the word is one of those that the model answers with."""
+def check_word(name: str, word: str, words: Sequence[str]) -> str:
+    """The one of the words that the model answers with that `word` is, once both are normalised. Raises `UsageError`."""
     # Such words are published as they are: one that is not the model's could be the user's.
     if not words:
         raise UsageError("this device has not seen a model yet", hint="run the agent once, so that it reads the log")
-    if word not in words:
+    found = find(word, words)
+    if found is None:
         near = difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)
         raise UsageError(
             f"{name} is not one of the model's {len(words)} labels", hint=f"did you mean {near[0]!r}?" if near else ""
         )
+    return found
 
 
 def identifier(name: str, given: str | None) -> str:
