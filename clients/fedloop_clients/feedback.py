@@ -10,7 +10,7 @@ import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_events.types import Identifier
-from fedloop_tasks.words import find
+from fedloop_tasks.words import find, normalised
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -55,16 +55,20 @@ class FeedbackInput(Struct, frozen=True, omit_defaults=True):
 
 
 class Feedback(Struct, frozen=True):
-    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now."""
+    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now.
+
+    `note` says what of it was left out or mended; "" if nothing was.
+    """
 
     feedback_id: str
     response_id: str
     teaches: str | None
+    note: str = ""
 
 
 def check_text(name: str, text: str, most_chars: int) -> None:
     """Raise `UsageError` unless `text` is Unicode with a visible character, of at most `most_chars` characters."""
-    if not text.strip():
+    if not normalised(text):
         raise UsageError(f"{name} is empty")
     if len(text) > most_chars:
         raise UsageError(f"{name} has {len(text):,} characters, more than {most_chars:,}")
@@ -88,6 +92,28 @@ def check_input(given: FeedbackInput, words: Sequence[str]) -> FeedbackInput:
     for name, text in remarks(given):
         check_text(name, text, MAX_REMARK_CHARS)
     return given
+
+
+def mended(given: FeedbackInput) -> tuple[FeedbackInput, str]:
+    """What of it can be kept, and a note of what cannot: a remark that cannot be one takes nothing else with it.
+
+    Half a surrogate pair becomes U+FFFD. A correction or comment that is empty or too long is left out, unless nothing else is
+    given: `check_input` refuses that.
+    """
+    kept, notes = given, []
+    for name, text in remarks(given):
+        whole = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in text)
+        if whole != text:
+            notes.append(f"the {name} held half a character, which U+FFFD stands for now")
+            kept = replace(kept, **{name: whole})
+        try:
+            check_text(name, whole, MAX_REMARK_CHARS)
+        except UsageError as error:
+            without = replace(kept, **{name: None})
+            if without != FeedbackInput():
+                notes.append(f"the {name} is left out: {error.message}")
+                kept = without
+    return kept, "; ".join(notes)
 
 
 def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comment"], str]]:
