@@ -22,7 +22,7 @@ from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.eligibility import Conditions, Surroundings, of_platform
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text, check_word, mended
 from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
@@ -174,8 +174,10 @@ class Agent:
         `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
         """
         spec, release = self._in_force()
+        words = task_of(spec).words
+        label = check_word("label", label, words)
         response_id = self._device.interactions.respond(
-            text, None, label, release.release, task_of(spec).words, response=response, response_id=response_id
+            text, None, label, release.release, words, response=response, response_id=response_id
         )
         return Response(response_id, label, 1.0, release.release)
 
@@ -196,16 +198,17 @@ class Agent:
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
         own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
         same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
-        was the worse of two does not leave it.
+        was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not stop the rest: the
+        `note` of what is returned says what was left out or mended.
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
         """
-        given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
+        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, preferred_over))
         if self._device.spec is None:
             self._read()
         task = self._device.task
         feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
-        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
+        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
 
     @property
     def words(self) -> Sequence[str]:

@@ -14,6 +14,7 @@ import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.masked import MaskedText
 from fedloop_tasks.task import Interaction
+from fedloop_tasks.words import find
 from msgspec import Struct
 
 from fedloop_clients import feedback
@@ -75,7 +76,7 @@ class Interactions:
         feedback.check_text("text", prompt, feedback.MAX_TEXT_CHARS)
         if response is not None:
             feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
-        feedback.check_word("label", predicted, words)
+        predicted = feedback.check_word("label", predicted, words)
         response_id = feedback.identifier("response_id", response_id)
         with self._store.transaction() as db:
             if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
@@ -97,7 +98,7 @@ class Interactions:
         that is one of the words is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
         or something of it is out of range.
         """
-        feedback.check_input(given, words)
+        given = feedback.check_input(given, words)
         feedback_id = feedback.identifier("feedback_id", feedback_id)
         digest = hashlib.sha256(msgspec.json.encode((response_id, given))).digest()
         with self._store.transaction() as db:
@@ -108,7 +109,7 @@ class Interactions:
                         _check_known(db, each)
                 if given.preferred_over == response_id:
                     raise UsageError("a response cannot be preferred over itself")
-                label = given.label or _written(given.correction, words)
+                label = given.label or find(given.correction or "", words, any_case=True)
                 db.execute(
                     "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, state)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, 'captured')",
@@ -295,9 +296,3 @@ def _check_known(db: Any, response_id: str) -> None:
             "no response of this device has this response_id",
             hint=f"use the id that predict() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
         )
-
-
-def _written(correction: str | None, words: Sequence[str]) -> str | None:
-    """The model's word that a correction is."""
-    named = (correction or "").strip().casefold()
-    return next((word for word in words if word.casefold() == named), None)

@@ -96,11 +96,13 @@ class Option(Struct, frozen=True):
 
 
 class Material(Struct, frozen=True):
-    """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels."""
+    """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
+    what in it may be a mistake."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
+    notes: list[str] = []
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fedloop_clients import Agent, loop
 from fedloop_clients.device import Settings, Status
 from fedloop_clients.device_view import LogChangedError
+from fedloop_clients.feedback import MAX_REMARK_CHARS
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
@@ -141,6 +142,41 @@ def test_feedback_is_published_masked_with_what_was_masked(deployment: Deploymen
     assert (recorded.correction.text, recorded.comment.text) == ("<NUMBER_1> no", "<NUMBER_1> <NUMBER_1>")
     assert [each.counts for each in deployment.appended(types.TextMasked)] == [{"NUMBER": 4}]
     assert agent.status().examples == 1
+
+
+@pytest.mark.parametrize("rest", [{"thumb": "up"}, {"rating": 5}, {"label": "card-lost"}])
+@pytest.mark.parametrize(
+    ("remark", "kept", "note"),
+    [
+        ("", None, "left out: comment is empty"),
+        (" \u200b", None, "left out: comment is empty"),
+        ("x" * (MAX_REMARK_CHARS + 1), None, "left out: comment has 2,001 characters"),
+        ("thanks \ud83d", "thanks \ufffd", "half a character"),
+        ("\udc80\udc81", "\ufffd\ufffd", "half a character"),
+        ("thanks", "thanks", ""),
+    ],
+)
+def test_a_remark_that_cannot_be_kept_does_not_stop_the_rest(
+    deployment: Deployment, agent: Agent, rest: dict[str, Any], remark: str, kept: str | None, note: str
+) -> None:
+    response = agent.record("my card is lost", "card-lost").response_id
+    for _ in range(2):
+        recorded = agent.feedback(response, **rest, comment=remark, feedback_id="mine")
+        assert recorded.teaches == "card-lost"
+        assert note in recorded.note
+        assert bool(note) == bool(recorded.note)
+    agent.run(until=settled)
+    (published,) = deployment.appended(types.FeedbackRecorded)
+    assert (published.comment and published.comment.text) == kept
+    assert rest.items() <= {name: getattr(published, name) for name in rest}.items()
+
+
+def test_a_remark_that_cannot_be_kept_is_refused_where_nothing_else_is_given(agent: Agent) -> None:
+    response = agent.record("my card is lost", "card-lost").response_id
+    for given in ({"correction": ""}, {"comment": "\u200b"}, {"correction": "", "comment": ""}):
+        with pytest.raises(UsageError, match="is empty"):
+            agent.feedback(response, **given)  # type: ignore[arg-type]
+    assert agent.feedback(response, correction="", thumb="down").note == "the correction is left out: correction is empty"
 
 
 def test_nothing_that_a_user_wrote_is_readable_outside_the_process(

@@ -61,7 +61,10 @@ def test_a_file_that_grew_was_reordered_or_has_other_line_ends_counts_each_messa
     assert agent._device.store.rows("SELECT count(*) FROM responses") == responses
     grown = given(agent, path, "a new one,loan", *ROWS, ROWS[2])
     assert (grown.recorded, grown.known) == (2, 4)
-    assert counted(agent) == agent._device.count_examples() == 6
+    learnt = sorted((each.text, each.label) for each in agent._device.examples())
+    assert learnt == sorted(
+        [("my card is gone", "card-lost"), ("I need\na loan", "loan"), ("a new one", "loan"), *[("where is it?", "transfer")] * 3]
+    )
 
 
 def test_the_same_message_has_another_id_on_another_device(

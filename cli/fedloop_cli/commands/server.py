@@ -64,6 +64,8 @@ def init(
     made = deploying.deploy(
         home.directory, home.place, material, settings, base_model=model or DEFAULT.base_model, seed=seed, as_is=as_is
     )
+    for note in material.notes:
+        console.note(f"warning: {console.printable(note)}")
     skipped = material.skipped | made.skipped
     for what, count in skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")

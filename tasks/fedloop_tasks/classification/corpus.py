@@ -10,7 +10,9 @@ from typing import Final
 
 from fedloop_events.errors import UsageError
 
+from fedloop_tasks import words
 from fedloop_tasks.task import BadRow, Message, Messages
+from fedloop_tasks.words import normalised
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_LABEL_CHARS: Final = 100
@@ -21,8 +23,8 @@ LABEL_COLUMNS: Final = ("label", "intent", "category")
 def read(path: Path) -> Messages:
     """The CSV file at `path`: a header, a column `text`, and a column `label`, `intent` or `category` (or just one other column).
 
-    Labels are the answers. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than
-    `MAX_LABEL_CHARS`, or that have too few or too many columns are left out and listed with their lines. Raises
+    Labels are the answers, normalised. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer
+    than `MAX_LABEL_CHARS`, or that have too few or too many columns are left out and listed with their lines. Raises
     `UsageError` for anything else, and if no row is left.
     """
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
@@ -38,7 +40,7 @@ def read(path: Path) -> Messages:
                 if wrong:
                     found.bad.append(BadRow(line, wrong))
                 else:
-                    found.rows.append(Message(cells[text_at], cells[label_at].strip()))
+                    found.rows.append(Message(cells[text_at], normalised(cells[label_at])))
                     found.lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
@@ -70,18 +72,30 @@ def check_known(messages: Messages, labels: list[str]) -> None:
     unknown = sorted({each.answer for each in messages.rows} - set(labels))
     if unknown:
         more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
-        raise UsageError(f"{messages.path} has the label {unknown[0]!r}{more}, which the training data does not have")
+        near = words.find(unknown[0], labels, any_case=True)
+        raise UsageError(
+            f"{messages.path} has the label {unknown[0]!r}{more}, which the training data does not have",
+            hint=f"it has {near!r}: upper and lower case count" if near else "",
+        )
+
+
+def notes(labels: list[str]) -> list[str]:
+    """What an operator should know of these labels."""
+    return [f"the labels {' and '.join(map(repr, group))} differ in case alone" for group in words.alike(labels)]
 
 
 def read_labels(path: Path) -> list[str]:
-    """One label a line, each once. Raises `UsageError`."""
-    labels = [line.strip() for line in _decoded(path).splitlines() if line.strip()]
-    for label in labels:
+    """One label a line, each once, normalised. Raises `UsageError`."""
+    labels: dict[str, int] = {}
+    for number, line in enumerate(_decoded(path).splitlines(), 1):
+        label = normalised(line)
         if len(label) > MAX_LABEL_CHARS:
-            raise UsageError(f"{path} has a label of {len(label)} characters", hint=f"at most {MAX_LABEL_CHARS}")
-        if labels.count(label) > 1:
-            raise UsageError(f"{path} has the label {label!r} twice")
-    return check_labels(labels, path)
+            raise UsageError(f"{path}, line {number}: a label of {len(label)} characters", hint=f"at most {MAX_LABEL_CHARS}")
+        if label in labels:
+            raise UsageError(f"{path}, line {number}: the label {label!r} is there twice", cause=f"first in line {labels[label]}")
+        if label:
+            labels[label] = number
+    return check_labels([*labels], path)
 
 
 def check_labels(labels: list[str], path: Path) -> list[str]:
@@ -131,8 +145,8 @@ def _columns(path: Path, heads: list[str]) -> tuple[int, int]:
 def _wrong(cells: list[str], heads: list[str], text_at: int, label_at: int) -> str:
     if len(cells) != len(heads):
         return "wrong number of columns"
-    text, label = cells[text_at], cells[label_at].strip()
-    if not text.strip():
+    text, label = cells[text_at], normalised(cells[label_at])
+    if not normalised(text):
         return "empty text"
     if len(text) > MAX_TEXT_CHARS:
         return f"text longer than {MAX_TEXT_CHARS:,} characters"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
+from fedloop_tasks import words
 from fedloop_tasks.task import Interaction
 
 
@@ -36,10 +37,9 @@ def _taught(given: Interaction, labels: Sequence[str]) -> tuple[str | None, int]
     if given.label is not None:
         return given.label, 2
     if given.edit is not None:
-        named = given.edit.text.strip().casefold()
-        for label in labels:
-            if label.casefold() == named:
-                return label, 2
+        named = words.find(given.edit.text, labels, any_case=True)
+        if named is not None:
+            return named, 2
     content = given.thumb == "up" or (given.thumb is None and given.rating is not None and given.rating >= 4)
     remark_only = given.thumb is None and given.rating is None and given.edit is None
     return given.predicted if content else None, 0 if remark_only else 1

@@ -62,7 +62,7 @@ class Classification:
     @classmethod
     def _material(cls, labels: list[str], held_out: Messages) -> Material:
         corpus.check_known(held_out, labels)
-        return Material(labels, held_out.rows, held_out.skipped)
+        return Material(labels, held_out.rows, held_out.skipped, corpus.notes(labels))
 
     @classmethod
     def written(cls, messages: Sequence[Message]) -> str:
