@@ -43,7 +43,8 @@ def deploy(
     """Make the deployment in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
 
     Devices see masked texts alone, so the figure that counts is that on masked texts: held-out texts are masked when they are
-    taken in, unless they are to be taken `as_is`. Raises `UsageError`, `ModelError`, `UnreachableError`.
+    taken in, unless they are to be taken `as_is`. Raises `UsageError`, also for settings with which no round can ever run;
+    `ModelError`, `UnreachableError`.
     """
     from fedloop_server import config as configuration
 
@@ -51,9 +52,14 @@ def deploy(
     mask = _as_it_is if as_is else _masking()
 
     from fedloop_server.deployment import CONFIG_FILE, create_deployment
+    from fedloop_server.rounds.planner import Planner
 
     spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
+    planner = Planner(config)
+    planner.check(initial)  # seconds: what the first round would take
     made, task = create_deployment(directory, spec, initial, config, place), task_of(spec)
+    if made.config.plan == config.plan:
+        planner.keep_in(made.plan_file)
     failed = task.keep(made.folder, material.held_out, mask)
 
     from fedloop_server.operations.followed import Followed
