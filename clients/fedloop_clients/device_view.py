@@ -56,7 +56,7 @@ class Spent(Struct, frozen=True):
     appended_ms: int
 
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 class _Version(Struct):
