@@ -41,13 +41,13 @@ CONFIG = ServerConfig(plan=PLAN, quorum=2, deadline_s=30.0)
 OPEN_CONFIG = ServerConfig(plan=ClassificationPlan(epsilon=None), quorum=2, deadline_s=30.0)
 
 
-def initial_arrays() -> dict[str, Array]:
+def initial_arrays(labels: int = 3) -> dict[str, Array]:
     random = np.random.default_rng(0)
     return {
         "lora.0.query.A": random.normal(size=(2, 4)).astype(np.float32),
         "lora.0.query.B": np.zeros((4, 2), np.float32),
-        "head.weight": np.zeros((3, 4), np.float32),
-        "head.bias": np.zeros(3, np.float32),
+        "head.weight": np.zeros((labels, 4), np.float32),
+        "head.bias": np.zeros(labels, np.float32),
     }
 
 
@@ -186,9 +186,9 @@ class Device:
 class World:
     """A deployment in a folder, and what its log says."""
 
-    def __init__(self, folder: Path, config: ServerConfig = CONFIG) -> None:
+    def __init__(self, folder: Path, config: ServerConfig = CONFIG, spec: types.ClassificationSpec = SPEC) -> None:
         self.folder, self.config = folder, config
-        self.deployment: Deployment = create_deployment(folder, SPEC, initial_arrays(), config)
+        self.deployment: Deployment = create_deployment(folder, spec, initial_arrays(len(spec.labels)), config)
         self.log, self.blobs, self.writer = self.deployment.log, self.deployment.blobs, self.deployment.writer
         self.devices: dict[str, Device] = {}
 

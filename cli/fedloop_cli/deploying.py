@@ -45,7 +45,8 @@ def deploy(
 
     Devices see masked texts alone, so the figure that counts is that on masked texts: held-out texts are masked when they are
     taken in, unless they are to be taken `as_is`. The words that a model answers with are published as they are, so one that
-    the masker would mask is refused, where there is a masker. Raises `UsageError`, `ModelError`, `UnreachableError`.
+    the masker would mask is refused, where there is a masker. Raises `UsageError`, also for settings with which no round can ever
+    run; `ModelError`, `UnreachableError`.
     """
     from fedloop_server import config as configuration
 
@@ -53,12 +54,16 @@ def deploy(
     masking = _masking_or_none() if as_is else _masking()
 
     from fedloop_server.deployment import CONFIG_FILE, create_deployment
+    from fedloop_server.rounds.planner import Planner
 
     spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
-    task = task_of(spec)
+    task, planner = task_of(spec), Planner(config)
     if masking is not None:
         _check_words(task.words, masking)
+    planner.check(initial)  # seconds: what the first round would take
     made = create_deployment(directory, spec, initial, config, place)
+    if made.config.plan == config.plan:
+        planner.keep_in(made.plan_file)
     failed = task.keep(made.folder, material.held_out, _as_it_is if as_is or masking is None else masking)
 
     from fedloop_server.operations.followed import Followed

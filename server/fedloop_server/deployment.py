@@ -26,6 +26,7 @@ from fedloop_events.folds.identities import Identities
 from fedloop_events.ids import derived_id
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.parts import split
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
@@ -186,12 +187,11 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
 def _announce(writer: EventWriter, intent: _Intent) -> None:
     """What the log does not hold yet, under ids that are functions of the intent: appended once, however often this runs."""
     origin, release = intent.origin, release_id(0, intent.initial)
+    *listed, registered = split(types.ModelRegistered(origin=origin, model=DEFAULT_MODEL, spec=intent.spec))
     announced: list[tuple[types.Payload, str]] = [
         (types.DeploymentCreated(origin=origin, public_key=writer.key.public_key), derived_id(origin, "deployment")),
-        (
-            types.ModelRegistered(origin=origin, model=DEFAULT_MODEL, spec=intent.spec),
-            derived_id(origin, DEFAULT_MODEL, "registered"),
-        ),
+        *((part, derived_id(origin, DEFAULT_MODEL, "registered", "part", number)) for number, part in enumerate(listed)),
+        (registered, derived_id(origin, DEFAULT_MODEL, "registered")),
         (
             types.ReleaseProposed(origin=origin, model=DEFAULT_MODEL, epoch=0, release=release, number=0, blob=intent.initial),
             derived_id(origin, DEFAULT_MODEL, release, "proposed"),
@@ -213,8 +213,8 @@ def release_id(number: int, blob: types.BlobRef) -> str:
 
 
 def _check(spec: types.Spec, arrays: Mapping[str, tensors.Array]) -> None:
-    registered = types.ModelRegistered(origin="x", model=DEFAULT_MODEL, spec=spec)
-    envelope.expect(envelope.encode(registered, id="0" * 32, time_s=0), types.ModelRegistered)
+    for payload in split(types.ModelRegistered(origin="x" * 80, model=DEFAULT_MODEL, spec=spec)):
+        envelope.expect(envelope.encode(payload, id="0" * 32, time_s=0), type(payload))
     task_of(spec).check(arrays)
     for each in tensors.specs(arrays):
         if each.dtype != "F32" or not bool(np.isfinite(arrays[each.name]).all()):

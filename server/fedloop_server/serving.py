@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.envelope import Record
 from fedloop_events.locations import DeploymentLocation
 from fedloop_tasks.task import Evaluate, Task
 
 from fedloop_server.deployment import Deployment, open_deployment
 from fedloop_server.operations.followed import Followed
-from fedloop_server.operations.registry import task_of_model
+from fedloop_server.operations.registry import current, task_of_model
 from fedloop_server.rounds.loop import Server
+from fedloop_server.rounds.planner import Planner
 from fedloop_server.state import OnEvent
 from fedloop_server.telemetry import exposition
 from fedloop_server.telemetry.metrics import MeteredLog, registry
@@ -43,10 +45,13 @@ def serve(
     """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
 
     `on_event` is called with each event that is appended from now on. `metrics` is the address at which Prometheus finds it.
-    Raises `FencedError` when another server has taken over.
+    Raises `UsageError` for a configuration with which no round can run, `FencedError` when another server has taken over.
     """
     deployment = open_deployment(directory, place)
-    task = task_of_model(Followed(deployment.log).releases, types.DEFAULT_MODEL)
+    releases = Followed(deployment.log).releases
+    task = task_of_model(releases, types.DEFAULT_MODEL)
+    base = deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)
+    Planner(deployment.config, cache=deployment.plan_file).check(tensors.decode(base))
     before = deployment.log.end()
 
     def news(record: Record, payload: types.Payload) -> None:

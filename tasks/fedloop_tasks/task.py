@@ -130,7 +130,7 @@ class Plan(Protocol):
     def mechanisms(self) -> dict[str, Mechanism]:
         """Each program's mechanism, which together keep the budget; none without one. May take seconds.
 
-        Raises `BudgetTooSmallError` if no noise keeps the budget.
+        Raises `UsageError`, which names what would be possible, if no noise keeps the budget.
         """
 
     def next_program(self, made: Sequence[str]) -> str | None:

@@ -20,15 +20,26 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", "".join(seen)).split())
 
 
+class Index:
+    """Finds the one of `words` that a text is, once both are normalised."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._exact: dict[str, str] = {}
+        self._folded: dict[str, str] = {}
+        for word in words:
+            self._exact.setdefault(normalised(word), word)
+            self._folded.setdefault(normalised(word).casefold(), word)
+
+    def find(self, given: str, *, any_case: bool = False) -> str | None:
+        """That word, or None; with `any_case` also one in another case, unless one is in the same."""
+        wanted = normalised(given)
+        found = self._exact.get(wanted)
+        return self._folded.get(wanted.casefold()) if found is None and any_case else found
+
+
 def find(given: str, words: Sequence[str], *, any_case: bool = False) -> str | None:
-    """The one of `words` that `given` is, once both are normalised; with `any_case` also one in another case."""
-    if given in words:
-        return given
-    wanted = normalised(given)
-    found = next((word for word in words if normalised(word) == wanted), None)
-    if found is None and any_case:
-        return next((word for word in words if normalised(word).casefold() == wanted.casefold()), None)
-    return found
+    """`Index.find`, for one text."""
+    return given if given in words else Index(words).find(given, any_case=any_case)
 
 
 def alike(words: Iterable[str]) -> list[list[str]]:

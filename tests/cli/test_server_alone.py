@@ -76,6 +76,24 @@ def test_held_out_messages_that_cannot_be_masked_are_refused_before_anything_is_
     assert not (tmp_path / "d").exists()
 
 
+def test_a_budget_that_no_round_keeps_is_refused_at_init_and_when_it_was_edited_in(tmp_path: Path, test: Path) -> None:
+    init = ("server", "init", tmp_path / "d", "--test", test, "--held-out-as-is", "--json")
+    refused = alone(*init, "--epsilon", "0.01")
+    assert refused.status == 2
+    assert refused.document["error"]["message"].startswith("epsilon = 0.01 ")
+    assert "--epsilon" in refused.document["error"]["hint"]
+    assert not (tmp_path / "d").exists()
+
+    assert alone(*init, "--rounds", "2", "--quorum", "100").status == 0
+    config = tmp_path / "d" / "server" / "server.toml"
+    text = config.read_text()
+    assert "cohort_size = 100" in text
+    config.write_text(text.replace("epsilon = 8.0", "epsilon = 0.01"))
+    ended = alone("server", "run", tmp_path / "d", "--until-idle", "--json")
+    assert ended.status == 2
+    assert ended.document["error"]["message"].startswith("epsilon = 0.01 ")
+
+
 @pytest.mark.slow
 def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> None:
     directory = tmp_path / "d"

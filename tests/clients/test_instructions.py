@@ -386,7 +386,7 @@ def test_a_stamp_of_the_future_opens_no_second_day_and_closes_none(
 ) -> None:
     from clients.conftest import clock_ahead
 
-    agent = enrol(epsilon=1000.0, settings=Settings(rounds_per_day=2))
+    agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
     deployment.ask("phone")
     with clock_ahead(3 * DAY_S):
         agent.run(until=answered(1))

@@ -7,16 +7,23 @@ import urllib.request
 from contextlib import closing
 from pathlib import Path
 from socket import socket
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
-from devices import CONFIG, SPEC, World, evaluate
+from devices import CONFIG, PLAN, SPEC, World, evaluate, initial_arrays
 from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import locate
+from fedloop_events.logs.port import read_all
+from fedloop_server import config as configuration
+from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment
+from fedloop_server.rounds.planner import Planner
 from fedloop_server.serving import serve
+from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Evaluate, Task
 
@@ -68,3 +75,37 @@ def test_a_server_that_is_to_stop_ends_before_it_decides_anything(tmp_path: Path
 def test_a_deployment_whose_making_was_cut_short_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         serve(tmp_path, locate(tmp_path), threading.Event(), make_evaluate)
+
+
+@pytest.mark.parametrize(
+    ("edited", "named"),
+    [
+        ({"plan": msgspec.structs.replace(PLAN, epsilon=1e-5, delta=1e-9, planned_rounds=10_000)}, "epsilon = 1e-05"),
+        ({"max_upload_bytes": 50}, "max_upload_bytes = 50"),
+    ],
+)
+def test_a_configuration_that_no_round_can_run_with_is_refused_before_anything_is_decided(
+    tmp_path: Path, edited: dict[str, Any], named: str
+) -> None:
+    world = World(tmp_path / "deployment", CONFIG)
+    impossible = configuration.dump(msgspec.structs.replace(CONFIG, **edited))
+    (world.folder / "server" / "server.toml").write_text(impossible)
+    events = list(read_all(world.log))
+    with pytest.raises(UsageError, match=named):
+        serve(world.folder, locate(world.folder), threading.Event(), make_evaluate, until_idle=True)
+    assert list(read_all(world.log)) == events
+
+
+def test_a_model_whose_rounds_no_event_can_hold_is_refused() -> None:
+    arrays = {f"lora.{layer}.query.{part}": np.zeros((1, 1), np.float32) for layer in range(2_000) for part in "AB"}
+    with pytest.raises(UsageError, match="4000 tensors"):
+        Planner(ServerConfig(plan=ClassificationPlan(epsilon=None))).check(arrays)
+
+
+def test_what_the_check_has_found_is_kept_for_the_first_round(tmp_path: Path) -> None:
+    planner = Planner(CONFIG)
+    planner.check(initial_arrays())
+    planner.keep_in(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").exists()
+    kept = Planner(CONFIG, cache=tmp_path / "plan.json")
+    assert kept.terms("sums") == planner.terms("sums")

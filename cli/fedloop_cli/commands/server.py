@@ -45,8 +45,10 @@ def init(
     """Make a deployment in a new folder DIR. Started again after a crash, it ends what it began.
 
     Its log and blobs are in DIR, or where --log and --blobs say; DIR/deployment.toml remembers that for every other command.
-    All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
+    All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts. Settings with
+    which no round can ever run are refused.
     """
+    from fedloop_server.config import MAX_COHORT, ServerConfig
     from fedloop_tasks.table import DEFAULT
 
     from fedloop_cli import deploying
@@ -58,6 +60,7 @@ def init(
         "planned_rounds": rounds,
         "nominal_examples": examples,
         "quorum": quorum,
+        "cohort_size": min(max(quorum, ServerConfig().cohort_size), MAX_COHORT),
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
     material = DEFAULT.material(options.of_task())

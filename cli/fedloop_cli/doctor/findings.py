@@ -97,7 +97,7 @@ def log_clock(log: EventLog) -> Iterator[Finding]:
 
 
 def stamps(log: EventLog) -> Iterator[Finding]:
-    """Whether the last events of each stream are stamped in the order in which they stand; the embedded log's are its writers'."""
+    """Whether the last events of each stream are stamped in the order in which they stand: an embedded log has its writers'."""
     at = Position({stream: max(0, offset - _LOOKED_BACK) for stream, offset in log.end().offsets.items()})
     newest: dict[str, Record] = {}
     worst: tuple[int, Record, Record] | None = None

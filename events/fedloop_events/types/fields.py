@@ -62,6 +62,11 @@ class Mechanism(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     divisor: Positive
 
 
+MAX_PARTS: Final = 512
+PartHashes = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
+"""The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
+
+
 Scalar = int | float | bool | str
 
 

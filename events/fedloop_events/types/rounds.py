@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -17,6 +17,7 @@ from fedloop_events.types.fields import (
     Line,
     Mechanism,
     NodeId,
+    PartHashes,
     Positive,
     Sha256,
 )
@@ -72,11 +73,6 @@ class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     client_id: Identifier
     reason: Identifier
     detail: Line = ""
-
-
-MAX_PARTS: Final = 512
-PartHashes = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
-"""The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
 
 
 class CohortListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
