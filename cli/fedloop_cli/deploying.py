@@ -127,8 +127,8 @@ def _check_words(words: Sequence[str], mask: Mask) -> None:
         masked = mask(word)
         if masked != word:
             raise UsageError(
-                f"the label {word!r} would be masked",
-                cause=f"the masker reads {masked}; labels are published as they are" if masked else "the masker cannot read it",
+                f"{word!r}, which the model would answer with, would be masked",
+                cause=f"the masker reads {masked}; answers are published as they are" if masked else "the masker cannot read it",
                 hint="rename it, so that it names nobody",
             )
 

@@ -23,7 +23,7 @@ def test_a_label_that_the_masker_would_mask_is_refused_and_nothing_is_made(
     test = write(tmp_path / "test.csv", "loan", "John Smith")
     ended = fedloop("server", "init", tmp_path / "bank", "--test", test, "--json", *as_is)
     assert ended.status == 2
-    assert ended.document["error"]["message"] == "the label 'John Smith' would be masked"
+    assert ended.document["error"]["message"] == "'John Smith', which the model would answer with, would be masked"
     assert not (tmp_path / "bank").exists()
 
 
