@@ -595,22 +595,24 @@ def test_a_request_by_a_clock_that_is_ahead_is_given_up_in_time_too(tmp_path: Pa
 
 
 def test_a_reply_by_a_clock_that_is_ahead_ends_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its deadline is counted from what the server itself has decided."""
+    """A server that goes on with a round counts what has passed by what servers have decided."""
     world = World(tmp_path / "deployment")
     ann, bob = world.device("ann"), world.device("bob")
     world.request(1)
-    server = world.server()
-    wait_for(lambda: isinstance(server.step(0.0), actions.OpenRound))
+    stop, server = threading.Event(), world.server()
+    running = threading.Thread(target=server.run, args=(stop,))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.InstructionSent)) == 2)
+    stop.set()
+    running.join(30)
     with monkeypatch.context() as wrong:
         right = time.time_ns
         wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
-        running = threading.Thread(target=server.step, args=(0.0,))
-        ann.seen()
-    running.start()
-    wait_for(lambda: bool(world.payloads(types.InstructionSent)))
-    with monkeypatch.context() as wrong:
-        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
         ann.step()
+    stop.clear()
+    running = threading.Thread(target=world.server().run, args=(stop, 1))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.EpochStarted)) == 2)
     bob.step()
     running.join(30)
     assert not running.is_alive()
