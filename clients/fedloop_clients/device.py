@@ -28,8 +28,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How a device takes part.
 
     `heartbeat_s` is how often it reports that it is up; `rounds_per_day` bounds what a server can make it spend in a day, by the
-    log's clock; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not installed
-    packages.
+    clock of its decisions; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not
+    installed packages.
     """
 
     model: str = types.DEFAULT_MODEL

@@ -49,14 +49,14 @@ class Instruction(Struct, frozen=True):
 
 
 class Spent(Struct, frozen=True):
-    """What the log has as paid for one instruction. `appended_ms` is the log's own clock."""
+    """What the log has as paid for one instruction. `spent_ms` is what `DeviceView.now_ms` was then."""
 
     spend_seq: int
     event_id: str
-    appended_ms: int
+    spent_ms: int
 
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 class _Version(Struct):
@@ -73,7 +73,8 @@ class _State(Struct):
     rounds: dict[str, types.RoundOpened] = {}
     instructions: dict[str, Instruction] = {}
     spent: dict[str, Spent] = {}
-    newest_ms: int = 0
+    now_ms: int = 0
+    decided_ms: int = 0
     refused: int = 0
 
 
@@ -81,8 +82,8 @@ class DeviceView:
     """The state of the log as far as it concerns the device `client_id` under the server key `server_key`.
 
     `rounds` are the open ones, of whose cohorts it knows whether this device is in them; `instructions` are those for this device
-    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `newest_ms` the latest
-    time on the log's clock, `refused` how many events were malformed or not by whom they name.
+    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `refused` how many
+    events were malformed or not by whom they name.
     """
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
@@ -126,8 +127,13 @@ class DeviceView:
         return MappingProxyType(self._state.spent)
 
     @property
-    def newest_ms(self) -> int:
-        return self._state.newest_ms
+    def now_ms(self) -> int:
+        """What time it is at least, by the last two decisions of the server: the earlier of their stamps.
+
+        A stamp may be the appender's clock, which may be wrong. So no other author's stamp counts, one of the server's that is
+        of the future moves nothing, and none is believed for longer than until the next decisions.
+        """
+        return self._state.now_ms
 
     @property
     def refused(self) -> int:
@@ -172,7 +178,6 @@ class DeviceView:
 
     def apply(self, record: Record) -> None:
         """Take in one event. What is malformed, or not signed by whom it names, is counted and changes nothing."""
-        self._state.newest_ms = max(self._state.newest_ms, record.appended_ms)
         own = record.key == self.client_id
         if record.topic not in (topics.ROUNDS, topics.RELEASES) and not own and record.type != types.DeploymentCreated.type_name:
             return
@@ -187,7 +192,9 @@ class DeviceView:
             self._take(record, payload)
 
     def _take(self, record: Record, payload: types.Payload) -> None:
-        self.changed = True
+        self.changed, kept = True, self._state
+        if payload.author == "server":
+            kept.now_ms, kept.decided_ms = min(kept.decided_ms, record.appended_ms), record.appended_ms
         if isinstance(payload, types.ClientEvent):
             self.mine.append(Mine(payload.seq, record.id))
             self._own(record, payload)
@@ -204,7 +211,7 @@ class DeviceView:
                 self._state.instructions.pop(payload.instruction_id, None)
             case types.BudgetSpent():
                 self.ledger.apply(record, payload)
-                self._state.spent.setdefault(payload.instruction_id, Spent(payload.spend_seq, record.id, record.appended_ms))
+                self._state.spent.setdefault(payload.instruction_id, Spent(payload.spend_seq, record.id, self.now_ms))
             case _:
                 pass
 

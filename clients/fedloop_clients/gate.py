@@ -55,11 +55,11 @@ class Gate:
         self._device, self._apps, self._reader = device, apps, reader
 
     def too_late(self, instruction: Instruction, opened: Opened, known_s: float) -> bool:
-        """By the log's own clock, and by how long this process has known it: the device's wall clock decides nothing."""
+        """By what the server has decided since, and by how long this process has known it: no other clock decides anything."""
         sent = instruction.sent
         if sent.round_id is not None and opened is None:
             return True  # closed, aborted, or opened by a server that was fenced
-        age_s = max((self._device.view.newest_ms - instruction.record.appended_ms) / 1000, known_s)
+        age_s = max((self._device.view.now_ms - instruction.record.appended_ms) / 1000, known_s)
         return age_s > (min(sent.ttl_s, opened.deadline_s) if opened else sent.ttl_s)
 
     def refusal(self, instruction: Instruction, opened: Opened) -> Decline | None:
@@ -109,8 +109,8 @@ class Gate:
         return None if same and release.status == "published" and release.model == opened.model else "wrong-base"
 
     def _over_budget(self, mechanism: types.Mechanism) -> Decline | None:
-        me, since_ms = self._device.identity, self._device.view.newest_ms - _DAY_MS
-        if sum(each.appended_ms > since_ms for each in self._device.view.spent.values()) >= self._device.settings.rounds_per_day:
+        me, since_ms = self._device.identity, self._device.view.now_ms - _DAY_MS
+        if sum(each.spent_ms > since_ms for each in self._device.view.spent.values()) >= self._device.settings.rounds_per_day:
             return Decline("too-many-rounds", f"at most {self._device.settings.rounds_per_day} a day")
         try:
             over = self._device.view.ledger.check(me.client_id, validate(mechanism), me.epsilon, me.delta)

@@ -52,7 +52,7 @@ class ServerState:
 
     def apply(self, record: Record, payload: types.Payload) -> None:
         if payload.author == "server":
-            self.decided_ms = max(self.decided_ms, record.appended_ms)
+            self.decided_ms = record.appended_ms
         if record.topic == topics.RELEASES:
             self.releases.apply(record, payload)
         elif record.topic == topics.AUDIT:

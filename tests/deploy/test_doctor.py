@@ -115,6 +115,21 @@ def test_a_clock_that_is_behind_the_log_is_noticed(doctor: Doctor, deployment: P
     assert "NTP" in said(doctor(deployment)[1], "warn", "s behind the log")
 
 
+def test_a_stamp_of_the_future_is_named_with_its_author(
+    doctor: Doctor, deployment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time_ns
+    with monkeypatch.context() as wrong:
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        Agent.enrol(deployment, tmp_path / "wrong", client_id="wrong-clock", key_from="file").close()
+    Agent.enrol(deployment, tmp_path / "right", client_id="right-clock", key_from="file").close()
+    hint = said(doctor(deployment)[1], "warn", "by 'wrong-clock' at")
+    assert "NTP" in hint
+    (what,) = [each["what"] for each in doctor(deployment)[1]["findings"] if "wrong-clock" in each["what"]]
+    assert "is stamped 259,200 s later than event" in what
+    assert "by 'right-clock'" in what
+
+
 def test_a_full_disk_is_noticed(doctor: Doctor, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "SCARCE_BYTES", 1 << 62)
     said(doctor(deployment)[1], "warn", "GB free at")

@@ -552,3 +552,41 @@ def test_a_round_whose_blobs_are_gone_is_aborted_in_place_of_a_server_that_can_n
     aborted = world.rounds.rounds["r0001"].aborted
     assert aborted is not None
     assert (aborted.reason, aborted.detail) == ("unmergeable", "BlobError")
+
+
+def test_a_request_by_a_clock_that_is_ahead_is_given_up_in_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "deployment", replace(CONFIG, quorum_wait_s=0.2))
+    with monkeypatch.context() as wrong:
+        right = time.time_ns
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        world.device("ann")
+        world.request(1)
+    server = world.server()
+    wait_for(lambda: bool(server.step(0.05)) and bool(world.payloads(types.RoundAborted)))
+    (aborted,) = world.payloads(types.RoundAborted)
+    assert aborted.detail == "0 clients can take part, and the quorum is 2"
+
+
+def test_a_reply_by_a_clock_that_is_ahead_ends_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that goes on with a round counts what has passed by what servers have decided."""
+    world = World(tmp_path / "deployment")
+    ann, bob = world.device("ann"), world.device("bob")
+    world.request(1)
+    stop, server = threading.Event(), world.server()
+    running = threading.Thread(target=server.run, args=(stop,))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.InstructionSent)) == 2)
+    stop.set()
+    running.join(30)
+    with monkeypatch.context() as wrong:
+        right = time.time_ns
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        ann.step()
+    stop.clear()
+    running = threading.Thread(target=world.server().run, args=(stop, 1))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.EpochStarted)) == 2)
+    bob.step()
+    running.join(30)
+    assert not running.is_alive()
+    assert [each.client_id for each in world.payloads(types.RoundClosed)[0].accepted] == ["ann", "bob"]

@@ -136,6 +136,7 @@ def _log(location: str) -> Iterator[Finding]:
         with closing(locations.open_log(location)) as log:
             yield Finding("log", "ok", f"{path} opens")
             yield from findings.log_clock(log)
+            yield from findings.stamps(log)
         if path.stat().st_mode & stat.S_IWOTH:
             yield Finding("log", "fail", f"everybody can write {path}", f"chmod o-w {path}")
 

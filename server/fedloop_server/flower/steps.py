@@ -56,7 +56,7 @@ class RunSteps:
         self.epoch = 0
         self.server_id = ""
         self.now_ms = 0
-        """The log's own clock, as of the last event read."""
+        """The log's own clock, as of the last event read that a server has signed: clients' clocks may be wrong."""
         self.decisions: dict[int, Decision] = {}
         self.replies: dict[str, list[Reply]] = {}
         """By instruction, in the order of the log."""
@@ -65,8 +65,8 @@ class RunSteps:
         self._sent: set[str] = set()
 
     def apply(self, record: Record, payload: Payload) -> None:
-        self.now_ms = max(self.now_ms, record.appended_ms)
         if isinstance(payload, ServerEvent):
+            self.now_ms = record.appended_ms
             if payload.run_id == self.run_id:
                 self._decided(record, payload)
         elif isinstance(payload, UpdateSubmitted | RoundDeclined) and payload.run_id == self.run_id:

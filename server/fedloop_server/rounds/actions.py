@@ -139,9 +139,11 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Acti
     if len(found.clients) >= config.quorum:
         return OpenRound(request.request_id, number, program, found)
     last = state.rounds.last
-    since_ms = max(request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0)
+    wait_ms = config.quorum_wait_s * 1000
+    begun = request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0
+    since_ms = max(each for each in (0, *begun) if each <= now_ms + wait_ms)  # a later one is by a clock that is wrong
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
-    if now_ms - since_ms < config.quorum_wait_s * 1000:
+    if now_ms - since_ms < wait_ms:
         return Wait(detail)
     return AbortRound(round_id(number), "quorum", detail, found.excluded)
 

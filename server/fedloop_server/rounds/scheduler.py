@@ -34,6 +34,9 @@ def eligible(
 ) -> Eligibility:
     """Split enrolled clients. `now_ms` is the log's own clock, by which they were last seen.
 
+    Who was last seen longer ago than `availability_s` is unavailable, and so is who will be seen in a future as far away: its
+    clock is wrong, and would keep it available for as long after it is gone.
+
     Reasons: "revoked", "unavailable", "too-few-examples", "wants-privacy" (a round without differential privacy is not for a
     client that has a budget), and what `budget` says.
     """
@@ -75,7 +78,7 @@ def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
 def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: BudgetCheck) -> str | None:
     if client.revoked:
         return "revoked"
-    if now_ms - client.seen_ms > config.availability_s * 1000:
+    if abs(now_ms - client.seen_ms) > config.availability_s * 1000:
         return "unavailable"
     if client.examples_at_least < config.min_examples:
         return "too-few-examples"
