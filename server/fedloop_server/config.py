@@ -31,6 +31,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     plan: Plan = msgspec.field(default_factory=DEFAULT.plan)
     quorum: _Many = 2
     cohort_size: Annotated[int, Meta(ge=1, le=MAX_COHORT)] = 64
+    unasked_rounds: _Many = 20
     min_examples: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
     deadline_s: _Number = 600.0
     availability_s: _Number = 120.0
@@ -48,6 +49,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 _MEANING: Final = {
     "quorum": "Fewest clients that a round may start with, and fewest updates that make a release.",
     "cohort_size": f"Most clients that one round asks, at most {MAX_COHORT}.",
+    "unasked_rounds": "Rounds after which a client that was not asked goes first, or four times those that ask everybody once.",
     "min_examples": "Examples that a client must report at least (it reports a power of two, or 0).",
     "deadline_s": "Seconds that clients have for a round.",
     "availability_s": "Seconds for which a client counts as available after it was last seen.",

@@ -103,7 +103,8 @@ class Drafting:
         """Draw the cohort, once: the event that records it decides."""
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
-        drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source)
+        past = scheduler.past(self._state.rounds, len(action.eligibility.clients), config.cohort_size, config.unasked_rounds)
+        drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source, past)
         terms = self._planner.terms(action.program)
         opened = types.RoundOpened(
             **self._run(),
