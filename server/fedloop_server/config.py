@@ -10,10 +10,14 @@ from typing import Annotated, Any, Final, get_type_hints
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.hours import DayHours, zone
 from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Plan
 from msgspec import Meta, Struct
 
+from fedloop_server import schedules
+
+NONE: Final = "none"
 MAX_COHORT = 1_500
 """`ReleaseProposed` names each update that went in, and is one event of at most 60 KiB."""
 
@@ -39,11 +43,24 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     max_update_norm: _Number = 1000.0
     max_upload_bytes: Annotated[int, Meta(ge=1, le=2**40)] = 64 << 20
     gate_margin: Annotated[float, Meta(ge=0, le=1)] = 0.02
+    schedule: str = NONE
+    windows: str = NONE
+    time_zone: str = "UTC"
     model_dir: Annotated[str, Meta(max_length=4096)] = ""
 
     def __post_init__(self) -> None:
         if self.cohort_size < self.quorum:
             raise _wrong("quorum", self.quorum, f"at most cohort_size, which is {self.cohort_size}")
+        zone(self.time_zone)
+        if self.schedule != NONE:
+            schedules.check(self.schedule, self.time_zone)
+        if self.windows != NONE:
+            DayHours.parse(self.windows)
+
+    @property
+    def hours(self) -> DayHours | None:
+        """The hours in which rounds may open; None if that is always."""
+        return None if self.windows == NONE else DayHours.parse(self.windows, self.time_zone)
 
 
 _MEANING: Final = {
@@ -57,6 +74,9 @@ _MEANING: Final = {
     "max_update_norm": "L2 norm of an update's change, above which it is refused (where it is more, what the task allows).",
     "max_upload_bytes": "Bytes of an update's tensors, above which it is refused.",
     "gate_margin": "How much worse than the current release a new one may be.",
+    "schedule": 'When a round is requested, as cron says it: "30 2 * * *" is at half past two at night; "none": only on request.',
+    "windows": 'Hours in which rounds may open, as in "22-06" or "12:30-13:15,22-06"; "none": at all hours.',
+    "time_zone": 'Time zone of the schedule and the windows, as in "Europe/Berlin".',
     "model_dir": "Folder of base models; empty: the installed packages.",
 }
 
