@@ -41,6 +41,16 @@ class DayHours(NamedTuple):
         shown = wall(time_s, self.zone)
         return any(window.contains(shown.hour * 60 + shown.minute) for window in self.windows)
 
+    def opened_within(self, last_s: float, time_s: float) -> bool:
+        """Whether the windows were closed at some minute of the `last_s` seconds before the moment."""
+        return any(not self.contain(time_s - back_s) for back_s in range(0, min(int(last_s), _DAY_MIN * 60) + 1, 60))
+
+    def next_start(self, time_s: float) -> datetime:
+        """The next whole minute, of the two days after the moment, at which a window is open."""
+        whole = int(time_s) // 60 * 60
+        minutes = range(whole + 60, whole + 2 * _DAY_MIN * 60, 60)
+        return wall(next(each for each in minutes if self.contain(each)), self.zone)
+
 
 def wall(time_s: float, where: tzinfo | None) -> datetime:
     """What the clock on the wall shows; None is the machine's own time zone."""

@@ -122,6 +122,11 @@ class RoundsView(Struct):
         return self.requests.get(next(iter(self._queue), ""))
 
     @property
+    def queued(self) -> list[RoundRequest]:
+        """All requests that want a further round, oldest first."""
+        return [self.requests[request_id] for request_id in self._queue]
+
+    @property
     def open_round(self) -> RoundState | None:
         """The round that clients are working on."""
         return self.rounds.get(self._open)

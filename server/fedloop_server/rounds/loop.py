@@ -61,7 +61,7 @@ class Server:
 
     `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, for a live view. `plan`
     is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
-    time and nothing else. `source` decides who takes part.
+    time and nothing else. `source` decides who takes part; `wall` is the clock on the wall, for schedules and hours alone.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Server:
         model: str = DEFAULT_MODEL,
         run_id: str = types.DEFAULT_RUN,
         source: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.model, self.run_id = config, model, run_id
         self.server_id = f"{os.getpid()}.{secrets.token_hex(8)}"
@@ -89,7 +90,7 @@ class Server:
         people = self._people.fold
         self._events = Reader(log, ServerState(run_id, people, on_event), identities=self._people, snapshots=kept[1])
         self.state = self._events.fold
-        self._source = source or random.SystemRandom()
+        self._source, self._wall = source or random.SystemRandom(), wall
         self._clock = (0, 0.0)
         self._stop = threading.Event()
 
@@ -146,7 +147,9 @@ class Server:
 
     def _next(self) -> Action:
         self._read()
-        return actions.next_action(self.state, self.planner, model=self.model, epoch=self.epoch, now_ms=self._now_ms())
+        return actions.next_action(
+            self.state, self.planner, model=self.model, epoch=self.epoch, now_ms=self._now_ms(), wall_s=self._wall()
+        )
 
     def _read(self, wait_s: float = 0.0) -> None:
         self._people.catch_up()
