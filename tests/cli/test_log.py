@@ -21,7 +21,7 @@ from fedloop_events.verify.checks import VerifyReport
 from fedloop_events.verify.log import verify as verify_log
 from fedloop_events.writer import EventWriter
 from fedloop_server.deployment import open_deployment
-from fedloop_server.operations import commands, rounds
+from fedloop_server.operations import clients, commands, rounds
 
 from .conftest import Fedloop
 
@@ -174,9 +174,57 @@ def test_a_sequence_number_that_is_used_again_is_found(busy_anywhere: Path) -> N
     writer, origin = enrol(opened(busy_anywhere), "three")
     for seq in (1, 1):
         writer.append(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
-    assert [finding.what for finding in verify(busy_anywhere).findings] == [
-        "three used its sequence number 1 again, or events changed places"
+    report = verify(busy_anywhere)
+    assert (report.verified, report.findings) == (True, [])
+    assert [finding.what for finding in report.misconduct] == ["three used its sequence number 1 for a second event"]
+
+
+def test_what_an_enrolled_client_has_signed_is_its_misconduct_and_ends_with_4(fedloop: Fedloop, busy_anywhere: Path) -> None:
+    log = opened(busy_anywhere)
+    writer, origin = enrol(log, "three")
+    thief = EventWriter(log, SigningKey.generate())
+    thief.append(
+        types.ClientEnrolled(
+            origin=origin, client_id="three", seq=1, public_key=thief.key.public_key, node_id="77", epsilon=8.0, delta=1e-5
+        )
+    )
+    absent = types.Content(arrays={"x": types.BlobRef("a" * 64, 10)})
+    writer.append(
+        types.UpdateSubmitted(origin=origin, client_id="three", seq=1, run_id="main", instruction_id="0" * 32, content=absent)
+    )
+    writer.append(types.ClientSeen(origin=origin, client_id="three", seq=10**9, examples_at_least=4))
+    ended = fedloop("log", "verify", busy_anywhere, "--json")
+    assert (ended.status, ended.document["verified"], ended.document["wrong"], ended.document["findings"]) == (4, True, 0, [])
+    said = sorted(each["what"].split(" ", 2)[2] for each in ended.document["misconduct"])
+    assert [each[:25] for each in said] == [
+        "enrols client three a sec"[:25],
+        "is not in the store"[:25],
+        "out 999,999,998 sequence ",
     ]
+    text = fedloop("log", "verify", busy_anywhere)
+    assert text.status == 4
+    assert text.out.count("CLIENT  offset ") == 3
+    assert "WRONG" not in text.out
+    assert "The log is intact." in text.out
+
+
+def test_tampering_outweighs_misconduct(fedloop: Fedloop, busy: Path) -> None:
+    writer, origin = enrol(opened(busy), "three")
+    for seq in (1, 1):
+        writer.append(types.ClientSeen(origin=origin, client_id="three", seq=seq, examples_at_least=4))
+    change(busy, "UPDATE events SET signature = '' WHERE position = 6")
+    found = fedloop("log", "verify", busy, "--json")
+    assert (found.status, found.document["client_wrong"]) == (1, 1)
+    assert found.document["wrong"] >= 1
+
+
+def test_what_a_revoked_client_goes_on_to_sign_is_its_misconduct(busy_anywhere: Path) -> None:
+    log = opened(busy_anywhere)
+    writer, origin = enrol(log, "three")
+    clients.revoke(open_deployment(busy_anywhere).writer, "three", "lost")
+    writer.append(types.ClientSeen(origin=origin, client_id="three", seq=1, examples_at_least=4))
+    report = verify(busy_anywhere)
+    assert (report.verified, report.client_wrong) == (True, 1)
 
 
 def test_an_event_that_is_missing_is_found_by_the_numbers_around_it(busy_anywhere: Path) -> None:

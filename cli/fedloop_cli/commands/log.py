@@ -12,7 +12,7 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
-    from fedloop_events.verify.checks import VerifyReport
+    from fedloop_events.verify.checks import Fault, VerifyReport
     from fedloop_server.operations.replaying import Replayed
 
 app = options.group(help="Read the log, check it, replay it.")
@@ -46,15 +46,19 @@ def tail(
 def verify(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """Check that the log is whole, each event signed by the author that it names, and each blob as its name promises.
 
-    Opens it for reading only. Exit status 1 if anything is wrong.
+    Opens it for reading only. Exit status 1 if anything may have been tampered with; 4 if the log is intact, but an enrolled
+    client has signed what it may not: `fedloop server revoke` is the answer to it.
     """
     import msgspec
+    from fedloop_events.errors import PolicyError
     from fedloop_events.verify.log import verify as verify_log
 
     report = verify_log(where.place, where.open_log, where.open_blobs)
     console.show(msgspec.to_builtins(report), lambda: _report(report), as_json=json)
     if not report.verified:
         raise typer.Exit(1)
+    if report.client_wrong:
+        raise typer.Exit(PolicyError.exit_status)
 
 
 @app.command(cls=options.Command)
@@ -118,16 +122,25 @@ def _report(report: VerifyReport) -> str:
         ),
         "",
     ]
-    for finding in report.findings:
-        where = "" if finding.offset is None else f"offset {console.offset(finding.stream, finding.offset)}: "
-        lines.append(f"WRONG  {where}{console.printable(finding.what)}")
-    if report.wrong > len(report.findings):
-        lines.append(f"WRONG  and {report.wrong - len(report.findings):,} more")
+    lines += _findings("WRONG", report.findings, report.wrong)
+    lines += _findings("CLIENT", report.misconduct, report.client_wrong)
+    if report.client_wrong:
+        lines.append(
+            f"Enrolled clients have signed {report.client_wrong:,} things that they may not: revoke who did it on purpose."
+        )
     lines += [
         "The log is intact." if report.verified else f"{report.wrong:,} things are wrong.",
         f"Not seen by this check: {report.not_seen}.",
     ]
     return "\n".join(lines)
+
+
+def _findings(kind: str, findings: list[Fault], count: int) -> list[str]:
+    lines = []
+    for finding in findings:
+        where = "" if finding.offset is None else f"offset {console.offset(finding.stream, finding.offset)}: "
+        lines.append(f"{kind}  {where}{console.printable(finding.what)}")
+    return lines if count == len(findings) else [*lines, f"{kind}  and {count - len(findings):,} more"]
 
 
 def _replayed_document(log: str, replayed: Replayed) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""What is wrong with the events of a log, and with the blobs that they name."""
+"""What is wrong with the events of a log, and with the blobs that they name.
+
+There are two classes. What nobody but an enrolled client can have made, by its own signature, is the client's misconduct: the log
+is intact, and the event counts for nothing. Everything else that is wrong may be tampering, and is called so.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 from msgspec import Struct
 
-from fedloop_events import envelope, topics, types
+from fedloop_events import envelope, signatures, topics, types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
@@ -29,7 +34,11 @@ class Fault(Struct, frozen=True):
 
 
 class VerifyReport(Struct):
-    """What was checked and found. `findings` are the first `MOST_FINDINGS`, `wrong` counts all."""
+    """What was checked and found. `findings` and `misconduct` are the first `MOST_FINDINGS` each; `wrong` and `client_wrong`
+    count all.
+
+    `verified` says that the log is intact; a client's misconduct does not change that.
+    """
 
     log: str
     verified: bool = False
@@ -50,6 +59,9 @@ class VerifyReport(Struct):
     once leave them behind."""
     wrong: int = 0
     findings: list[Fault] = []
+    client_wrong: int = 0
+    """What enrolled clients have signed that they may not: a matter for who may revoke them."""
+    misconduct: list[Fault] = []
     not_seen: str = ""
     """What this check cannot see."""
 
@@ -68,16 +80,20 @@ class LogCheck:
         self._marks: dict[str, int] = {}
         self._begun: set[str] = set()
         self._ends: dict[str, int] = {}
-        self._sequences = Sequences(self.wrong)
+        self._sequences = Sequences(self.wrong, self.client_wrong)
         self.blobs: dict[types.BlobRef, At] = {}
         """Every blob that an authentic event names, and the first one that does."""
+        self._decided: set[types.BlobRef] = set()
+        """Those of them that the server names."""
 
     def wrong(self, what: str, at: At | None = None) -> None:
-        report = self.report
-        report.wrong += 1
-        if len(report.findings) < MOST_FINDINGS:
-            found = Fault(what) if at is None else Fault(what, at.offset, at.event_id, at.stream)
-            report.findings.append(found)
+        self.report.wrong += 1
+        _keep(self.report.findings, what, at)
+
+    def client_wrong(self, what: str, at: At) -> None:
+        """A client, and nobody else, has made this."""
+        self.report.client_wrong += 1
+        _keep(self.report.misconduct, what, at)
 
     def event(self, record: Record) -> None:
         self.report.events += 1
@@ -90,6 +106,7 @@ class LogCheck:
             self._sequences.begins_late(record.appended_ms)
         self._begun.add(record.stream)
         self._ends[order] = record.offset
+        payload: types.Payload | None = None
         try:
             payload = envelope.decode(record)
             if payload is None:
@@ -97,7 +114,19 @@ class LogCheck:
             elif self._counts(record, payload, at):
                 self._take(record, payload, at)
         except InvalidEventError as error:
-            self.wrong(error.message, at)
+            (self.client_wrong if self._is_by_a_client(record, payload) else self.wrong)(error.message, at)
+
+    def _is_by_a_client(self, record: Record, payload: types.Payload | None) -> bool:
+        """Whether the client under whose name the record stands, or would enrol itself, has signed it as it is."""
+        client = self._identities.clients.get(record.key)
+        keys = [] if client is None else [client.public_key]
+        if isinstance(payload, types.ClientEnrolled):
+            keys.append(payload.public_key)
+        for key in keys:
+            with suppress(InvalidEventError):
+                signatures.verify(record, key)
+                return True
+        return False
 
     def _order(self, record: Record) -> str:
         """Within what events are read in their order: a stream or, where topics are read one after the other, a topic of one."""
@@ -128,6 +157,8 @@ class LogCheck:
             self.report.stale += 1
         for ref in _blobs(payload):
             self.blobs.setdefault(ref, at)
+            if not isinstance(payload, types.ClientEvent):
+                self._decided.add(ref)
 
     def _is_ahead(self, payload: types.ServerEvent) -> bool:
         latest = self._admit.standing.epochs.get(payload.run_id, 0)
@@ -149,12 +180,32 @@ class LogCheck:
                 for _ in store.blocks(ref):
                     pass
             except BlobError as error:
-                self.wrong(error.message, at)
+                is_clients = ref not in self._decided and _never_was(store, ref)
+                (self.client_wrong if is_clients else self.wrong)(error.message, at)
             except FedloopError as error:
                 self.wrong(f"{error.message}: {error.cause}", at)
             else:
                 self.report.blobs += 1
                 self.report.blob_bytes += ref.size_bytes
+
+
+def _keep(findings: list[Fault], what: str, at: At | None) -> None:
+    if len(findings) < MOST_FINDINGS:
+        findings.append(Fault(what) if at is None else Fault(what, at.offset, at.event_id, at.stream))
+
+
+def _never_was(store: BlobStore, ref: types.BlobRef) -> bool:
+    """Whether the blob of a client's event is absent, or sound and of another size: nothing that counts rests on it."""
+    size_bytes = store.size_bytes(ref.sha256)
+    if size_bytes is None:
+        return True
+    if size_bytes == ref.size_bytes:
+        return False
+    with suppress(BlobError):
+        for _ in store.blocks(types.BlobRef(ref.sha256, size_bytes)):
+            pass
+        return True
+    return False
 
 
 def _blobs(value: object) -> Iterator[types.BlobRef]:

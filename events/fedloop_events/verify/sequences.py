@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from msgspec import Struct
+
+_MOST_AT_ONCE: Final = 100_000
+_MOST_PER_MS: Final = 100
+"""More events than these no client ever appended: numbers beyond were left out by the client, not removed from the log."""
 
 
 class At(Struct, frozen=True):
@@ -31,10 +36,14 @@ class _Client:
 
 
 class Sequences:
-    """Numbers that each client gives its events, 0, 1, 2 and so on, over all topics. `wrong` is called for what is wrong."""
+    """Numbers that each client gives its events, 0, 1, 2 and so on, over all topics.
 
-    def __init__(self, wrong: Wrong) -> None:
-        self._wrong = wrong
+    `wrong` is called for what may be tampering; `client_wrong` for what the client alone can have done: the same number for two
+    events that it has signed, and a leap over more events than it can have appended in the time between.
+    """
+
+    def __init__(self, wrong: Wrong, client_wrong: Wrong) -> None:
+        self._wrong, self._client_wrong = wrong, client_wrong
         self._clients: dict[str, _Client] = {}
         self._removed_until_ms = -1
 
@@ -45,8 +54,10 @@ class Sequences:
     def take(self, client_id: str, seq: int, appended_ms: int, at: At, order: str) -> None:
         """`order` names what is read in its order, so that the client's numbers rise in it."""
         client = self._clients.setdefault(client_id, _Client())
-        if seq < client.due or seq in client.ahead or seq < client.last.get(order, -1):
-            self._wrong(f"{client_id} used its sequence number {seq} again, or events changed places", at)
+        if seq < client.due or seq in client.ahead:
+            self._client_wrong(f"{client_id} used its sequence number {seq} for a second event", at)
+        elif seq < client.last.get(order, -1):
+            self._wrong(f"event {seq} of {client_id} stands after a later one: events changed places", at)
         client.last[order] = max(seq, client.last.get(order, -1))
         if seq > client.due:
             client.ahead.setdefault(seq, (appended_ms, at))
@@ -62,5 +73,11 @@ class Sequences:
             due, before_ms = client.due, client.due_ms
             for seq, (appended_ms, at) in sorted(client.ahead.items()):
                 if seq > due and before_ms > self._removed_until_ms:
-                    self._wrong(f"{seq - due} events of {client_id} before this one are missing", at)
+                    self._missing(client_id, seq - due, appended_ms - before_ms, at)
                 due, before_ms = seq + 1, appended_ms
+
+    def _missing(self, client_id: str, count: int, within_ms: int, at: At) -> None:
+        if count > _MOST_AT_ONCE + _MOST_PER_MS * max(0, within_ms):
+            self._client_wrong(f"{client_id} left out {count:,} sequence numbers before this event", at)
+        else:
+            self._wrong(f"{count} events of {client_id} before this one are missing", at)
