@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError, NotAllowedError, PolicyError
+from fedloop_events.errors import InvalidEventError, LogChangedError, NotAllowedError
+from fedloop_events.folds import marks as reading
 from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
@@ -31,10 +32,6 @@ that was restored from a backup appends again what it had appended to them, unde
 BATCH: Final = 5_000
 MAX_PENDING: Final = 1_000
 """Unanswered instructions that are kept: the oldest give way."""
-
-
-class LogChangedError(PolicyError):
-    """The log is not the one that this device has read before: another server's, or cut short."""
 
 
 class Instruction(Struct, frozen=True):
@@ -66,6 +63,8 @@ class _Version(Struct):
 class _State(Struct):
     version: int = _VERSION
     offsets: dict[str, int] = {}
+    marks: reading.Marks = {}
+    """None in a state that was kept before there were any."""
     identities: bytes = b""
     releases: bytes = b""
     ledger: bytes = b""
@@ -100,6 +99,8 @@ class DeviceView:
         """The device's own events, as they were read since somebody emptied this list."""
         self.published: list[str] = []
         """Feedback ids among them, the same way."""
+        self._known = not kept.offsets
+        """Whether the log was seen to be the one that was read."""
         self.changed = False
         """Whether anything that counts was read since somebody cleared this."""
 
@@ -140,23 +141,38 @@ class DeviceView:
         return self._state.refused
 
     def check_end(self, log: EventLog) -> None:
-        """Raise `LogChangedError` if the log ends before the place up to which this device has read it."""
-        end = log.end()
-        for stream, offset in self._state.offsets.items():
-            if not end.covers(stream, offset):
-                raise LogChangedError(
-                    f"the log ends before event {offset} of stream {stream!r}, which this device has read",
-                    cause="it was cut short, restored from a backup, or replaced",
-                    hint="restore the whole log; until then this device takes no part",
-                )
+        """Raise `LogChangedError` if the log is not the one that this device has read: if it ends before the place up to which
+        that was, or has other events there.
+
+        There is no way on but the whole log: what the log has lost of the device's spends would count as never spent.
+        """
+        if not self._state.offsets:
+            return
+        self._read(log, 1, 0.0)  # after this it is known which topics may be read
+        known = {stream: [each for each in kept if each.topic in self.topics] for stream, kept in self._state.marks.items()}
+        try:
+            reading.check(log.end(), lambda after: self._read(log, 1, 0.0, after), self.position, known)
+        except LogChangedError as error:
+            error.hint = (
+                "restore the whole log: until then this device takes no part; if it is lost, enrol the device under a new name, "
+                "with a new store"
+            )
+            raise
+        self._known = True
 
     def catch_up(self, log: EventLog, wait_s: float = 0.0) -> int:
-        """Read to the end, after waiting up to `wait_s` for a first event; how many events of its topics there were."""
+        """Read to the end, after waiting up to `wait_s` for a first event; how many events of its topics there were.
+
+        The first time, the log is checked (`check_end`).
+        """
+        if not self._known:
+            self.check_end(log)
         count = 0
         while True:
             batch = self._read(log, BATCH, 0.0 if count else wait_s)
             for record in batch.records:
                 self.apply(record)
+            reading.remember(self._state.marks, batch.records, self._lasting)
             self._state.offsets = dict(batch.position.offsets)
             count += len(batch.records)
             if not batch.records:
@@ -166,10 +182,16 @@ class DeviceView:
         """Wait up to so long for an event that was not read yet; whether there is one."""
         return bool(self._read(log, 1, timeout_s).records)
 
-    def _read(self, log: EventLog, limit: int, wait_s: float) -> Batch:
+    def _lasting(self, record: Record) -> bool:
+        """Whether this device can read it for ever: of others' events a gateway shows no more than it remembers to be for it."""
+        stated = types.newest(record.type)
+        everyone = stated is not None and stated.audience is types.Audience.EVERYONE
+        return reading.kept_for_ever(record) and (everyone or (record.key == self.client_id and stated is not None))
+
+    def _read(self, log: EventLog, limit: int, wait_s: float, after: Position | None = None) -> Batch:
         while True:
             try:
-                return log.read(self.topics, self.position, limit=limit, wait_s=wait_s)
+                return log.read(self.topics, self.position if after is None else after, limit=limit, wait_s=wait_s)
             except NotAllowedError as error:
                 spared = next((name for name in _SPARED if name in self.topics and error.topic.endswith(name)), None)
                 if spared is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.envelope import Record
+from fedloop_events.errors import LogChangedError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_tasks.task import Evaluate, Task
 
@@ -41,11 +42,13 @@ def serve(
     until_idle: bool = False,
     on_event: OnEvent | None = None,
     metrics: str | None = None,
+    accept_loss: bool = False,
 ) -> int:
     """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
 
     `on_event` is called with each event that is appended from now on. `metrics` is the address at which Prometheus finds it.
-    Raises `UsageError` for a configuration with which no round can run, `FencedError` when another server has taken over.
+    Raises `UsageError` for a configuration with which no round can run, `FencedError` when another server has taken over,
+    `LogChangedError` if the log has lost what this server has read; with `accept_loss` it goes on without.
     """
     deployment = open_deployment(directory, place)
     releases = Followed(deployment.log).releases
@@ -59,16 +62,21 @@ def serve(
             on_event(record, payload)
 
     log = MeteredLog(deployment.log)
-    server = Server(
-        log,
-        deployment.blobs,
-        deployment.writer,
-        deployment.config,
-        evaluate=make_evaluate(deployment, task),
-        on_event=news,
-        plan=deployment.plan_file,
-        snapshots=deployment.folder,
-    )
+    try:
+        server = Server(
+            log,
+            deployment.blobs,
+            deployment.writer,
+            deployment.config,
+            evaluate=make_evaluate(deployment, task),
+            on_event=news,
+            plan=deployment.plan_file,
+            snapshots=deployment.folder,
+            accept_loss=accept_loss,
+        )
+    except LogChangedError as error:
+        error.hint = "restore the whole log; or go on without what is lost: fedloop server run --accept-loss"
+        raise
     with _exposed(server, log, metrics):
         return server.run(stop, rounds, until_idle=until_idle)
 

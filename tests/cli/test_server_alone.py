@@ -126,4 +126,17 @@ def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> 
     assert [(each.leading, each.examples) for each in evaluated] == [("accuracy", 3)] * 2
     assert all(0 <= each.metrics["accuracy"] <= 1 for each in evaluated)
     assert alone("release", "rebuild", directory, evaluated[1].release).status == 0
+    whole = list(read_all(log))
     log.close()
+    for path in directory.glob("log.sqlite*"):
+        path.unlink()
+    restored = open_log(directory, create=True)
+    restored.append(whole[:-3])
+    restored.close()
+    refused = alone("server", "run", directory, "--until-idle")
+    assert refused.status == 4
+    assert "the log ends before event" in refused.err
+    assert "--accept-loss" in refused.err
+    accepted = alone("server", "run", directory, "--until-idle", "--accept-loss")
+    assert accepted.status == 0, accepted.err
+    assert "what is lost is accepted" in accepted.err

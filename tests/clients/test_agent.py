@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fedloop_clients import Agent, loop
 from fedloop_clients.device import Settings, Status
-from fedloop_clients.device_view import LogChangedError
 from fedloop_clients.feedback import MAX_REMARK_CHARS
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.store import StoreError
 from fedloop_events import types
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import LogChangedError, UnreachableError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.logs.port import Position

@@ -18,8 +18,9 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, ResourceType
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Event
-from fedloop_events.errors import InvalidEventError, LogError, UnreachableError, UsageError
+from fedloop_events.errors import InvalidEventError, LogChangedError, LogError, UnreachableError, UsageError
 from fedloop_events.folds.admit import Admit, Standing
+from fedloop_events.folds.marks import Marks, check, remember
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
@@ -27,7 +28,7 @@ from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.kafka import KafkaLog, codec, fetching
 from fedloop_events.logs.kafka.settings import KafkaSettings
 from fedloop_events.logs.kafka.sharing import SharedReader
-from fedloop_events.logs.port import START, Position, read_all
+from fedloop_events.logs.port import START, Batch, Position, read_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -375,12 +376,31 @@ def test_a_fold_goes_on_from_its_snapshot_and_reads_nothing_twice(kafka_url: str
     again.close()
 
 
-def test_a_snapshot_of_another_log_is_not_believed(log: KafkaLog, tmp_path: Path) -> None:
+def test_a_log_that_lost_what_a_snapshot_has_read_is_refused(log: KafkaLog, tmp_path: Path) -> None:
     kept = Snapshots(tmp_path / "releases.snapshot")
     position = Position({f"{log.settings.topic(topics.RELEASES)}-0": 10})
-    kept.save(ReleasesView.version, position, ReleasesView().to_state(), Standing())
-    reader = Reader(log, ReleasesView(), snapshots=kept)
-    assert reader.position == START
+    kept.save(ReleasesView.version, position, ReleasesView().to_state(), Standing(), {})
+    with pytest.raises(LogChangedError, match="ends before event 10"):
+        Reader(log, ReleasesView(), snapshots=kept)
+    assert Reader(log, ReleasesView(), snapshots=kept, accept_loss=True).position == START
+
+
+def test_marks_know_every_partition_again_and_what_is_not_the_same(log: KafkaLog) -> None:
+    log.append([samples.signed(each) for each in (samples.created(), samples.epoch(1), samples.epoch(2))])
+    log.append([samples.signed(samples.feedback(number, client_id=f"device-{number}")) for number in range(20)])
+    kept: Marks = {}
+    remember(kept, read_all(log))
+    assert len(kept) > 5
+    assert {mark.lasting for mark in kept[f"{log.settings.topic(topics.ROUNDS)}-0"]} == {True}
+    log.append([samples.signed(samples.epoch(3)), samples.signed(samples.feedback(21, client_id="device-1"))])
+
+    def read(after: Position) -> Batch:
+        return log.read(after=after, limit=1)
+
+    check(log.end(), read, log.end(), kept)
+    for stream, (mark, *_) in kept.items():
+        with pytest.raises(LogChangedError, match=f"event {mark.offset} of stream '{stream}'"):
+            check(log.end(), read, log.end(), kept | {stream: [msgspec.structs.replace(mark, sha256=bytes(32))]})
 
 
 def test_a_forked_child_connects_anew(log: KafkaLog, in_child: Callable[[Callable[[], object]], int]) -> None:

@@ -15,9 +15,11 @@ import pytest
 from devices import CONFIG, PLAN, SPEC, World, evaluate, initial_arrays
 from fedloop_events import types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import UsageError
+from fedloop_events.errors import LogChangedError, UsageError
 from fedloop_events.locations import locate
 from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
+from fedloop_events.writer import EventWriter
 from fedloop_server import config as configuration
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment
@@ -70,6 +72,37 @@ def test_a_server_that_is_to_stop_ends_before_it_decides_anything(tmp_path: Path
     stop.set()
     assert serve(world.folder, locate(world.folder), stop, make_evaluate) == 0
     assert world.payloads(types.EpochStarted) == []
+
+
+def test_a_log_that_was_cut_off_is_not_served_unless_the_loss_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world, stop = World(tmp_path / "deployment"), threading.Event()
+    for name in ("ann", "bob"):
+        world.device(name)
+    world.request(1)
+    with world.serving():
+        assert serve(world.folder, locate(world.folder), stop, make_evaluate, until_idle=True) == 1
+    whole = list(read_all(world.log))
+    cut = len(whole) - 5
+    world.log.close()
+    for path in world.folder.glob("log.sqlite*"):
+        path.unlink()
+    restored = SqliteLog(world.folder / "log.sqlite")
+    restored.append(whole[:cut])
+    with pytest.raises(LogChangedError, match=f"the log ends before event .*: it has {cut}") as refused:
+        serve(world.folder, locate(world.folder), stop, make_evaluate, until_idle=True)
+    assert "--accept-loss" in refused.value.hint
+    requested = [types.RoundRequested(world.devices["ann"].origin, "main", f"q{number}") for number in range(9)]
+    EventWriter(restored, world.writer.key).append(*requested)
+    with pytest.raises(LogChangedError, match="is not the one that was read there"):
+        serve(world.folder, locate(world.folder), stop, make_evaluate)
+    assert restored.end().offsets["log"] == cut + 9, "it has begun no epoch"
+    stop.set()
+    serve(world.folder, locate(world.folder), stop, make_evaluate, accept_loss=True)
+    assert "what is lost is accepted: event" in caplog.text
+    serve(world.folder, locate(world.folder), stop, make_evaluate)
+    restored.close()
 
 
 def test_a_deployment_whose_making_was_cut_short_is_not_served(tmp_path: Path) -> None:

@@ -93,6 +93,10 @@ def run(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there; a PORT alone is on loopback."),
     ] = None,
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="Go on though the log has lost events that this server has read; say which."),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Run the server until Ctrl-C. It prints on standard error what it decides.
@@ -112,6 +116,7 @@ def run(
             until_idle=until_idle,
             on_event=_note,
             metrics=metrics,
+            accept_loss=accept_loss,
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:

@@ -61,7 +61,9 @@ class Server:
 
     `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, for a live view. `plan`
     is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
-    time and nothing else. `source` decides who takes part; `wall` is the clock on the wall, for schedules and hours alone.
+    time, and know the log again. `source` decides who takes part; `wall` is the clock on the wall, for schedules and hours alone.
+
+    Raises `LogChangedError` if the log has lost events that this server has read, unless told to `accept_loss`.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Server:
         run_id: str = types.DEFAULT_RUN,
         source: random.Random | None = None,
         wall: Callable[[], float] = time.time,
+        accept_loss: bool = False,
     ) -> None:
         self.config, self.model, self.run_id = config, model, run_id
         self.server_id = f"{os.getpid()}.{secrets.token_hex(8)}"
@@ -86,9 +89,10 @@ class Server:
         self.planner = Planner(config, cache=plan)
         self._log, self._blobs, self._writer, self._evaluate = log, blobs, writer, evaluate
         kept = [Snapshots(snapshots / name) if snapshots else None for name in (IDENTITIES_FILE, STATE_FILE)]
-        self._people = Reader(log, Identities(), snapshots=kept[0])
+        self._people = Reader(log, Identities(), snapshots=kept[0], accept_loss=accept_loss)
         people = self._people.fold
-        self._events = Reader(log, ServerState(run_id, people, on_event), identities=self._people, snapshots=kept[1])
+        state = ServerState(run_id, people, on_event)
+        self._events = Reader(log, state, identities=self._people, snapshots=kept[1], accept_loss=accept_loss)
         self.state = self._events.fold
         self._source, self._wall = source or random.SystemRandom(), wall
         self._clock = (0, 0.0)
