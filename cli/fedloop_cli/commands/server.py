@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloop_cli import console, documents, options
+from fedloop_cli.waiting import Waiting
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -90,7 +91,7 @@ def run(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Run the server until Ctrl-C. It prints on standard error what it decides.
+    """Run the server until Ctrl-C. It prints on standard error what it decides, and what it waits for.
 
     Killed at any point and started again, it goes on where it was; a second one takes over from the first.
     """
@@ -106,6 +107,7 @@ def run(
             rounds=rounds,
             until_idle=until_idle,
             on_event=_note,
+            on_wait=Waiting().show,
             metrics=metrics,
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)

@@ -72,6 +72,8 @@ class Wait(Struct, frozen=True):
     """Nothing to do until something new is in the log, or time has passed."""
 
     reason: str
+    excluded: list[types.Exclusion] = []
+    """Who cannot take part now, if it is for too few clients."""
 
 
 Action = (
@@ -142,7 +144,7 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Acti
     since_ms = max(request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0)
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
     if now_ms - since_ms < config.quorum_wait_s * 1000:
-        return Wait(detail)
+        return Wait(detail, found.excluded)
     return AbortRound(round_id(number), "quorum", detail, found.excluded)
 
 

@@ -32,6 +32,8 @@ from fedloop_server.flower.admission import Admission
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.instructing import instructions
 from fedloop_server.flower.steps import RunSteps
+from fedloop_server.operations import awaiting
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.actions import Action
 from fedloop_server.rounds.drafting import Decides, Drafting
@@ -59,7 +61,8 @@ class _RunInHand(NamedTuple):
 class Server:
     """One server process of a deployment.
 
-    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, for a live view. `plan`
+    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, `on_wait` each second or so
+    with what is waited for: for a live view. `plan`
     is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
     time and nothing else. `source` decides who takes part.
     """
@@ -73,6 +76,7 @@ class Server:
         *,
         evaluate: Evaluate,
         on_event: OnEvent | None = None,
+        on_wait: OnWait | None = None,
         plan: Path | None = None,
         snapshots: Path | None = None,
         model: str = DEFAULT_MODEL,
@@ -89,6 +93,7 @@ class Server:
         people = self._people.fold
         self._events = Reader(log, ServerState(run_id, people, on_event), identities=self._people, snapshots=kept[1])
         self.state = self._events.fold
+        self._on_wait = on_wait
         self._source = source or random.SystemRandom()
         self._clock = (0, 0.0)
         self._stop = threading.Event()
@@ -133,6 +138,7 @@ class Server:
         action = self._next()
         match action:
             case actions.Wait():
+                self._show_awaited(action.excluded)
                 self._log.read(after=seen, limit=1, wait_s=wait_s)
             case actions.StartEpoch():
                 self._start()
@@ -162,6 +168,14 @@ class Server:
         if self._stop.is_set():
             raise StoppedError
         self._read(wait_s)
+        self._show_awaited([])
+
+    def _show_awaited(self, excluded: list[types.Exclusion]) -> None:
+        if self._on_wait is None:
+            return
+        state, reasons = self.state, {each.client_id: each.reason for each in excluded}
+        now_ms, clients = self._now_ms(), state.people.clients
+        self._on_wait(awaiting.awaited(state.rounds, state.releases, clients, self.config, now_ms=now_ms, excluded=reasons))
 
     def _now_ms(self) -> int:
         """The log's own clock: what it showed when the server last decided, and what has passed on this machine since."""
