@@ -102,8 +102,9 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     round without differential privacy.
 
     The round ends when every instruction is settled, when `enough` updates are accepted (None: all of the cohort), `grace_s`
-    after the quorum is reached (None: no sooner for that), or after `deadline_s`. No update weighs more than `max_weight`. Up to
-    `max_staleness` further rounds later, an update is still taken into the round that is then open (FedBuff, Nguyen et al. 2022).
+    after the quorum is reached, or as long as that took if it took longer (None: no sooner for that), or after `deadline_s`. No
+    update weighs more than `max_weight`. Up to `max_staleness` further rounds later, an update is still taken into the round that
+    is then open (FedBuff, Nguyen et al. 2022).
     """
 
     topic = topics.ROUNDS

@@ -103,7 +103,7 @@ class Drafting:
         """Draw the cohort, once: the event that records it decides."""
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
-        drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source)
+        drawn = scheduler.draw(action.eligibility, config.asked, self._source)
         terms = self._planner.terms(action.program)
         opened = types.RoundOpened(
             **self._run(),
@@ -123,6 +123,8 @@ class Drafting:
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
+            enough=config.cohort_size if len(drawn.clients) > config.cohort_size else None,
+            grace_s=config.grace_s if config.grace_s < config.deadline_s else None,
         )
         return self._of_run(opened, "round", action.number)
 
