@@ -238,3 +238,8 @@ def test_a_request_is_withdrawn_by_hand_once(fedloop: Fedloop, deployment: Path)
     assert (ended.status, ended.document) == (0, {"request_id": request_id, "withdrawn": 1})
     again = fedloop("round", "withdraw", deployment, request_id)
     assert (again.status, again.err) == (1, f"error: nothing more is to come of request {request_id}: it is withdrawn\n")
+
+
+def test_a_round_that_there_is_not_cannot_be_aborted(fedloop: Fedloop, deployment: Path) -> None:
+    ended = fedloop("round", "abort", deployment, "r0001", "--reason", "wrong terms", "--json")
+    assert (ended.status, ended.document["error"]["message"]) == (2, "there is no round 'r0001'")

@@ -33,6 +33,7 @@ LATER: Final = {
     "io.fedloop.replies.listed.v2",
     "io.fedloop.round.closed.v3",
     "io.fedloop.round.request.withdrawn.v1",
+    "io.fedloop.round.abort.requested.v1",
 }
 """Types that there were not yet when these logs were written."""
 

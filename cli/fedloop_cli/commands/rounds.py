@@ -68,6 +68,26 @@ def withdraw(
     console.show(document, f"{request_id} is withdrawn: {left} not opened", as_json=json)
 
 
+@app.command(cls=options.Command)
+def abort(
+    home: options.ServerFolder,
+    round_id: RoundId,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
+    json: options.Json = False,
+) -> None:
+    """End a round without a release. The server does it, at once if it runs; what devices have spent in it is spent.
+
+    Exit status 1 if the round is over, or its release is proposed.
+    """
+    from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import awaiting, rounds
+
+    rounds.abort(open_deployment(home.directory, home.place).writer, round_id, reason)
+    awaited = awaiting.now(home.follow(), home.config())
+    document = {"round_id": round_id, "reason": reason, "awaited": waiting.document(awaited)}
+    console.show(document, f"{round_id} is to be aborted; {awaited.server}", as_json=json)
+
+
 @app.command("list", cls=options.Command)
 def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""

@@ -143,8 +143,8 @@ def _updates(state: RoundState, now_ms: int) -> Awaited:
     assert opened is not None
     missing = [each for each in opened.cohort if each not in state.replies and each not in state.declined]
     left_s = opened.deadline_s - (now_ms - state.opened_ms) / 1000
-    # Until all are asked, after the deadline, and when all have answered, it is the server's turn.
-    waits = missing and left_s > 0 and len(state.instructed) == len(opened.cohort)
+    # Until all are asked, after the deadline, when all have answered, and to abort, it is the server's turn.
+    waits = missing and left_s > 0 and len(state.instructed) == len(opened.cohort) and state.abort_requested is None
     return Awaited(
         "updates" if waits else "server",
         request_id=state.request_id,

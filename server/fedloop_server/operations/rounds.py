@@ -225,6 +225,27 @@ def withdraw(writer: EventWriter, request_id: str, reason: str) -> int:
     return request.rounds - len(request.numbers)
 
 
+def abort(writer: EventWriter, round_id: str, reason: str) -> None:
+    """Ask the server to end a round without a release, also while it collects; one that does not run does it when it starts.
+    Asked for again, it changes nothing.
+
+    Raises `UsageError` if there is no such round, `FedloopError` if it is over, or its release is proposed.
+    """
+    reason = commands.check_reason(reason)
+    followed = Followed(writer.log)
+    state = find(followed.rounds, round_id)
+    release = followed.releases.by_round.get(round_id)
+    if state.aborted is not None:
+        raise FedloopError(f"{round_id} is over: it was aborted ({state.aborted.reason})")
+    if release is not None:
+        status = followed.releases.releases[release].status
+        hint = "`fedloop release rollback` takes it back" if status == "published" else ""
+        raise FedloopError(f"{round_id} cannot be aborted any more: its release {release} is {status}", hint=hint)
+    if state.abort_requested is None:
+        origin = commands.identities(writer).origin
+        writer.append(types.RoundAbortRequested(origin, types.DEFAULT_RUN, round_id, reason))
+
+
 def _deadline(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else time.monotonic() + timeout_s
 

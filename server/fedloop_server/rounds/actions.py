@@ -95,6 +95,8 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:
+        if opened.abort_requested is not None:
+            return _abort(opened.round_id, opened.abort_requested)
         return CollectUpdates(opened.round_id)
     if current.evaluation is None:
         return EvaluateRelease(current.release)
@@ -115,12 +117,18 @@ def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: f
 def _finish(closed: RoundState, current: ReleaseState) -> Action:
     opened, accepted = closed.opened, len(closed.participants)
     assert opened is not None
+    if closed.abort_requested is not None:
+        return _abort(closed.round_id, closed.abort_requested)
     if accepted < opened.quorum:
         detail = f"{accepted} of {len(opened.cohort)} updates were accepted, and the quorum is {opened.quorum}"
         return AbortRound(closed.round_id, "quorum", detail)
     if opened.base_release != current.release:
         return AbortRound(closed.round_id, "stale-base", f"{current.release} is in force by now")
     return ProposeRelease(closed.round_id)
+
+
+def _abort(round_id: str, requested: types.RoundAbortRequested) -> AbortRound:
+    return AbortRound(round_id, "operator", requested.reason)
 
 
 def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Action:

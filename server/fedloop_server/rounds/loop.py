@@ -50,6 +50,10 @@ class StoppedError(Exception):
     """The server was told to stop while a round waited; the round goes on when a server is started again."""
 
 
+class _AbortedError(Exception):
+    """The operator wants the round that is being collected to be aborted."""
+
+
 class _RunInHand(NamedTuple):
     """The run for the grid of one round: `steps` is fed by the server's own reader, which `read` reads on."""
 
@@ -168,6 +172,9 @@ class Server:
         if self._stop.is_set():
             raise StoppedError
         self._read(wait_s)
+        collected = self.state.rounds.open_round
+        if collected is not None and collected.abort_requested is not None:
+            raise _AbortedError
         self._show_awaited([])
 
     def _show_awaited(self, excluded: list[types.Exclusion]) -> None:
@@ -216,7 +223,7 @@ class Server:
         )
 
     def _collect(self, round_id: str) -> None:
-        """Run the round on Flower: instructions out, answers in, until all have come or the deadline is over."""
+        """Run the round on Flower: instructions out, answers in, until the round's terms or the operator end it."""
         opened = self.state.rounds.rounds[round_id].opened
         assert opened is not None
         steps = RunSteps(self.run_id, round_id)
@@ -235,6 +242,8 @@ class Server:
                 reads=_RunInHand(self.state.people, steps, self._read_unless_stopped),
             )
             grid.close_round(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
+        except _AbortedError:
+            pass  # What is next is to abort it.
         finally:
             self.state.steps = None
 
