@@ -25,6 +25,7 @@ from fedloop_events.writer import EventWriter
 from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds.loop import Server
 from fedloop_tasks.classification.plan import ClassificationPlan
 
@@ -212,9 +213,10 @@ class World:
         log: EventLog | None = None,
         config: ServerConfig | None = None,
         evaluate: Callable[[Mapping[str, Array]], Evaluation] = evaluate,
+        on_wait: OnWait | None = None,
     ) -> Server:
         writer = self.writer if log is None else EventWriter(log, self.writer.key)
-        return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate)
+        return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate, on_wait=on_wait)
 
     def request(self, rounds: int = 1, request_id: str = "q1") -> None:
         origin = self.payloads(types.DeploymentCreated)[0].origin

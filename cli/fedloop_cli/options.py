@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedloop_events.blobs.store import BlobStore
     from fedloop_events.locations import DeploymentLocation
     from fedloop_events.logs.port import EventLog
+    from fedloop_server.config import ServerConfig
     from fedloop_server.operations.followed import Followed
     from fedloop_tasks.task import Option
 
@@ -50,6 +51,12 @@ class Where(Struct, frozen=True):
         from fedloop_server.operations.followed import Followed
 
         return Followed(self.open_log())
+
+    def config(self) -> ServerConfig | None:
+        """The server's, where its folder is at hand. Raises `UsageError` for one that cannot be read."""
+        from fedloop_server.deployment import read_config
+
+        return read_config(self.directory)
 
 
 class Home(Where, frozen=True):

@@ -136,6 +136,14 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
     return Deployment(folder, log, blobs, EventWriter(log, key), config)
 
 
+def read_config(directory: Path | None) -> ServerConfig | None:
+    """The server's configuration, where its folder is at hand. Raises as `configuration.load`."""
+    folder = None if directory is None else directory / SERVER_FOLDER
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return None
+    return configuration.load(folder / CONFIG_FILE, _plan(folder / INTENT_FILE))
+
+
 def _plan(intent_file: Path) -> type[Plan]:
     """What the rounds are planned by: the task's."""
     if not intent_file.exists():

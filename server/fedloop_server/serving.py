@@ -17,6 +17,7 @@ from fedloop_tasks.task import Evaluate, Task
 from fedloop_server.deployment import Deployment, open_deployment
 from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.registry import current, task_of_model
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.planner import Planner
 from fedloop_server.state import OnEvent
@@ -41,14 +42,16 @@ def serve(
     rounds: int | None = None,
     until_idle: bool = False,
     on_event: OnEvent | None = None,
+    on_wait: OnWait | None = None,
     metrics: str | None = None,
     accept_loss: bool = False,
 ) -> int:
     """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
 
-    `on_event` is called with each event that is appended from now on. `metrics` is the address at which Prometheus finds it.
-    Raises `UsageError` for a configuration with which no round can run, `FencedError` when another server has taken over,
-    `LogChangedError` if the log has lost what this server has read; with `accept_loss` it goes on without.
+    `on_event` is called with each event that is appended from now on, `on_wait` each second or so with what is waited for.
+    `metrics` is the address at which Prometheus finds it. Raises `UsageError` for a configuration with which no round can run,
+    `FencedError` when another server has taken over, `LogChangedError` if the log has lost what this server has read; with
+    `accept_loss` it goes on without.
     """
     deployment = open_deployment(directory, place)
     releases = Followed(deployment.log).releases
@@ -70,6 +73,7 @@ def serve(
             deployment.config,
             evaluate=make_evaluate(deployment, task),
             on_event=news,
+            on_wait=on_wait,
             plan=deployment.plan_file,
             snapshots=deployment.folder,
             accept_loss=accept_loss,

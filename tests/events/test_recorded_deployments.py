@@ -32,6 +32,7 @@ LATER: Final = {
     "io.fedloop.cohort.listed.v1",
     "io.fedloop.labels.listed.v1",
     "io.fedloop.replies.listed.v1",
+    "io.fedloop.round.abort.requested.v1",
     "io.fedloop.round.closed.v2",
     "io.fedloop.round.request.withdrawn.v1",
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloop_cli import console, documents, options
+from fedloop_cli import console, documents, options, waiting
 
 if TYPE_CHECKING:
     from fedloop_events.writer import EventWriter
@@ -40,9 +40,9 @@ def start(
         document = {"request_id": request_id, "rounds": rounds}
         console.show(document, f"requested {rounds} {'round' if rounds == 1 else 'rounds'}: {request_id}", as_json=json)
         return
-    console.note(f"requested {rounds} as {request_id}; waiting")
     try:
-        ended = operations.until_ended(home.follow(), request_id, timeout_s)
+        console.note(f"requested {rounds} as {request_id}; waiting")
+        ended = operations.until_ended(home.follow(), request_id, timeout_s, config=home.config(), on_wait=waiting.Waiting().show)
     except (UnreachableError, KeyboardInterrupt):
         _withdraw(writer, request_id)
         raise
@@ -68,19 +68,42 @@ def withdraw(
     console.show(document, f"{request_id} is withdrawn: {left} not opened", as_json=json)
 
 
+@app.command(cls=options.Command)
+def abort(
+    home: options.ServerFolder,
+    round_id: RoundId,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the log.")] = "operator",
+    json: options.Json = False,
+) -> None:
+    """End a round without a release. The server does it, at once if it runs; what devices have spent in it is spent.
+
+    Exit status 1 if the round is over, or its release is proposed.
+    """
+    from fedloop_server.deployment import open_deployment
+    from fedloop_server.operations import awaiting, rounds
+
+    rounds.abort(open_deployment(home.directory, home.place).writer, round_id, reason)
+    awaited = awaiting.now(home.follow(), home.config())
+    document = {"round_id": round_id, "reason": reason, "awaited": waiting.document(awaited)}
+    console.show(document, f"{round_id} is to be aborted; {awaited.server}", as_json=json)
+
+
 @app.command("list", cls=options.Command)
 def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the rounds, oldest first, and what is still to come."""
-    from fedloop_server.operations import rounds
+    from fedloop_server.operations import awaiting, rounds
 
     followed = where.follow()
-    found, waiting = rounds.summaries(followed), rounds.waiting(followed.rounds)
+    found, wanted = rounds.summaries(followed), rounds.waiting(followed.rounds)
+    awaited = awaiting.now(followed, where.config())
     document = {
         "rounds": [documents.round_document(each) for each in found],
-        "requested": waiting,
+        "requested": wanted,
         "epoch": followed.rounds.epoch,
+        "awaited": waiting.document(awaited),
     }
-    text = documents.rounds_table(found) + (f"\n{waiting} requested and not opened yet" if waiting else "")
+    text = documents.rounds_table(found) + (f"\n{wanted} requested and not opened yet" if wanted else "")
+    text += f"\nwaiting: {console.printable(awaited.line)}" if awaited.what != "nothing" else ""
     console.show(document, text, as_json=json)
 
 
@@ -129,7 +152,7 @@ def watch(
         raise UsageError("--json prints one document at the end, and there is none", hint="say after how many: --rounds N")
     ended: dict[str, dict[str, Any]] = {}
     lines: dict[str, str] = {}
-    for each in operations.watch(where.follow(), rounds, timeout_s):
+    for each in operations.watch(where.follow(), rounds, timeout_s, config=where.config(), on_wait=waiting.Waiting().show):
         line = documents.round_line(each)
         if lines.get(each.round_id) != line:
             lines[each.round_id] = line

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloop_cli import console, documents, options
+from fedloop_cli.waiting import Waiting
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -99,7 +100,7 @@ def run(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Run the server until Ctrl-C. It prints on standard error what it decides.
+    """Run the server until Ctrl-C. It prints on standard error what it decides, and what it waits for.
 
     Killed at any point and started again, it goes on where it was; a second one takes over from the first.
     """
@@ -115,6 +116,7 @@ def run(
             rounds=rounds,
             until_idle=until_idle,
             on_event=_note,
+            on_wait=Waiting().show,
             metrics=metrics,
             accept_loss=accept_loss,
         )

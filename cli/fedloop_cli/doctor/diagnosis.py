@@ -46,7 +46,10 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
         yield from _within("place", _located, directory, log, blobs, places)
     for place in places[-1:]:
         folders += [Path(each) for each in (place.log, place.blobs) if each is not None and not locations.is_url(each)]
-        yield from _within("log", _log, place.log)
+        found = list(_within("log", _log, place.log))
+        yield from found
+        if directory is not None and all(each.level != "fail" for each in found):
+            yield from _within("rounds", _rounds, directory, place)
         if place.blobs is not None and place.blobs != place.log:
             yield from _within("blobs", _blobs, place.blobs)
     yield from _within("disk", _disks, folders or [Path()])
@@ -96,6 +99,16 @@ def _server(directory: Path) -> Iterator[Finding]:
     if not directory.is_dir():
         yield Finding("server", "fail", f"there is no folder {directory}", f"fedloop server init {directory} makes a deployment")
     yield from findings.modes("server", [directory / SERVER_FOLDER / KEY_FILE])
+
+
+def _rounds(directory: Path, place: DeploymentLocation) -> Iterator[Finding]:
+    from fedloop_server.deployment import read_config
+    from fedloop_server.operations import awaiting, opening
+    from fedloop_server.operations.followed import Followed
+
+    with closing(opening.open_log(place, directory)) as log:
+        found = awaiting.now(Followed(log), read_config(directory))
+    yield Finding("rounds", "warn" if found.hint else "ok", found.line, found.hint)
 
 
 def _store(store: Path, places: list[DeploymentLocation]) -> Iterator[Finding]:

@@ -46,6 +46,8 @@ class RoundState(Struct):
     """What was collected before the step that closed it, by step."""
     closed: types.RoundClosed | None = None
     aborted: types.RoundAborted | None = None
+    abort_requested: types.RoundAbortRequested | None = None
+    """The first request to abort it that came before it had been aborted."""
     opened_ms: int = 0
     closed_ms: int = 0
     ended_ms: int = 0
@@ -147,6 +149,10 @@ class RoundsView(Struct):
             if payload.run_id == self.run_id and payload.request_id in self._queue:
                 del self._queue[payload.request_id]
                 self.requests[payload.request_id].withdrawn = True
+        elif isinstance(payload, types.RoundAbortRequested):
+            state = self.rounds.get(payload.round_id) if payload.run_id == self.run_id else None
+            if state is not None and state.aborted is None and state.abort_requested is None:
+                state.abort_requested = payload
         elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
             self._decided(record, payload)
 

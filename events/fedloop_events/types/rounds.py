@@ -67,6 +67,22 @@ class RoundRequestWithdrawn(Payload, frozen=True, forbid_unknown_fields=True, om
         return self.run_id
 
 
+class RoundAbortRequested(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The operator wants a round to end without a release: the server aborts it, unless a release is proposed by then."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.abort.requested.v1"
+    audience = Audience.NOBODY
+
+    run_id: Identifier
+    round_id: Identifier
+    reason: Line = ""
+
+    @property
+    def key(self) -> str:
+        return self.run_id
+
+
 class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Why a client did not count: a stable code, and one sentence without any content."""
 
@@ -98,7 +114,8 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     round without differential privacy.
 
     The round ends when every instruction is settled, when `enough` updates are accepted (None: all of the cohort), `grace_s`
-    after the quorum is reached (None: no sooner for that), or after `deadline_s`. No update weighs more than `max_weight`.
+    after the quorum is reached, or as long as that took if it took longer (None: no sooner for that), or after `deadline_s`. No
+    update weighs more than `max_weight`.
     """
 
     topic = topics.ROUNDS

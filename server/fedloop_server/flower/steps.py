@@ -37,9 +37,10 @@ class Decision(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True):
-    """What a client answered; `id` is the event's."""
+    """What a client answered; `id` is the event's, `appended_ms` when the log took it."""
 
     id: str
+    appended_ms: int
     payload: UpdateSubmitted | RoundDeclined
 
 
@@ -91,7 +92,7 @@ class RunSteps:
         replies = self.replies.setdefault(payload.instruction_id, [])
         same_client = [each for each in replies if each.payload.client_id == payload.client_id]
         if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
-            replies.append(Reply(record.id, payload))
+            replies.append(Reply(record.id, record.appended_ms, payload))
 
 
 class ReadsRun(Protocol):

@@ -81,6 +81,8 @@ class Wait(Struct, frozen=True):
     """Nothing to do until something new is in the log, or time has passed."""
 
     reason: str
+    excluded: list[types.Exclusion] = []
+    """Who cannot take part now, if it is for too few clients."""
 
 
 Action = (
@@ -111,6 +113,8 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:
+        if opened.abort_requested is not None:
+            return _abort(opened.round_id, opened.abort_requested)
         return CollectUpdates(opened.round_id)
     if current.evaluation is None:
         return EvaluateRelease(current.release)
@@ -134,12 +138,18 @@ def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: f
 def _finish(closed: RoundState, current: ReleaseState) -> Action:
     opened, accepted = closed.opened, len(closed.participants)
     assert opened is not None
+    if closed.abort_requested is not None:
+        return _abort(closed.round_id, closed.abort_requested)
     if accepted < opened.quorum:
         detail = f"{accepted} of {len(opened.cohort)} updates were accepted, and the quorum is {opened.quorum}"
         return AbortRound(closed.round_id, "quorum", detail)
     if opened.base_release != current.release:
         return AbortRound(closed.round_id, "stale-base", f"{current.release} is in force by now")
     return ProposeRelease(closed.round_id)
+
+
+def _abort(round_id: str, requested: types.RoundAbortRequested) -> AbortRound:
+    return AbortRound(round_id, "operator", requested.reason)
 
 
 def _open(state: ServerState, planner: Planner, model: str, now_ms: int, wall_s: float) -> Action:
@@ -171,7 +181,7 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int, wall_s:
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
     # A request that has waited for the hours of rounds waits for clients from their beginning.
     if now_ms - since_ms < wait_ms or (hours is not None and hours.opened_within(wait_s, wall_s)):
-        return Wait(detail)
+        return Wait(detail, found.excluded)
     return AbortRound(round_id(number), "quorum", detail, found.excluded)
 
 

@@ -112,8 +112,8 @@ class Drafting:
         """Draw the cohort, once: the event that records it decides."""
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
-        past = scheduler.past(self._state.rounds, len(action.eligibility.clients), config.cohort_size, config.unasked_rounds)
-        drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source, past)
+        past = scheduler.past(self._state.rounds, len(action.eligibility.clients), config.asked, config.unasked_rounds)
+        drawn = scheduler.draw(action.eligibility, config.asked, self._source, past)
         terms = self._planner.terms(action.program)
         cohort = [self._state.people.clients[client_id] for client_id in drawn.clients]
         opened = types.RoundOpened(
@@ -135,6 +135,8 @@ class Drafting:
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
             max_weight=scheduler.weight_bound(cohort) if terms.mechanism is None else None,
+            enough=config.cohort_size if len(drawn.clients) > config.cohort_size else None,
+            grace_s=config.grace_s if config.grace_s < config.deadline_s else None,
         )
         return self._of_run(opened, "round", action.number)
 
