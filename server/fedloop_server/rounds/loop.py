@@ -65,9 +65,10 @@ class _RunInHand(NamedTuple):
 class Server:
     """One server process of a deployment.
 
-    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, `on_wait` each second or so
-    with what is waited for: for a live view. `plan` is a file in which the planner keeps what takes seconds to find, `snapshots`
-    a folder for the states of the folds: both save time, and know the log again. `source` decides who takes part; `wall` is the clock on the wall, for schedules and hours alone.
+    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, `on_wait` each second or so with
+    what is waited for: for a live view. `plan` is a file in which the planner keeps what takes seconds to find, `snapshots` a
+    folder for the states of the folds: both save time, and know the log again. `source` decides who takes part; `wall` is the
+    clock on the wall, for schedules and hours alone.
 
     Raises `LogChangedError` if the log has lost events that this server has read, unless told to `accept_loss`.
     """
