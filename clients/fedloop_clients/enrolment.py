@@ -178,7 +178,7 @@ def _check_terms(client_id: str | None, epsilon: float | None, delta: float) -> 
         try:
             msgspec.convert(client_id, types.Identifier)
         except msgspec.ValidationError:
-            raise UsageError("client_id must be 1 to 80 letters, digits, dots, dashes or underscores") from None
+            raise UsageError(f"client_id must be {types.IDENTIFIER_RULE}, not {client_id!r}") from None
         if client_id == "server":
             raise UsageError("client_id must not be 'server'")
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):

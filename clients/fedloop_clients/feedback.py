@@ -9,7 +9,7 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
-from fedloop_events.types import Identifier
+from fedloop_events.types import IDENTIFIER_RULE, Identifier
 from fedloop_tasks.words import find, normalised
 from msgspec import Struct
 from msgspec.structs import replace
@@ -143,4 +143,4 @@ def identifier(name: str, given: str | None) -> str:
     try:
         return ids.new_id() if given is None else msgspec.convert(given, Identifier)
     except msgspec.ValidationError:
-        raise UsageError(f"{name} must be 1 to 80 letters, digits, dots, dashes or underscores") from None
+        raise UsageError(f"{name} must be {IDENTIFIER_RULE}") from None

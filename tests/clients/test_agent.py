@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,28 @@ def test_terms_that_make_no_sense_are_refused(deployment: Deployment, store_dir:
     with pytest.raises(UsageError):
         Agent.enrol(deployment.folder, store_dir, key_from="file", **terms)  # type: ignore[arg-type]
     assert not store_dir.exists()
+
+
+@pytest.mark.parametrize("client_id", ["Zo\u00eb", "_x", "-x", ".x", "a b", "x" * 81, "", "a/b", "a\n"])
+def test_a_name_that_is_none_is_told_the_whole_rule(deployment: Deployment, store_dir: Path, client_id: str) -> None:
+    rule = "1 to 80 ASCII letters, digits, ., - or _, beginning with a letter or digit"
+    with pytest.raises(UsageError) as error:
+        Agent.enrol(deployment.folder, store_dir, client_id=client_id, key_from="file")
+    assert error.value.message == f"client_id must be {rule}, not {client_id!r}"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", client_id) is None
+    with (
+        Agent.enrol(deployment.folder, store_dir, client_id="0._-" + "x" * 76, key_from="file") as agent,
+        pytest.raises(UsageError, match=re.escape(f"response_id must be {rule}")),
+    ):
+        agent.record("hello", "loan", response_id=client_id)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u2060 \u00ad", "\u3164\u2800"])
+def test_a_text_that_shows_nothing_is_empty(agent: Agent, text: str) -> None:
+    with pytest.raises(UsageError, match="text is empty"):
+        agent.predict(text)
+    with pytest.raises(UsageError, match="text is empty"):
+        agent.record(text, "loan")
 
 
 def test_the_store_is_its_owners_alone(agent: Agent, store_dir: Path) -> None:

@@ -8,6 +8,8 @@ from msgspec import Meta, Struct
 
 Identifier = Annotated[str, Meta(min_length=1, max_length=80, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 """A name that is safe as a file name, a Kafka key and a part of a URI."""
+IDENTIFIER_RULE: Final = "1 to 80 ASCII letters, digits, ., - or _, beginning with a letter or digit"
+"""What an `Identifier` is, in words: whatever satisfies them is one."""
 
 
 EventId = Annotated[str, Meta(min_length=32, max_length=32)]
