@@ -66,3 +66,10 @@ def write_whole(path: Path, data: bytes, *, mode: int = SHARED, replace: bool = 
 def write_private(path: Path, data: bytes) -> None:
     """`write_whole`, of a file that only its owner can read."""
     write_whole(path, data, mode=PRIVATE)
+
+
+def create_private(path: Path) -> None:
+    """An empty file that only its owner can read, unless there is a file; one that is there is not opened, for closing it would
+    let go of the locks that this process holds on it."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE))

@@ -105,7 +105,7 @@ def create_deployment(
             raise UsageError(
                 f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
             )
-        _once(folder / KEY_FILE, SigningKey.generate().to_pem(), mode=PRIVATE)
+        _once(folder / KEY_FILE, SigningKey.generate().to_pem())
         _once(folder / CONFIG_FILE, configuration.dump(config).encode())
         locations.open_blobs(place.blobs).put(chunks)
         _announce(EventWriter(log, SigningKey.load(folder / KEY_FILE)), intent)
@@ -187,7 +187,7 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
     """Write the `deployment.toml` that `place` takes. Raises `UsageError` if the folder names another place already."""
     text, path = locations.remembered(root, place), root / locations.PLACE_FILE
     if text:
-        _once(path, text.encode())
+        _once(path, text.encode(), mode=SHARED)  # it says where log and blobs are, to whoever may use them
     if locations.remembered(root, locations.locate(root)) != text:
         raise UsageError(f"{root} is a deployment whose log or blobs are elsewhere", hint=f"see {path}, or choose another folder")
 
@@ -248,7 +248,7 @@ def _reference(chunks: Sequence[bytes | memoryview]) -> types.BlobRef:
     return types.BlobRef(digest.hexdigest(), sum(map(len, chunks)))
 
 
-def _once(path: Path, data: bytes, *, mode: int = SHARED) -> None:
+def _once(path: Path, data: bytes, *, mode: int = PRIVATE) -> None:
     """Write the file, unless it is there: it appears whole, and of two processes the first one's holds."""
     if not path.exists():
         write_whole(path, data, mode=mode, replace=False)

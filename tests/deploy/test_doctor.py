@@ -98,6 +98,18 @@ def test_a_key_that_others_can_read_is_named_with_what_to_do(doctor: Doctor, dep
     assert said(document, "fail", "(mode 0640)") == f"chmod 600 {tmp_path / 'store' / 'store.db'}"
 
 
+def test_a_log_or_a_held_out_set_that_others_can_read_is_named_with_what_to_do(doctor: Doctor, deployment: Path) -> None:
+    log, held = deployment / "log.sqlite", deployment / "server" / "heldout.json"
+    held.touch(mode=0o600)
+    assert said(doctor(deployment)[1], "ok", f"{log} is its owner's alone") == ""
+    log.chmod(0o644)
+    held.chmod(0o640)
+    status, document = doctor(deployment)
+    assert status == 1
+    assert said(document, "fail", f"{log} is open to others (mode 0644)") == f"chmod 600 {log}"
+    assert said(document, "fail", f"{held} is open to others (mode 0640)") == f"chmod 600 {held}"
+
+
 def test_what_is_absent_or_no_log_is_a_finding_and_no_defect(doctor: Doctor, deployment: Path, tmp_path: Path) -> None:
     assert "server init" in said(doctor(tmp_path / "nowhere")[1], "fail", "there is no folder")
     assert "agent enrol" in said(doctor("--store", tmp_path / "nowhere")[1], "fail", "there is no store")

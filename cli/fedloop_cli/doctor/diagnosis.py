@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import shutil
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +97,10 @@ def _server(directory: Path) -> Iterator[Finding]:
 
     if not directory.is_dir():
         yield Finding("server", "fail", f"there is no folder {directory}", f"fedloop server init {directory} makes a deployment")
-    yield from findings.modes("server", [directory / SERVER_FOLDER / KEY_FILE])
+    folder = directory / SERVER_FOLDER
+    yield from findings.modes("server", [folder, folder / KEY_FILE])
+    others = sorted(path for path in folder.glob("*") if path.name != KEY_FILE)
+    yield from (found for found in findings.modes("server", others) if found.level != "ok")
 
 
 def _rounds(directory: Path, place: DeploymentLocation) -> Iterator[Finding]:
@@ -150,8 +152,7 @@ def _log(location: str) -> Iterator[Finding]:
             yield Finding("log", "ok", f"{path} opens")
             yield from findings.log_clock(log)
             yield from findings.stamps(log)
-        if path.stat().st_mode & stat.S_IWOTH:
-            yield Finding("log", "fail", f"everybody can write {path}", f"chmod o-w {path}")
+        yield from findings.modes("log", [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))])
 
 
 def _gateway(location: str) -> Iterator[Finding]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import apsw
 
 from fedloop_events.errors import FedloopError, LogError, UnreachableError
-from fedloop_events.files import fsync_folder
+from fedloop_events.files import create_private, fsync_folder
 
 APPLICATION_ID: Final = 0x46644C67
 FORMAT: Final = 1
@@ -41,7 +41,11 @@ PRAGMA user_version = {FORMAT};
 
 
 def open_connection(path: Path, busy_timeout_s: float) -> apsw.Connection:
+    """A connection to the log in the file, which is made if there is none: for its owner alone, and what SQLite puts beside it
+    has the same mode."""
     deadline = time.monotonic() + busy_timeout_s
+    with suppress(OSError):  # what cannot be made cannot be opened either, and SQLite says why
+        create_private(path)
     while True:
         connection = apsw.Connection(str(path))
         try:

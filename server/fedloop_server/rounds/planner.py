@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from fedloop_events import envelope, types
 from fedloop_events.errors import InvalidEventError, UsageError
-from fedloop_events.files import write_whole
+from fedloop_events.files import write_private
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.parts import PART_BYTES
@@ -125,6 +125,6 @@ class Planner:
         if self._cache is None:
             return
         try:
-            write_whole(self._cache, msgspec.json.encode(made))
+            write_private(self._cache, msgspec.json.encode(made))
         except OSError as error:
             _logger.warning("the plan cannot be kept in %s (%s): it is made again at the next start", self._cache, error.strerror)
