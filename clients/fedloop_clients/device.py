@@ -28,9 +28,9 @@ VIEW: Final = "following"
 class Settings(Struct, frozen=True, kw_only=True):
     """How a device takes part.
 
-    `heartbeat_s` is how often it reports that it is up; `eligibility` says when it may take part, and so bounds what a server can
-    make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not
-    installed packages.
+    `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
+    bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
+    models lie that are not installed packages.
     """
 
     model: str = types.DEFAULT_MODEL

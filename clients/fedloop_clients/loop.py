@@ -6,6 +6,7 @@ Every step is safe to repeat: what is due stands in the store, and what was done
 from __future__ import annotations
 
 import fcntl
+import random
 import sys
 import threading
 import time
@@ -22,11 +23,13 @@ from fedloop_clients.device import VIEW, Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
 
 IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
 RETRY_S: Final = 2.0
+"""Longest wait after the first try that fails; `Backoff` says how it goes on."""
 ALONE_TIMEOUT_S: Final = 5.0
 
 
@@ -42,7 +45,8 @@ class Loop:
         self._publisher = Publisher(device, mask)
         self._problem = ""
         self._news = True  # whether the log may hold what was not read
-        self._seen: tuple[int, float] | None = None  # what the last heartbeat reported, and when
+        self._heartbeats = Heartbeats(device.identity.client_id, device.settings.heartbeat_s)
+        self._backoff = Backoff(RETRY_S, random.SystemRandom())
 
     def run(self, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
         """See `Agent.run`."""
@@ -54,6 +58,7 @@ class Loop:
                     begun = begun or self._begin()
                     self._pass(handler)
                     self._problem = ""
+                    self._backoff.succeeded()
                 except UnreachableError as error:
                     self._problem = error.message
                 if until is not None and until(self._device.status(self._problem)):
@@ -83,7 +88,7 @@ class Loop:
     def _wait(self, stop: threading.Event) -> None:
         self._news = True
         if self._problem:
-            stop.wait(RETRY_S)
+            stop.wait(self._backoff.failed())
             return
         with suppress(UnreachableError):  # the next pass meets it again, and reports it
             if not self._device.interactions.counts().get("captured"):
@@ -124,17 +129,17 @@ class Loop:
             )
 
     def _heartbeat(self) -> None:
-        """Report that the device is up: at first, at times, and when the number of examples has another power of two."""
-        me, settings, count = self._device.identity, self._device.settings, self._device.count_examples()
+        """Report that the device is up, at its times, and when the number of examples has another power of two."""
+        me, count = self._device.identity, self._device.count_examples()
         at_least, now = 1 << count.bit_length() - 1 if count else 0, time.monotonic()
-        if self._seen is not None and self._seen[0] == at_least and now < self._seen[1] + settings.heartbeat_s:
+        if not self._heartbeats.due(now, at_least):
             return
         self._device.outbox.add(
             lambda seq: types.ClientSeen(
                 origin=me.origin, client_id=me.client_id, seq=seq, examples_at_least=at_least, device=_accelerator()
             )
         )
-        self._seen = (at_least, now)
+        self._heartbeats.sent(now, at_least)
 
 
 def _accelerator() -> Literal["cpu", "cuda", "mps"]:

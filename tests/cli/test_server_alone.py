@@ -22,8 +22,8 @@ from .conftest import Ended
 
 ROOT = Path(__file__).parents[2]
 MODULES = {"presidio-analyzer": "presidio_analyzer"}
-NEEDED_ANYWAY = {"regex"}
-"""By Transformers."""
+NEEDED_ANYWAY = {"regex", "psutil"}
+"""By Transformers, and by PEFT."""
 RUN = """
 import sys
 
