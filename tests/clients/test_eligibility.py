@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -223,6 +224,16 @@ def test_hours_that_are_none_are_named(text: str) -> None:
 def test_a_time_zone_that_is_none_is_named(name: str) -> None:
     with pytest.raises(UsageError, match="no time zone"):
         DayHours.parse("22-06", name)
+
+
+def test_hours_without_a_time_zone_are_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    noon_utc = datetime.fromisoformat("2026-01-05T12:00:00+00:00").timestamp()
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        assert DayHours.parse("21-22").contain(noon_utc)
+        assert not DayHours.parse("12-13").contain(noon_utc)
+    time.tzset()
 
 
 def test_several_windows_and_the_whole_day() -> None:
