@@ -97,6 +97,7 @@ _ARGUMENTS: Final = {
     "ROUND": "A round's id, such as r0001.",
     "RELEASE": "A release's id.",
     "CLIENT": "A client's id.",
+    "FEEDBACK_ID": "The id that recording the feedback printed.",
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""
 

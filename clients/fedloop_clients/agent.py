@@ -24,6 +24,7 @@ from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Re
 from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
+from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ class Agent:
         same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
         was the worse of two does not leave it.
 
-        Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
+        Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
+        `UsageError` for what cannot be meant.
         """
         given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
         if self._device.spec is None:
@@ -190,6 +192,21 @@ class Agent:
         task = self._device.task
         feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
+
+    def retract(self, feedback_id: str) -> Retraction:
+        """Take feedback back: when this returns, no round of this device learns from it any more. It needs no connection.
+
+        The feedback, its texts, and each response that no other feedback is about are deleted from the store; the id is kept, and
+        feedback under it is refused for ever. Of what was never published nothing ever is. What is in the log, or on its way
+        there, is followed by a `FeedbackRetracted`, which holds the id alone, when the agent runs. Retracting again changes
+        nothing.
+
+        What it cannot undo: the masked text stays in the log until its retention ends, and a round that learned from the example
+        before keeps that: its epsilon is spent, and its release is merged.
+
+        Raises `UnknownFeedbackError`.
+        """
+        return self._device.retractions.retract(feedback_id)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
