@@ -105,6 +105,7 @@ _ARGUMENTS: Final = {
     "REQUEST": "A request's id, which `round start` has printed.",
     "RELEASE": "A release's id.",
     "CLIENT": "A client's id.",
+    "FEEDBACK_ID": "The id that recording the feedback printed.",
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""
 

@@ -26,6 +26,7 @@ from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Re
 from fedloop_clients.gate import Apps
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
+from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ class Agent:
         was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not stop the rest: the
         `note` of what is returned says what was left out or mended.
 
-        Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
+        Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
+        `UsageError` for what cannot be meant.
         """
         given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, preferred_over))
         if self._device.spec is None:
@@ -220,6 +222,21 @@ class Agent:
     def knows(self, feedback_id: str) -> bool:
         """Whether feedback with this id is in the store."""
         return self._device.interactions.knows(feedback_id)
+
+    def retract(self, feedback_id: str) -> Retraction:
+        """Take feedback back: when this returns, no round of this device learns from it any more. It needs no connection.
+
+        The feedback, its texts, and each response that no other feedback is about are deleted from the store; the id is kept, and
+        feedback under it is refused for ever. Of what was never published nothing ever is. What is in the log, or on its way
+        there, is followed by a `FeedbackRetracted`, which holds the id alone, when the agent runs. Retracting again changes
+        nothing.
+
+        What it cannot undo: the masked text stays in the log until its retention ends, and a round that learned from the example
+        before keeps that: its epsilon is spent, and its release is merged.
+
+        Raises `UnknownFeedbackError`.
+        """
+        return self._device.retractions.retract(feedback_id)
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.

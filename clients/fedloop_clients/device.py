@@ -19,6 +19,7 @@ from fedloop_clients.enrolment import Identity
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
 from fedloop_clients.outbox import Outbox
+from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
 
 VIEW: Final = "following"
@@ -84,7 +85,7 @@ class Device:
         self.around, self.joined = around, Joined(store)
         self.store, self.identity, self.log, self.blobs, self.settings = store, identity, log, blobs, settings
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
-        self.interactions = Interactions(store)
+        self.interactions, self.retractions = Interactions(store), Retractions(store)
         self.outbox = Outbox(store, identity.writer(log))
         self.models = Models(settings.model_dir)
         self._counted: tuple[object, int] = None, 0
@@ -121,7 +122,7 @@ class Device:
             waiting=counts.get("captured", 0),
             published=counts.get("published", 0),
             failed=self.interactions.failures(),
-            unsent=self.outbox.unsent(),
+            unsent=self.outbox.unsent() + len(self.retractions.due()),
             examples=self.count_examples(),
             answers=dict(self.store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
             spends=spends,

@@ -99,6 +99,8 @@ class DeviceView:
         """The device's own events, as they were read since somebody emptied this list."""
         self.published: list[str] = []
         """Feedback ids among them, the same way."""
+        self.retracted: list[str] = []
+        """Feedback ids that were taken back, the same way."""
         self._known = not kept.offsets
         """Whether the log was seen to be the one that was read."""
         self.changed = False
@@ -229,6 +231,8 @@ class DeviceView:
         match payload:
             case types.FeedbackRecorded():
                 self.published.append(payload.feedback_id)
+            case types.FeedbackRetracted():
+                self.retracted.append(payload.feedback_id)
             case types.UpdateSubmitted() | types.RoundDeclined():
                 self._state.instructions.pop(payload.instruction_id, None)
             case types.BudgetSpent():

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from fedloop_clients import feedback
 from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
+from fedloop_clients.retracting import check_not_retracted, forget_response
 from fedloop_clients.store import Store
 
 MAX_UNJUDGED_RESPONSES: Final = 10_000
@@ -95,8 +96,8 @@ class Interactions:
         """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
-        that is one of the words is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
-        or something of it is out of range.
+        that is one of the words is that label. Raises `UnknownResponseError`, `RetractedFeedbackError` for an id that was taken
+        back, or `UsageError` if nothing is given or something of it is out of range.
         """
         given = feedback.check_input(given, words)
         feedback_id = feedback.identifier("feedback_id", feedback_id)
@@ -104,6 +105,7 @@ class Interactions:
         with self._store.transaction() as db:
             known = db.execute("SELECT digest FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
             if known is None:
+                check_not_retracted(db, feedback_id)
                 for each in (response_id, given.preferred_over):
                     if each is not None:
                         _check_known(db, each)
@@ -177,14 +179,15 @@ class Interactions:
             )
         ]
 
-    def published(self, feedback_id: str) -> None:
-        """This feedback is in the log or the outbox. What of it is not masked yet still has to be."""
+    def published(self, feedback_id: str) -> bool:
+        """This feedback is in the log or the outbox, if it is still here. What of it is not masked yet still has to be."""
         with self._store.transaction() as db:
-            db.execute(
+            found = db.execute(
                 f"UPDATE feedback SET logged = 1, failure = NULL, state = CASE WHEN {_RAW} THEN 'captured' ELSE 'published' END"
                 " WHERE feedback_id = ?",
                 (feedback_id,),
             )
+        return bool(found.rowcount)
 
     def failed(self, feedback_id: str, failure: str) -> None:
         """This feedback cannot be masked: it stays on the device. `failure` is a stable code."""
@@ -280,14 +283,8 @@ def _write(db: Any, owner: str, kind: Kind, raw: str | None, masked: MaskedText 
 
 def _give_way(db: Any, number: int) -> None:
     """Forget the response of this number, if nobody did anything about it."""
-    for (response_id,) in db.execute(
-        "SELECT response_id FROM responses WHERE number = ? AND NOT EXISTS"
-        " (SELECT 1 FROM feedback AS any"
-        " WHERE any.response_id = responses.response_id OR any.preferred_over = responses.response_id)",
-        (number,),
-    ).fetchall():
-        db.execute("DELETE FROM texts WHERE owner = ? AND kind IN ('prompt', 'response')", (response_id,))
-        db.execute("DELETE FROM responses WHERE response_id = ?", (response_id,))
+    for (response_id,) in db.execute("SELECT response_id FROM responses WHERE number = ?", (number,)).fetchall():
+        forget_response(db, response_id)
 
 
 def _check_known(db: Any, response_id: str) -> None:

@@ -91,7 +91,7 @@ class Loop:
             stop.wait(self._backoff.failed())
             return
         with suppress(UnreachableError):  # the next pass meets it again, and reports it
-            if not self._device.interactions.counts().get("captured"):
+            if not (self._device.interactions.counts().get("captured") or self._device.retractions.due()):
                 self._news = self._device.view.wait(self._device.log, IDLE_S)
 
     def _catch_up(self, wait_s: float) -> None:
@@ -109,11 +109,15 @@ class Loop:
         device, view = self._device, self._device.view
         with device.store.transaction():
             device.outbox.reconcile(view.mine)
+            for feedback_id in view.retracted:
+                device.retractions.announced(feedback_id)
             for feedback_id in view.published:
-                device.interactions.published(feedback_id)
+                if not device.interactions.published(feedback_id):
+                    device.retractions.published(feedback_id)
             device.store.keep(VIEW, view.to_state())
         view.mine.clear()
         view.published.clear()
+        view.retracted.clear()
         view.changed = False
 
     def _check_standing(self) -> None:

@@ -23,7 +23,7 @@ class Publisher:
         self._device, self._mask = device, mask
 
     def publish(self) -> bool:
-        """Mask what is captured and put a batch of it into the outbox; whether there was any."""
+        """Mask what is captured, put a batch of it and all due retractions into the outbox; whether there was any."""
         self._mask_captured()
         due = self._device.interactions.unpublished(_BATCH)
         for each in due:
@@ -31,7 +31,10 @@ class Publisher:
                 self._publish(each)
             except InvalidEventError:
                 self._device.interactions.failed(each.feedback_id, "too large for one event")
-        return bool(due)
+        taken_back = self._device.retractions.due()
+        for feedback_id in taken_back:
+            self._retract(feedback_id)
+        return bool(due or taken_back)
 
     def _mask_captured(self) -> None:
         while due := self._device.interactions.unmasked(_BATCH):
@@ -58,6 +61,8 @@ class Publisher:
                 counts[kind] = counts.get(kind, 0) + count
         me = self._device.identity
         with self._device.store.transaction():
+            if not self._device.interactions.published(each.feedback_id):
+                return  # it was retracted meanwhile
             if not each.logged:
                 self._device.outbox.add(
                     lambda seq: types.FeedbackRecorded(
@@ -82,4 +87,12 @@ class Publisher:
                         origin=me.origin, client_id=me.client_id, seq=seq, feedback_id=each.feedback_id, counts=counts
                     )
                 )
-            self._device.interactions.published(each.feedback_id)
+
+    def _retract(self, feedback_id: str) -> None:
+        """Its sequence number is above the feedback's own, so that no reader sees it first."""
+        me = self._device.identity
+        with self._device.store.transaction():
+            self._device.outbox.add(
+                lambda seq: types.FeedbackRetracted(origin=me.origin, client_id=me.client_id, seq=seq, feedback_id=feedback_id)
+            )
+            self._device.retractions.announced(feedback_id)

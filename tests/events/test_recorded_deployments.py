@@ -30,6 +30,7 @@ NOT_RECORDED: Final = {"io.fedloop.event.quarantined.v1"}
 """Nothing writes it."""
 LATER: Final = {
     "io.fedloop.cohort.listed.v1",
+    "io.fedloop.feedback.retracted.v1",
     "io.fedloop.labels.listed.v1",
     "io.fedloop.replies.listed.v1",
     "io.fedloop.round.abort.requested.v1",

@@ -118,6 +118,23 @@ def feedback(
 
 
 @app.command(cls=options.Command)
+def retract(
+    store: options.StoreFolder,
+    feedback_id: Annotated[str, typer.Argument(metavar="FEEDBACK_ID")],
+    json: options.Json = False,
+) -> None:
+    """Take feedback back: it is deleted from the device, and no later round learns from it. `fedloop agent run` appends the
+    retraction, if the feedback was published. What rounds have learned from it before is not undone, nor is the epsilon.
+    """
+    with _open(store, None) as agent:
+        retraction = agent.retract(feedback_id)
+    follows = "; `fedloop agent run` appends its retraction" if retraction.published else ", and nothing of it was published"
+    document = {"feedback_id": retraction.feedback_id, "published": retraction.published, "remains": retraction.remains}
+    text = f"{retraction.feedback_id} is deleted from this device{follows}.\nNot undone: {retraction.remains}."
+    console.show(document, text, as_json=json)
+
+
+@app.command(cls=options.Command)
 def run(
     store: options.StoreFolder,
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
