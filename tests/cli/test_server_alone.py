@@ -120,6 +120,7 @@ def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> 
             thread.join()
     assert ended.status == 0, ended.err
     assert ended.document == {"rounds": 1, "interrupted": False}
+    assert re.search(r"waiting: r0001 waits for (ann|bob)", ended.err), ended.err
     (round_,) = alone("round", "list", directory, "--json").document["rounds"]
     assert (round_["kind"], round_["participants"]) == ("sums", ["ann", "bob"])
     evaluated = [each for record in read_all(log) if isinstance(each := decode(record), types.ReleaseEvaluated)]

@@ -121,6 +121,8 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
         "hyperparameters": detail.hyperparameters,
         "quorum": detail.quorum,
         "deadline_s": detail.deadline_s,
+        "enough": detail.enough,
+        "grace_s": detail.grace_s,
         "declined": detail.declined,
         "refused": [{"client": each.client_id, "reason": each.reason} for each in detail.refused],
         "replies": summary.replies,

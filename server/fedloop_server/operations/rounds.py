@@ -82,6 +82,8 @@ class RoundDetail(Struct, frozen=True):
     hyperparameters: dict[str, float]
     quorum: int | None
     deadline_s: float | None
+    enough: int | None
+    grace_s: float | None
     declined: dict[str, str]
     """Reason by client."""
     refused: list[RefusedUpdate]
@@ -133,6 +135,8 @@ def detail(state: RoundState) -> RoundDetail:
         opened.hyperparameters if opened is not None else {},
         opened.quorum if opened is not None else None,
         opened.deadline_s if opened is not None else None,
+        opened.enough if opened is not None else None,
+        opened.grace_s if opened is not None else None,
         state.declined,
         [RefusedUpdate(each.client_id, each.update_id, each.reason) for each in state.refused.values()],
     )
