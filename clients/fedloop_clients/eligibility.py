@@ -54,8 +54,10 @@ class Eligibility(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.min_gap_s >= 0:
             raise UsageError(f"the least time between rounds is {self.min_gap_s} seconds", hint="give 0 or more")
-        if self.rounds_per_day < 1:
-            raise UsageError(f"the most rounds a day are {self.rounds_per_day}", hint="give 1 or more; stop the agent for none")
+        if not 1 <= self.rounds_per_day <= MAX_JOINED:
+            raise UsageError(
+                f"the most rounds a day are {self.rounds_per_day}", hint=f"give 1 to {MAX_JOINED}; stop the agent for none"
+            )
 
     def unmet(self, around: Surroundings) -> str | None:
         """The code of the first term that does not hold around the device now; None if all hold."""

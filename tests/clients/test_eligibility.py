@@ -256,7 +256,9 @@ def test_what_the_platform_does_not_tell_is_unknown_and_refused_where_it_is_requ
     assert Eligibility(only_unmetered=True).unmet(Surroundings(of_platform)) == "metered-network"
 
 
-@pytest.mark.parametrize("terms", [{"min_gap_s": -1.0}, {"min_gap_s": float("nan")}, {"rounds_per_day": 0}])
+@pytest.mark.parametrize(
+    "terms", [{"min_gap_s": -1.0}, {"min_gap_s": float("nan")}, {"rounds_per_day": 0}, {"rounds_per_day": 1001}]
+)
 def test_terms_that_cannot_be_meant_are_refused(terms: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Eligibility(**terms)

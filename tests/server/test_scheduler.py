@@ -9,13 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from devices import CONFIG, PLAN, World
+from devices import CONFIG, PLAN, World, evaluate
 from fedloop_events import envelope, types
 from fedloop_events.folds.identities import Client, RecordPosition
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.parts import split
 from fedloop_events.types import Exclusion, Mechanism
 from fedloop_server.config import MAX_COHORT, ServerConfig
+from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.planner import Planner
 from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible, past, weight_bound
 from fedloop_tasks.classification.plan import ClassificationPlan
@@ -177,6 +178,25 @@ def test_a_round_that_was_cut_short_says_nothing_of_who_had_not_answered() -> No
     rounds = RoundsView()
     ended(rounds, ["a", "b"], declined=["b"], cut=True)
     assert past(rounds, 2, 1, 20).weights == {"b": 0.5}
+
+
+class Fair(random.Random):
+    """Chance favours nobody, so that the weights alone decide."""
+
+    def random(self) -> float:
+        return 0.5
+
+
+def test_a_server_draws_by_what_its_log_says(tmp_path: Path) -> None:
+    config = replace(CONFIG, quorum=1, cohort_size=1)
+    world = World(tmp_path / "deployment", config)
+    world.device("ann", behave=lambda opened, arrays: "not-charging")
+    world.device("bob")
+    world.request(2)
+    server = Server(world.log, world.blobs, world.writer, config, evaluate=evaluate, source=Fair())
+    with world.serving():
+        assert server.run(rounds=2) == 2
+    assert [each.opened.cohort for each in world.rounds.rounds.values() if each.opened] == [["ann"], ["bob"]]
 
 
 def test_the_largest_round_fits_into_its_events() -> None:
