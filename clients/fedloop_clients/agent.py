@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self, overload
 
 from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleaseState
@@ -22,8 +22,19 @@ from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.eligibility import Conditions, Surroundings, of_platform
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text, check_word, mended
+from fedloop_clients.feedback import (
+    MAX_TEXT_CHARS,
+    Feedback,
+    FeedbackInput,
+    Response,
+    Thumb,
+    check_text,
+    check_word,
+    identifier,
+    mended,
+)
 from fedloop_clients.gate import Apps
+from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.retracting import Retraction
@@ -173,10 +184,11 @@ class Agent:
         """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
 
         `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
+        Nor is a `response_id` of the caller's: the response has an id that is derived from it with the device's key.
         """
         spec, release = self._in_force()
         words = task_of(spec).words
-        label = check_word("label", label, words)
+        label, response_id = check_word("label", label, words), self._own_id("response", response_id)
         response_id = self._device.interactions.respond(
             text, None, label, release.release, words, response=response, response_id=response_id
         )
@@ -198,18 +210,22 @@ class Agent:
 
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
         own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
-        same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
-        was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not stop the rest: the
-        `note` of what is returned says what was left out or mended.
+        same feedback, with other content an error. It stays here: the feedback has an id derived from it with the device's key,
+        which is returned and published, and may be given in its place. What the user wrote leaves the device masked or not at
+        all; which response was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not
+        stop the rest: the `note` of what is returned says what was left out or mended.
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
         `UsageError` for what cannot be meant.
         """
-        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, preferred_over))
+        worse = self._own_id("response", preferred_over)
+        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse))
         if self._device.spec is None:
             self._read()
         task = self._device.task
-        feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
+        words, feedback_id = task.words if task else (), self._own_id("feedback", feedback_id)
+        response_id = self._own_id("response", response_id)
+        feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
 
     @property
@@ -221,7 +237,7 @@ class Agent:
 
     def knows(self, feedback_id: str) -> bool:
         """Whether feedback with this id is in the store."""
-        return self._device.interactions.knows(feedback_id)
+        return self._device.interactions.knows("feedback", self._own_id("feedback", feedback_id))
 
     def retract(self, feedback_id: str) -> Retraction:
         """Take feedback back: when this returns, no round of this device learns from it any more. It needs no connection.
@@ -269,6 +285,16 @@ class Agent:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @overload
+    def _own_id(self, kind: Named, given: str) -> str: ...
+    @overload
+    def _own_id(self, kind: Named, given: str | None) -> str | None: ...
+    def _own_id(self, kind: Named, given: str | None) -> str | None:
+        """The id in the store of what a caller names: that id, or the one that is derived from it. Raises `UsageError`."""
+        if given is None or self._device.interactions.knows(kind, identifier(f"{kind}_id", given)):
+            return given
+        return self.identity.derived_id(kind, given)
 
     def _read(self) -> None:
         """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""

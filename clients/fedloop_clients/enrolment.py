@@ -55,9 +55,9 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     def key(self) -> SigningKey:
         return SigningKey.from_private_bytes(self.signing_key)
 
-    def derived_id(self, kind: str, *parts: str | int) -> str:
-        """An id that is a function of this device and of `parts`; without the device's key it tells nothing of them."""
-        data = msgspec.json.encode((kind, *parts))
+    def derived_id(self, kind: str, given: str) -> str:
+        """An id that is a function of this device and of `given`; without the device's key it tells nothing of it."""
+        data = msgspec.json.encode((kind, given))
         return hashlib.blake2b(data, digest_size=16, key=self.signing_key, person=b"fedloop.id").hexdigest()
 
     def writer(self, log: EventLog) -> EventWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import BadRow, Message, Messages
@@ -40,7 +41,7 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
             hint="mend the file, or leave such rows out with --skip-bad",
         )
     recorded = right = 0
-    for message, feedback_id in zip(good, _ids(agent, good), strict=True):
+    for message, feedback_id in zip(good, _ids(good), strict=True):
         if agent.knows(feedback_id):
             continue
         response = agent.predict(message.text)
@@ -65,10 +66,11 @@ def _checked(messages: Messages, words: Sequence[str]) -> tuple[list[Message], l
     return good, bad
 
 
-def _ids(agent: Agent, messages: Sequence[Message]) -> list[str]:
+def _ids(messages: Sequence[Message]) -> list[str]:
+    """The caller's ids: the agent derives its own from them with its key."""
     found, seen = [], Counter[tuple[str, str]]()
     for message in messages:
         each = normalised(message.text), normalised(message.answer)
-        found.append(agent.identity.derived_id("message", *each, seen[each]))
+        found.append(ids.derived_id("message", *each, seen[each]))
         seen[each] += 1
     return found

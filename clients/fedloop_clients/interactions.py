@@ -7,7 +7,7 @@ learned from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -25,6 +25,8 @@ from fedloop_clients.store import Store
 MAX_UNJUDGED_RESPONSES: Final = 10_000
 """Responses that nobody has done anything about: the oldest give way."""
 
+Named = Literal["feedback", "response"]
+"""What an application can name by an id of its own."""
 Kind = Literal["prompt", "response", "correction", "comment"]
 
 
@@ -131,9 +133,18 @@ class Interactions:
             )
         return feedback_id, _interaction(*row)
 
-    def knows(self, feedback_id: str) -> bool:
-        """Whether there is feedback with this id."""
-        return bool(self._store.rows("SELECT 1 FROM feedback WHERE feedback_id = ?", (feedback_id,)))
+    def knows(self, kind: Named, given: str) -> bool:
+        """Whether there is a response or feedback with this id."""
+        table = {"feedback": "feedback", "response": "responses"}[kind]
+        return bool(self._store.rows(f"SELECT 1 FROM {table} WHERE {kind}_id = ?", (given,)))
+
+    def derive_ids(self, derived_id: Callable[[Named, str], str]) -> None:
+        """Give feedback whose id a caller chose, before such ids were derived, a derived one, unless the log has it."""
+        with self._store.transaction() as db:
+            for (given,) in db.execute(_GIVEN_IDS).fetchall():
+                own = derived_id("feedback", given)
+                db.execute("UPDATE feedback SET feedback_id = ? WHERE feedback_id = ?", (own, given))
+                db.execute("UPDATE texts SET owner = ? WHERE owner = ? AND kind IN ('correction', 'comment')", (own, given))
 
     def judged(self) -> Iterator[Interaction]:
         """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
@@ -208,6 +219,10 @@ class Interactions:
         return dict(self._store.rows("SELECT failure, count(*) FROM feedback WHERE state = 'failed' GROUP BY failure"))
 
 
+_GIVEN_IDS: Final = f"""
+SELECT feedback_id FROM feedback
+WHERE logged = 0 AND state <> 'published' AND feedback_id NOT GLOB '{"[0-9a-f]" * 32}'
+"""
 _OWN: Final = """
     (texts.owner = feedback.feedback_id AND texts.kind IN ('correction', 'comment')
      OR texts.owner IN (feedback.response_id, feedback.preferred_over) AND texts.kind IN ('prompt', 'response'))

@@ -70,6 +70,10 @@ class Loop:
         device = self._device
         device.view.check_end(device.log)
         self._catch_up(0.0)
+        with device.store.transaction():  # once what was published under an id that was given is known
+            device.interactions.derive_ids(device.identity.derived_id)
+            for feedback_id in device.view.published:
+                device.interactions.published(feedback_id)
         device.interactions.retry_failed()
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -14,6 +15,7 @@ from fedloop_clients.device import Device
 from fedloop_clients.interactions import Unpublished
 
 _BATCH: Final = 50
+_MADE_HERE: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Publisher:
@@ -53,6 +55,11 @@ class Publisher:
                 for feedback_id, failure in failures.items():
                     self._device.interactions.failed(feedback_id, failure)
 
+    def _published_id(self, response_id: str) -> str:
+        """Of a response whose id a caller chose, before such ids were derived: the digest of its feedback holds that id."""
+        made_here = _MADE_HERE.fullmatch(response_id)
+        return response_id if made_here else self._device.identity.derived_id("response", response_id)
+
     def _publish(self, each: Unpublished) -> None:
         """One piece of feedback and the counts of what was masked in it, as two events that are due together."""
         counts: dict[str, int] = {}
@@ -70,7 +77,7 @@ class Publisher:
                         client_id=me.client_id,
                         seq=seq,
                         feedback_id=each.feedback_id,
-                        response_id=each.response_id,
+                        response_id=self._published_id(each.response_id),
                         release=each.release,
                         use_case=self._device.settings.model,
                         text=each.prompt,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fedloop_clients import Agent, loop
 from fedloop_clients.device import Settings, Status
-from fedloop_clients.feedback import MAX_REMARK_CHARS
+from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
@@ -152,13 +152,13 @@ def test_a_folder_without_a_device_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_feedback_is_published_masked_with_what_was_masked(deployment: Deployment, agent: Agent) -> None:
     response = agent.record(f"card {NUMBER} is lost", "card-lost")
-    agent.feedback(
+    mine = agent.feedback(
         response.response_id, rating=2, label="loan", correction=f"{NUMBER} no", comment=f"{NUMBER} {NUMBER}", feedback_id="mine"
-    )
+    ).feedback_id
     agent.run(until=settled)
     (recorded,) = deployment.appended(types.FeedbackRecorded)
     assert recorded.text.text == "card <NUMBER_1> is lost"
-    assert (recorded.feedback_id, recorded.rating, recorded.label, recorded.predicted) == ("mine", 2, "loan", "card-lost")
+    assert (recorded.feedback_id, recorded.rating, recorded.label, recorded.predicted) == (mine, 2, "loan", "card-lost")
     assert recorded.correction is not None
     assert recorded.comment is not None
     assert (recorded.correction.text, recorded.comment.text) == ("<NUMBER_1> no", "<NUMBER_1> <NUMBER_1>")
@@ -217,6 +217,46 @@ def test_nothing_that_a_user_wrote_is_readable_outside_the_process(
         assert secret not in output + repr(agent.status())
 
 
+def test_an_id_that_the_caller_gave_stays_on_the_device(deployment: Deployment, agent: Agent, tmp_path: Path) -> None:
+    name, session = "jane.doe.02079460018", "session-of-jane.doe"
+    response = agent.record("my card is lost", "card-lost", response_id=session)
+    worse = agent.record("my card is lost", "loan", response_id="other")
+    given = agent.feedback(session, thumb="up", preferred_over="other", feedback_id=name)
+    for response_id, feedback_id in ((response.response_id, name), (session, given.feedback_id)):
+        again = agent.feedback(response_id, thumb="up", preferred_over=worse.response_id, feedback_id=feedback_id)
+        assert again == given
+    with pytest.raises(ConflictingFeedbackError):
+        agent.feedback(session, thumb="down", feedback_id=name)
+    with pytest.raises(UsageError, match="is taken"):
+        agent.record("another", "loan", response_id=session)
+    assert agent.knows(name)
+    assert not agent.knows("jane")
+    agent.run(until=settled)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert (recorded.feedback_id, recorded.response_id) == (given.feedback_id, response.response_id)
+    assert [each.feedback_id for each in deployment.appended(types.TextMasked)] == [given.feedback_id]
+    for each in (name, session, "jane"):
+        assert each.encode() not in deployment.bytes()
+    with Agent.enrol(deployment.folder, tmp_path / "other", client_id="tablet", key_from="file") as other:
+        assert other.record("hello", "loan", response_id=session).response_id != response.response_id
+
+
+def test_an_id_that_was_given_before_such_ids_were_derived_is_not_published_either(deployment: Deployment, agent: Agent) -> None:
+    interactions, words = agent._device.interactions, agent.words
+    interactions.respond("old", None, "card-lost", "0000-a", words, response_id="old.jane")
+    digest, _ = interactions.record("old.jane", FeedbackInput(thumb="up", comment="as it was"), words, "f.jane")
+    assert digest == "f.jane"
+    assert agent.feedback("old.jane", thumb="up", comment="as it was", feedback_id="f.jane").feedback_id == "f.jane"
+    agent.run(until=settled)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert recorded.comment is not None
+    assert recorded.comment.text == "as it was"
+    assert b"jane" not in deployment.bytes()
+    again = agent.feedback("old.jane", thumb="up", comment="as it was", feedback_id="f.jane")
+    assert again.feedback_id == recorded.feedback_id
+    assert agent.status().published == 1
+
+
 def test_what_cannot_be_masked_stays_and_the_rest_goes_on(deployment: Deployment, agent: Agent) -> None:
     give(agent, "unmaskable")
     give(agent, "hello", comment="explosive")
@@ -270,7 +310,8 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
     running.join(60)
     assert not running.is_alive()
     recorded = deployment.appended(types.FeedbackRecorded)
-    assert {each.feedback_id for each in recorded} == {f"{who}-{number}" for who in ("own", "other") for number in range(20)}
+    given = {f"{who}-{number}" for who in ("own", "other") for number in range(20)}
+    assert {each.feedback_id for each in recorded} == {agent.identity.derived_id("feedback", each) for each in given}
     assert len(recorded) == 40
 
 
