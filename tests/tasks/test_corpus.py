@@ -61,6 +61,28 @@ def test_a_bad_file_is_an_error_that_says_what(tmp_path: Path, data: bytes, said
     assert "hello" not in raised.value.message + raised.value.cause
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_separators_and_encodings_of_spreadsheets_are_recognised(tmp_path: Path, separator: str, encoding: str) -> None:
+    text = "text,label\r\nhell\u00f6,a\r\n,\r\nbye,b\r\n".replace(",", separator)
+    table = corpus.read(write(tmp_path, text.encode(encoding)))
+    assert (table.rows, table.lines, table.bad) == ([Message("hell\u00f6", "a"), Message("bye", "b")], [2, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"PK\x03\x04..", "xlsx"), (b"\x1f\x8b..", "gzip"), (b"PAR1..", "Parquet"), (b"%PDF-1", "PDF")]
+)
+def test_what_a_file_really_is_stands_in_the_error(tmp_path: Path, data: bytes, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        corpus.read(write(tmp_path, data))
+
+
+def test_the_hint_for_another_encoding_names_that_of_windows(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2") as error:
+        corpus.read(write(tmp_path, "text,label\n\u20ac 5,a\n".encode("cp1252")))
+    assert "cp1252" in error.value.hint
+
+
 def test_one_label_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     path = write(tmp_path, "a\n")
     with pytest.raises(UsageError, match="nothing to tell apart"):

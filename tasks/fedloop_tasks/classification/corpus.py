@@ -18,6 +18,14 @@ MAX_TEXT_CHARS: Final = 10_000
 MAX_LABEL_CHARS: Final = 100
 MAX_FILE_BYTES: Final = 1 << 30
 LABEL_COLUMNS: Final = ("label", "intent", "category")
+_SEPARATORS: Final = ",;\t|"
+_MAGIC: Final = {
+    b"PK\x03\x04": "a ZIP archive (as an .xlsx workbook is)",
+    b"\xd0\xcf\x11\xe0": "an old Office file (.xls)",
+    b"\x1f\x8b": "compressed with gzip",
+    b"PAR1": "a Parquet file",
+    b"%PDF": "a PDF file",
+}
 
 
 def read(path: Path) -> Messages:
@@ -27,7 +35,8 @@ def read(path: Path) -> Messages:
     than `MAX_LABEL_CHARS`, or that have too few or too many columns are left out and listed with their lines. Raises
     `UsageError` for anything else, and if no row is left.
     """
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    text = _decoded(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_separator(text))
     csv.field_size_limit(MAX_FILE_BYTES)
     found = Messages(path, [], [], [])
     try:
@@ -35,7 +44,7 @@ def read(path: Path) -> Messages:
         text_at, label_at = _columns(path, heads)
         line = reader.line_num + 1
         for cells in reader:
-            if cells:
+            if any(map(str.strip, cells)):
                 wrong = _wrong(cells, heads, text_at, label_at)
                 if wrong:
                     found.bad.append(BadRow(line, wrong))
@@ -115,13 +124,23 @@ def _decoded(path: Path) -> str:
         raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
     if not data.strip():
         raise UsageError(f"{path} is empty")
+    for magic, what in _MAGIC.items():
+        if data.startswith(magic):
+            raise UsageError(f"{path} is {what}, not text", hint="save or unpack it as CSV in UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{path} is not UTF-8: line {line}, byte {error.start}", hint=f"iconv -f latin1 -t utf-8 {path} may convert it"
+            f"{path} is not UTF-8: line {line}, byte {error.start}",
+            hint=f"if a Windows program wrote it: iconv -f cp1252 -t utf-8 {path} > NEW.csv",
         ) from None
+
+
+def _separator(text: str) -> str:
+    """Of the four that programs write, the one that stands most often in the header; a comma among equals."""
+    header = text.partition("\n")[0]
+    return max(_SEPARATORS, key=header.count)
 
 
 def _columns(path: Path, heads: list[str]) -> tuple[int, int]:
