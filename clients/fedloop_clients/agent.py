@@ -252,7 +252,7 @@ class Agent:
 
         Raises `UnknownFeedbackError`.
         """
-        return self._device.retractions.retract(feedback_id)
+        return self._device.retractions.retract(self._own_id("feedback", feedback_id))
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.

@@ -134,9 +134,9 @@ class Interactions:
         return feedback_id, _interaction(*row)
 
     def knows(self, kind: Named, given: str) -> bool:
-        """Whether there is a response or feedback with this id."""
-        table = {"feedback": "feedback", "response": "responses"}[kind]
-        return bool(self._store.rows(f"SELECT 1 FROM {table} WHERE {kind}_id = ?", (given,)))
+        """Whether there is a response with this id, or is or was feedback with it."""
+        tables = {"feedback": ("feedback", "retracted"), "response": ("responses",)}[kind]
+        return any(self._store.rows(f"SELECT 1 FROM {table} WHERE {kind}_id = ?", (given,)) for table in tables)
 
     def derive_ids(self, derived_id: Callable[[Named, str], str]) -> None:
         """Give feedback whose id a caller chose, before such ids were derived, a derived one, unless the log has it."""

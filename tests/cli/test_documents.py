@@ -22,7 +22,10 @@ RELEASE = "release number status current accuracy round_id base_release strategy
 AWAITED = "what request_id round_id quorum there asked missing excluded left_s epoch decided_s hint"
 BUDGET = "client_id budget delta epsilon spends kept suspended revoked"
 EVENT = "stream offset appended topic key id type source data"
-VERIFIED = "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings client_wrong misconduct not_seen"
+VERIFIED = (
+    "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings client_wrong misconduct"
+    " not_seen"
+)
 REPLAYED = (
     "log events seconds types unknown refused first_refused epoch clients revoked rounds releases current stale_decisions spends"
     " suspended matching differing"

@@ -68,6 +68,11 @@ def recorded(deployment: Deployment) -> list[str]:
     return [each.feedback_id for each in deployment.appended(types.FeedbackRecorded)]
 
 
+def own(agent: Agent, *given: str) -> list[str]:
+    """The device's own ids of feedback, in place of those that the caller gave."""
+    return [agent.identity.derived_id("feedback", each) for each in given]
+
+
 NOTHING: dict[str, list[Row]] = {"feedback": [], "responses": [], "texts": []}
 
 
@@ -87,12 +92,12 @@ def test_published_feedback_is_gone_from_the_device_and_retracted_in_the_log(dep
     retraction = agent.retract("mine")
     assert retraction.published
     assert "epsilon is spent" in retraction.remains
-    assert kept(agent)["feedback"] == [("other",)]
+    assert kept(agent)["feedback"] == [(each,) for each in own(agent, "other")]
     assert not agent.status().settled
     agent.retract("other")
     assert (agent.status().examples, kept(agent)) == (0, NOTHING)
     agent.run(until=settled)
-    assert (recorded(deployment), retracted(deployment)) == (["mine", "other"], ["mine", "other"])
+    assert (recorded(deployment), retracted(deployment)) == (own(agent, "mine", "other"), own(agent, "mine", "other"))
     own = deployment.appended(types.ClientEvent)
     assert [each.seq for each in own] == list(range(len(own)))
     reader = Reader(deployment.log, Identities(), identities=Identities())
@@ -142,7 +147,7 @@ def test_retracting_again_changes_nothing(deployment: Deployment, agent: Agent) 
     agent.run(until=settled)
     assert agent.retract("mine") == first
     agent.run(until=settled)
-    assert retracted(deployment) == ["mine"]
+    assert retracted(deployment) == own(agent, "mine")
 
 
 def test_a_retracted_id_is_never_recorded_again(deployment: Deployment, agent: Agent) -> None:
@@ -183,7 +188,7 @@ def test_an_agent_that_runs_appends_what_another_process_retracts(
         other.retract("mine")
     running.join(60)
     stop.set()
-    assert retracted(deployment) == ["mine"]
+    assert retracted(deployment) == own(agent, "mine")
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["untouched", "retracted-again"])
@@ -212,7 +217,7 @@ def test_a_store_restored_from_a_backup_deletes_again_what_the_log_retracts(
         assert (kept(restored), restored.status().examples) == (NOTHING, 0)
         with pytest.raises(RetractedFeedbackError):
             give(restored, "mine")
-    assert (recorded(deployment), retracted(deployment)) == (["mine"], ["mine"])
+    assert (recorded(deployment), retracted(deployment)) == (own(agent, "mine"), own(agent, "mine"))
 
 
 def test_a_restored_store_that_retracts_what_it_does_not_know_to_be_published_retracts_it_in_the_log(
@@ -227,7 +232,7 @@ def test_a_restored_store_that_retracts_what_it_does_not_know_to_be_published_re
     with Agent.open(tmp_path / "backup", masker=masker) as restored:
         assert not restored.retract("mine").published
         restored.run(until=settled)
-    assert (recorded(deployment), retracted(deployment)) == (["mine"], ["mine"])
+    assert (recorded(deployment), retracted(deployment)) == (own(agent, "mine"), own(agent, "mine"))
 
 
 def test_a_process_killed_anywhere_in_a_retraction_leaves_all_of_it_or_nothing(
@@ -269,7 +274,7 @@ def test_a_process_killed_anywhere_in_a_retraction_leaves_all_of_it_or_nothing(
     with Agent.open(store_dir, masker=masker) as again:
         again.retract("mine")
         again.run(until=settled)
-    assert retracted(deployment) == ["mine"]
+    assert retracted(deployment) == own(agent, "mine")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -298,7 +303,7 @@ def test_a_process_killed_while_it_appends_a_retraction_appends_it_once(
     with Agent.open(store_dir, masker=masker) as again:
         again.run(until=settled)
         assert kept(again) == NOTHING
-    assert retracted(deployment) == ["mine"]
+    assert retracted(deployment) == own(agent, "mine")
 
 
 def test_a_store_of_version_2_opens_loses_nothing_and_can_take_back(tmp_path: Path, masker: DigitMasker) -> None:

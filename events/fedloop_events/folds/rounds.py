@@ -58,6 +58,8 @@ class RoundState(Struct):
     """Tensor bytes that the instructions ask clients to load."""
     replies: dict[str, list[str]] = {}
     """Updates by client, in the order of the log."""
+    replied_ms: dict[str, int] = {}
+    """When the first of them came, by client."""
     declined: dict[str, str] = {}
     """Reason by client."""
     refused: dict[str, types.UpdateRefused] = {}
@@ -231,6 +233,7 @@ class RoundsView(Struct):
             if len(replies) >= MAX_REPLIES_EACH:
                 return
             replies.append(record.id)
+            state.replied_ms.setdefault(payload.client_id, record.appended_ms)
             if state.state == "open" or record.id in state.refused:
                 return
             if not any(update.update_id == record.id for each in state.collected for update in each.accepted):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
+from fedloop_events import types
 from fedloop_events.folds.identities import Client
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundRequest, RoundState, RoundsView
@@ -142,7 +143,7 @@ def _updates(state: RoundState, now_ms: int) -> Awaited:
     opened = state.opened
     assert opened is not None
     missing = [each for each in opened.cohort if each not in state.replies and each not in state.declined]
-    left_s = opened.deadline_s - (now_ms - state.opened_ms) / 1000
+    left_s = (_ends_ms(state, opened) - now_ms) / 1000
     # Until all are asked, after the deadline, when all have answered, and to abort, it is the server's turn.
     waits = missing and left_s > 0 and len(state.instructed) == len(opened.cohort) and state.abort_requested is None
     return Awaited(
@@ -155,6 +156,18 @@ def _updates(state: RoundState, now_ms: int) -> Awaited:
         missing=missing,
         left_s=left_s if waits else None,
     )
+
+
+def _ends_ms(state: RoundState, opened: types.RoundOpened) -> float:
+    """When the round ends at the latest, if the replies that have come are accepted, as in `flower.collecting`."""
+    deadline_ms = state.opened_ms + opened.deadline_s * 1000
+    came_ms = sorted(state.replied_ms.values())
+    if opened.enough is not None and len(came_ms) >= opened.enough:
+        return came_ms[opened.enough - 1]
+    if opened.grace_s is None or len(came_ms) < opened.quorum:
+        return deadline_ms
+    reached_ms = came_ms[opened.quorum - 1]
+    return min(deadline_ms, reached_ms + max(opened.grace_s * 1000, reached_ms - state.opened_ms))
 
 
 def _clients(

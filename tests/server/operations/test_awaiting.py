@@ -102,6 +102,19 @@ def test_a_round_names_who_has_not_answered_until_its_deadline_and_then_it_is_th
     assert later(world, 31_000).epoch == 1
 
 
+def test_once_the_quorum_has_answered_the_seconds_left_are_those_of_the_grace(tmp_path: Path) -> None:
+    world = World(tmp_path / "deployment", replace(CONFIG, grace_s=20.0, deadline_s=500.0))
+    for name in ("ann", "bob", "cem"):
+        world.device(name)
+    world.request()
+    opened(world, "ann", "bob")
+    found = later(world, 1_000)
+    assert (found.what, found.missing, found.there) == ("updates", ["cem"], 2)
+    assert found.left_s is not None
+    assert 0 < found.left_s < 20
+    assert later(world, 30_000).what == "server"
+
+
 def test_a_server_that_has_just_decided_is_not_asked_about(world: World) -> None:
     for name in ("ann", "bob"):
         world.device(name)
