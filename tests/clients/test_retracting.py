@@ -98,8 +98,8 @@ def test_published_feedback_is_gone_from_the_device_and_retracted_in_the_log(dep
     assert (agent.status().examples, kept(agent)) == (0, NOTHING)
     agent.run(until=settled)
     assert (recorded(deployment), retracted(deployment)) == (own(agent, "mine", "other"), own(agent, "mine", "other"))
-    own = deployment.appended(types.ClientEvent)
-    assert [each.seq for each in own] == list(range(len(own)))
+    appended = deployment.appended(types.ClientEvent)
+    assert [each.seq for each in appended] == list(range(len(appended)))
     reader = Reader(deployment.log, Identities(), identities=Identities())
     reader.catch_up()
     assert reader.refused == 0
