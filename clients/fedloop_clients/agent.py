@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self, overload
 
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import ReleaseState
-from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
+from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
@@ -37,6 +37,8 @@ from fedloop_clients.gate import Apps
 from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
+from fedloop_clients.refreshing import Refresher, refresh_now
+from fedloop_clients.releases import KeptRelease
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 
@@ -84,13 +86,11 @@ class Agent:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity, self.settings = identity, settings
-        around = Surroundings(conditions, clock)
-        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings, around)
-        identity.introduce(self._device.log, self._device.blobs)
+        self._device = Device(store, identity, place, settings, Surroundings(conditions, clock))
         self._apps = Apps(dict(apps or {}), app)
         self._masker = masker
         self._reading, self._masking = threading.Lock(), threading.Lock()
-        self._running = 0
+        self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
 
     @classmethod
     def enrol(
@@ -133,9 +133,11 @@ class Agent:
             )
         finally:
             opened.close()
-        return cls(
+        agent = cls(
             store, identity, place, app=app, apps=apps, masker=masker, settings=settings, conditions=conditions, clock=clock
         )
+        refresh_now(agent._device)
+        return agent
 
     @classmethod
     def open(
@@ -153,7 +155,7 @@ class Agent:
     ) -> Self:
         """The device whose store is in `store_dir`; `log` and `blobs` if the deployment has moved since it enrolled.
 
-        Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`, `UnreachableError`.
+        It opens no connection. Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`.
         """
         store, identity = enrolment.open_store(Path(store_dir))
         try:
@@ -168,16 +170,18 @@ class Agent:
     def predict(self, text: str) -> Response:
         """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
+        It needs no connection: the newest release whose tensors the device has answers, and only a device that has none waits.
         The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
         had.
         """
         check_text("text", text, MAX_TEXT_CHARS)
-        spec, release = self._in_force()
+        release = self._kept_release()
         masked = self._masked_or_none(text)
-        with self._device.models.borrowed(spec) as held:
-            answers, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
-        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(spec).words)
+        with self._device.models.borrowed(release.spec) as held:
+            model = held.load(release.blob, self._device.releases.tensors)
+            answers, confidences = model.predict([masked.text if masked else text])
+        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(release.spec).words)
         return Response(response_id, answers[0], confidences[0], release.release)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
@@ -221,7 +225,7 @@ class Agent:
         worse = self._own_id("response", preferred_over)
         given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse))
         if self._device.spec is None:
-            self._read()
+            self._refresher.refresh_first()
         task = self._device.task
         words, feedback_id = task.words if task else (), self._own_id("feedback", feedback_id)
         response_id = self._own_id("response", response_id)
@@ -232,7 +236,7 @@ class Agent:
     def words(self) -> Sequence[str]:
         """The closed set of words that the model answers with; none as long as the device knows no model."""
         if self._device.spec is None:
-            self._read()
+            self._refresher.refresh_first()
         return self._device.task.words if self._device.task else ()
 
     def knows(self, feedback_id: str) -> bool:
@@ -263,16 +267,16 @@ class Agent:
         """
         loop = Loop(self._device, self._apps, self._masked, self._reading)
         with self._reading:
-            self._running += 1
+            self._refresher.running += 1
         try:
             loop.run(stop or threading.Event(), until)
         finally:
             with self._reading:
-                self._running -= 1
+                self._refresher.running -= 1
 
     def status(self) -> Status:
-        """Where the device stands, as of what it can read now."""
-        self._read()
+        """Where the device stands, as of what it has read; a log that answers at once is read first."""
+        self._refresher.refresh()
         return self._device.status()
 
     def close(self) -> None:
@@ -296,18 +300,28 @@ class Agent:
             return given
         return self.identity.derived_id(kind, given)
 
-    def _read(self) -> None:
-        """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""
-        with self._reading, suppress(UnreachableError):
-            if not self._running:
-                self._device.view.catch_up(self._device.log)
-
     def _in_force(self) -> tuple[Spec, ReleaseState]:
-        self._read()
-        spec, release = self._device.spec, self._device.view.releases.current(self.settings.model)
-        if spec is None or release is None:
-            raise UsageError(f"no release of model {self.settings.model!r} is published yet", hint="start the server first")
-        return spec, release
+        """As the device has read it: its tensors may not have come yet."""
+        device = self._device
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            spec, release = device.spec, device.view.releases.current(self.settings.model)
+            if spec is not None and release is not None:
+                return spec, release
+        raise self._no_release()
+
+    def _kept_release(self) -> KeptRelease:
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            if (release := self._device.releases.current(self.settings.model)) is not None:
+                return release
+        raise self._no_release()
+
+    def _no_release(self) -> UsageError:
+        known = self._device.view.releases.current(self.settings.model) is not None
+        what = "could not be read yet" if known else "is known to this device"
+        hint = "check the location of the blobs" if known else "start the server first, or connect this device to the log"
+        return UsageError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
 
     def _masked(self, text: str) -> MaskedText:
         """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""

@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from fedloop_events import types
@@ -27,6 +27,7 @@ from fedloop_clients.outbox import Outbox
 from fedloop_clients.store import FILE_NAME, Store, StoreError
 
 _IDENTITY: Final = "identity"
+P = TypeVar("P", bound=EventLog | BlobStore)
 
 
 class Identity(Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,11 +65,11 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
         """Who signs the events of this device."""
         return EventWriter(log, self.key)
 
-    def introduce(self, *places: EventLog | BlobStore) -> None:
-        """Be this device to the places that authenticate who reads and writes: gateways."""
-        for each in places:
-            if isinstance(each, Identifiable):
-                each.identify(self.client_id, self.key)
+    def introduced(self, place: P) -> P:
+        """A place to which this is the device that asks, if it authenticates who reads and writes: a gateway."""
+        if isinstance(place, Identifiable):
+            place.identify(self.client_id, self.key)
+        return place
 
 
 def kept(location: str | Path, check: Callable[[str], str] = check_log) -> str:
@@ -120,7 +121,7 @@ def enrol(
         else:
             identity = msgspec.msgpack.decode(stored, type=Identity)
             _check_same(identity, known, client_id, epsilon, delta)
-        identity.introduce(log)
+        identity.introduced(log)
         writer = identity.writer(log)
         enrolled = _enrolled(store, writer, reader, identity.client_id)
         if enrolled is None or enrolled.public_key != writer.key.public_key:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fedloop_events import types
-from fedloop_events.errors import PolicyError, UnreachableError
+from fedloop_events.errors import BlobError, PolicyError, UnreachableError
 from fedloop_events.masked import MaskedText
 
-from fedloop_clients.device import VIEW, Device, Status
+from fedloop_clients.device import Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
@@ -105,24 +105,13 @@ class Loop:
             view.wait(log, wait_s)
         with self._reading:
             view.catch_up(log)
-            if view.changed:
-                self._keep()
+            changed = view.changed
+            if changed:
+                self._device.keep(view)
         self._check_standing()
-
-    def _keep(self) -> None:
-        device, view = self._device, self._device.view
-        with device.store.transaction():
-            device.outbox.reconcile(view.mine)
-            for feedback_id in view.retracted:
-                device.retractions.announced(feedback_id)
-            for feedback_id in view.published:
-                if not device.interactions.published(feedback_id):
-                    device.retractions.published(feedback_id)
-            device.store.keep(VIEW, view.to_state())
-        view.mine.clear()
-        view.published.clear()
-        view.retracted.clear()
-        view.changed = False
+        if changed:
+            with suppress(BlobError, UnreachableError):  # until then the release before it answers
+                self._device.keep_release()
 
     def _check_standing(self) -> None:
         me, view = self._device.identity.client_id, self._device.view

@@ -66,7 +66,7 @@ def observe(folder: Path) -> dict[str, Any]:
             "outbox": [[seq, each, digest(event)] for seq, each, event in store.rows("SELECT * FROM outbox ORDER BY seq")],
             "answers": store.rows("SELECT * FROM answers ORDER BY instruction_id"),
             "contexts": [[run_id, digest(state)] for run_id, state in store.rows("SELECT * FROM contexts")],
-            "kept": [[name, digest(value)] for name, value in store.rows("SELECT * FROM kept ORDER BY name")],
+            "kept": [[name, digest(value)] for name, value in store.rows("SELECT * FROM kept WHERE name = 'identity'")],
         }
     decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     return decoded
@@ -77,7 +77,9 @@ def digest(value: Any) -> str | None:
 
 
 def as_expected(expected: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in expected.items() if name not in ("given", "unpublished")}
+    """Without what is kept of the log to save time, which another version reads again."""
+    kept = [each for each in expected["kept"] if each[0] == "identity"]
+    return {name: value for name, value in expected.items() if name not in ("given", "unpublished")} | {"kept": kept}
 
 
 def test_a_store_of_version_1_opens_and_loses_nothing(folder: Path, expected: dict[str, Any]) -> None:
