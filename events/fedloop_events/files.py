@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -61,6 +63,30 @@ def write_whole(path: Path, data: bytes, *, mode: int = SHARED, replace: bool = 
     with new_file(path.parent, f".{path.name}.", mode=mode) as new:
         new.file.write(data)
         new.publish(path, replace=replace)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make the folder `path` of these files, durably; it appears whole or not at all, in place of an empty one at most.
+
+    Raises FileExistsError if something else is there, or another OSError.
+    """
+    folder = path.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, "it is there already, and not empty", str(path))
+    made = folder.with_name(f".{folder.name}.{ids.new_id()}")
+    made.mkdir()
+    try:
+        for name, data in files.items():
+            with (made / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        fsync_folder(made)
+        made.rename(folder)  # fails if something came there meanwhile
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
 
 
 def write_private(path: Path, data: bytes) -> None:

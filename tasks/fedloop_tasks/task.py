@@ -198,6 +198,35 @@ class Program(Protocol):
 # --- the task ------------------------------------------------------------------------------------------------------------
 
 
+class Step(Struct, frozen=True):
+    """One release of a lineage, the round that made it of its base, and how many updates went in; the first has no round."""
+
+    release: str
+    base_release: str | None
+    round_id: str | None
+    strategy: str | None
+    updates: int
+    mechanism: Mechanism | None
+
+
+class Provenance(Struct, frozen=True, kw_only=True):
+    """Where a release comes from, as the log has it: what a model card is made of."""
+
+    release: str
+    model: str
+    sha256: str
+    """Of its tensors' blob."""
+    metrics: dict[str, float]
+    """On the held-out set; none, if it was not evaluated."""
+    steps: list[Step]
+    """Newest first: the release itself, and back to the first one."""
+    unprotected: list[str]
+    """Rounds among them without differential privacy: if there is one, epsilon and delta mean nothing."""
+    epsilon: float
+    """The most that these rounds cost one of the clients whose updates went in, at its `delta`."""
+    delta: float
+
+
 class Verdict(Struct, frozen=True):
     """The gate's: `reason` is "" for a candidate that passes."""
 
@@ -275,6 +304,12 @@ class Task(Protocol):
 
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
+
+    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+        """A release as files by name, a model card among them, which programs that know nothing of this one load.
+
+        Raises `TensorError` for tensors that are no release of the model.
+        """
 
     @property
     def words(self) -> Sequence[str]:
