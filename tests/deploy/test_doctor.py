@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import samples
 from brokers import Cluster
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewPartitions
 from fedloop_cli.doctor import broker_version, diagnosis, findings
 from fedloop_cli.main import run
@@ -205,12 +206,18 @@ def test_a_development_broker_works_and_its_openness_is_named(doctor: Doctor, lo
     said(document, "ok", "this machine's agrees with the log")
 
 
-def test_topics_that_are_absent_or_otherwise_than_declared_fail(doctor: Doctor, log: str, kafka: str) -> None:
+def test_topics_that_are_absent_fail_and_partitions_that_were_added_are_named(doctor: Doctor, log: str, kafka: str) -> None:
     said(doctor("--log", f"{log}-absent")[1], "fail", "there is no log")
     name = f"{KafkaSettings.parse(log).prefix}.clients"
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.create_partitions([NewPartitions(name, 2)])[name].result(30)
-    said(doctor("--log", log)[1], "fail", f"{name} has 2 partitions, not 1")
+    status, document = doctor("--log", log)
+    assert status == 0
+    assert "nothing needs to be done" in said(document, "warn", f"{name} has more partitions than are declared")
+    producer = Producer({"bootstrap.servers": kafka})
+    producer.produce(name, b"{}", b"x", partition=1)
+    assert producer.flush(20) == 0
+    assert "another prefix" in said(doctor("--log", log)[1], "fail", f"written to {name}-1")
 
 
 def test_a_broker_that_is_away_fails_at_once_and_by_its_name(doctor: Doctor) -> None:
