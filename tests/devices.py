@@ -25,6 +25,7 @@ from fedloop_events.writer import EventWriter
 from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds.loop import Server
 from fedloop_tasks.classification.plan import ClassificationPlan
 
@@ -41,13 +42,13 @@ CONFIG = ServerConfig(plan=PLAN, quorum=2, deadline_s=30.0)
 OPEN_CONFIG = ServerConfig(plan=ClassificationPlan(epsilon=None), quorum=2, deadline_s=30.0)
 
 
-def initial_arrays() -> dict[str, Array]:
+def initial_arrays(labels: int = 3) -> dict[str, Array]:
     random = np.random.default_rng(0)
     return {
         "lora.0.query.A": random.normal(size=(2, 4)).astype(np.float32),
         "lora.0.query.B": np.zeros((4, 2), np.float32),
-        "head.weight": np.zeros((3, 4), np.float32),
-        "head.bias": np.zeros(3, np.float32),
+        "head.weight": np.zeros((labels, 4), np.float32),
+        "head.bias": np.zeros(labels, np.float32),
     }
 
 
@@ -85,6 +86,8 @@ class Device:
         following: Following | None = None,
     ) -> None:
         self.client_id, self.epsilon, self.examples, self.behave = client_id, epsilon, examples, behave
+        self.weight = examples
+        """What it says that an update without a mechanism weighs."""
         self.writer = EventWriter(log, SigningKey.generate())
         self._blobs = blobs
         self.following = following or Following(log)
@@ -142,7 +145,7 @@ class Device:
         """The update's event id."""
         blob = self._blobs.put(tensors.encode(arrays))
         spend_seq = None if opened.mechanism is None else self.spend(opened, instruction)
-        weight = self.examples if opened.mechanism is None else 1
+        weight = self.weight if opened.mechanism is None else 1
         update = types.UpdateSubmitted(
             self.origin,
             self.client_id,
@@ -184,9 +187,9 @@ class Device:
 class World:
     """A deployment in a folder, and what its log says."""
 
-    def __init__(self, folder: Path, config: ServerConfig = CONFIG) -> None:
+    def __init__(self, folder: Path, config: ServerConfig = CONFIG, spec: types.ClassificationSpec = SPEC) -> None:
         self.folder, self.config = folder, config
-        self.deployment: Deployment = create_deployment(folder, SPEC, initial_arrays(), config)
+        self.deployment: Deployment = create_deployment(folder, spec, initial_arrays(len(spec.labels)), config)
         self.log, self.blobs, self.writer = self.deployment.log, self.deployment.blobs, self.deployment.writer
         self.devices: dict[str, Device] = {}
 
@@ -210,9 +213,10 @@ class World:
         log: EventLog | None = None,
         config: ServerConfig | None = None,
         evaluate: Callable[[Mapping[str, Array]], Evaluation] = evaluate,
+        on_wait: OnWait | None = None,
     ) -> Server:
         writer = self.writer if log is None else EventWriter(log, self.writer.key)
-        return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate)
+        return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate, on_wait=on_wait)
 
     def request(self, rounds: int = 1, request_id: str = "q1") -> None:
         origin = self.payloads(types.DeploymentCreated)[0].origin

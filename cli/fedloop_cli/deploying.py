@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,27 @@ def deploy(
     """Make the deployment in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
 
     Devices see masked texts alone, so the figure that counts is that on masked texts: held-out texts are masked when they are
-    taken in, unless they are to be taken `as_is`. Raises `UsageError`, `ModelError`, `UnreachableError`.
+    taken in, unless they are to be taken `as_is`. The words that a model answers with are published as they are, so one that
+    the masker would mask is refused, where there is a masker. Raises `UsageError`, also for settings with which no round can ever
+    run; `ModelError`, `UnreachableError`.
     """
     from fedloop_server import config as configuration
 
     config = configuration.decode(settings, DEFAULT.plan)
-    mask = _as_it_is if as_is else _masking()
+    masking = _masking_or_none() if as_is else _masking()
 
     from fedloop_server.deployment import CONFIG_FILE, create_deployment
+    from fedloop_server.rounds.planner import Planner
 
     spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
-    made, task = create_deployment(directory, spec, initial, config, place), task_of(spec)
-    failed = task.keep(made.folder, material.held_out, mask)
+    task, planner = task_of(spec), Planner(config)
+    if masking is not None:
+        _check_words(task.words, masking)
+    planner.check(initial)  # seconds: what the first round would take
+    made = create_deployment(directory, spec, initial, config, place)
+    if made.config.plan == config.plan:
+        planner.keep_in(made.plan_file)
+    failed = task.keep(made.folder, material.held_out, _as_it_is if as_is or masking is None else masking)
 
     from fedloop_server.operations.followed import Followed
 
@@ -104,6 +114,23 @@ def _masking() -> Mask:
             return None
 
     return mask
+
+
+def _masking_or_none() -> Mask | None:
+    with suppress(UsageError):
+        return _masking()
+    return None
+
+
+def _check_words(words: Sequence[str], mask: Mask) -> None:
+    for word in words:
+        masked = mask(word)
+        if masked != word:
+            raise UsageError(
+                f"{word!r}, which the model would answer with, would be masked",
+                cause=f"the masker reads {masked}; answers are published as they are" if masked else "the masker cannot read it",
+                hint="rename it, so that it names nobody",
+            )
 
 
 def _as_it_is(text: str) -> str:

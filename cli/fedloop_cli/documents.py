@@ -105,6 +105,10 @@ def event_line(payload: types.Payload) -> str:
             return f"server {payload.server_id} has begun epoch {payload.epoch}"
         case types.RoundRequested():
             return f"{payload.rounds} requested ({payload.reason})"
+        case types.RoundRequestWithdrawn():
+            return f"request {payload.request_id} withdrawn ({payload.reason})"
+        case types.RoundAbortRequested():
+            return f"{payload.round_id} to be aborted ({payload.reason})"
         case types.RoundOpened():
             kind, clients = kind_of(payload.strategy), len(payload.cohort)
             return f"{payload.round_id} opened: {kind} on {payload.base_release}, {clients} clients"

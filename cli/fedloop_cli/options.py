@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedloop_events.blobs.store import BlobStore
     from fedloop_events.locations import DeploymentLocation
     from fedloop_events.logs.port import EventLog
+    from fedloop_server.config import ServerConfig
     from fedloop_server.operations.followed import Followed
     from fedloop_tasks.task import Option
 
@@ -51,6 +52,18 @@ class Where(Struct, frozen=True):
 
         return Followed(self.open_log())
 
+    def config(self) -> ServerConfig | None:
+        """The server's, where its folder is at hand. Raises `UsageError` for one that cannot be read."""
+        from fedloop_server.deployment import read_config
+
+        return read_config(self.directory)
+
+
+class Released(Where, frozen=True):
+    """The same, and one of its releases, if it was named."""
+
+    release: str | None
+
 
 class Home(Where, frozen=True):
     """The same, where the folder must be named: the server's key is in it."""
@@ -80,6 +93,15 @@ def _where(value: Path | tuple[Path, ...] | None) -> Where:
     return Where(directory, locations.locate(directory, log, blobs))
 
 
+def _where_and_release(values: tuple[Path, ...]) -> Released:
+    """DIR and RELEASE; one value alone is DIR, unless `--log` is given and there is no such folder."""
+    directories, release = values, None
+    if len(values) == 2 or (len(values) == 1 and given()[0] is not None and not values[0].is_dir()):
+        directories, release = values[:-1], str(values[-1])
+    where = _where(directories)
+    return Released(where.directory, where.place, release)
+
+
 def _home(directory: Path) -> Home:
     from fedloop_events import locations
 
@@ -89,14 +111,20 @@ def _home(directory: Path) -> Home:
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 DeploymentFolder = Annotated[Where, typer.Argument(metavar="[DIR]", parser=Path, callback=_where)]
 """DIR can be left out where `--log` is given, also before another argument."""
+DeploymentAndRelease = Annotated[Released, typer.Argument(metavar="[DIR] [RELEASE]", parser=Path, callback=_where_and_release)]
+"""Before an argument that is required; either can be left out."""
 ServerFolder = Annotated[Home, typer.Argument(metavar="DIR", parser=Path, callback=_home)]
 StoreFolder = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
 
 _ARGUMENTS: Final = {
     "DIR": "Folder of the deployment.",
     "ROUND": "A round's id, such as r0001.",
+    "REQUEST": "A request's id, which `round start` has printed.",
     "RELEASE": "A release's id.",
+    "[DIR] [RELEASE]": "Folder of the deployment; a release's id.",
+    "OUT": "Folder to make; it must be new or empty.",
     "CLIENT": "A client's id.",
+    "FEEDBACK_ID": "The id that recording the feedback printed.",
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""
 
@@ -117,7 +145,7 @@ class Command(TyperCommand):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         arguments = [each for each in self.params if isinstance(each, click.Argument)]
-        if arguments and arguments[0].metavar == "[DIR]":
+        if arguments and (arguments[0].metavar or "").startswith("[DIR]"):
             arguments[0].required = False
             if all(each.required for each in arguments[1:]):
                 arguments[0].nargs = -1  # none or one: click gives those after it their values first
@@ -152,11 +180,15 @@ class Command(TyperCommand):
                 record = click.Option.get_help_record(parameter, ctx)
                 listed += [record] if record is not None else []
             else:
-                arguments.append((parameter.make_metavar(ctx), _ARGUMENTS.get((parameter.metavar or "").strip("[]"), "")))
+                arguments.append((parameter.make_metavar(ctx), _meaning(parameter.metavar or "")))
         for title, records in (("Arguments", arguments), ("Options", listed)):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+def _meaning(metavar: str) -> str:
+    return _ARGUMENTS.get(metavar, "") or _ARGUMENTS.get(metavar.strip("[]"), "")
 
 
 class TaskCommand(Command):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self, overload
 
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import ReleaseState
-from fedloop_events.locations import DeploymentLocation, check_blobs, locate, open_blobs, open_log
+from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
@@ -19,11 +20,26 @@ from fedloop_tasks.table import task_of
 
 from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
+from fedloop_clients.eligibility import Conditions, Surroundings, of_platform
 from fedloop_clients.enrolment import Identity, kept
-from fedloop_clients.feedback import MAX_TEXT_CHARS, Feedback, FeedbackInput, Response, Thumb, check_text
+from fedloop_clients.feedback import (
+    MAX_TEXT_CHARS,
+    Feedback,
+    FeedbackInput,
+    Response,
+    Thumb,
+    check_text,
+    check_word,
+    identifier,
+    mended,
+)
 from fedloop_clients.gate import Apps
+from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
+from fedloop_clients.refreshing import Refresher, refresh_now
+from fedloop_clients.releases import KeptRelease
+from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 
 if TYPE_CHECKING:
@@ -51,6 +67,9 @@ class Agent:
     run, rounds among them; `app` serves the instructions of all other runs that belong to no round. What data an app trains
     on is its own business, and so is the noise that a round's mechanism asks for. The budget holds for everything: a device
     that has one declines what no mechanism covers.
+
+    `settings.eligibility` are the owner's terms. `conditions` tells whether they hold now: an application knows more than
+    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day alone.
     """
 
     def __init__(
@@ -63,14 +82,15 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity, self.settings = identity, settings
-        self._device = Device(store, identity, open_log(place.log), open_blobs(place.blobs), settings)
-        identity.introduce(self._device.log, self._device.blobs)
+        self._device = Device(store, identity, place, settings, Surroundings(conditions, clock))
         self._apps = Apps(dict(apps or {}), app)
         self._masker = masker
         self._reading, self._masking = threading.Lock(), threading.Lock()
-        self._running = 0
+        self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
 
     @classmethod
     def enrol(
@@ -87,6 +107,8 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> Self:
         """Make this device a client of the deployment with this `log`, with a store in the folder `store_dir`.
 
@@ -111,7 +133,11 @@ class Agent:
             )
         finally:
             opened.close()
-        return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
+        agent = cls(
+            store, identity, place, app=app, apps=apps, masker=masker, settings=settings, conditions=conditions, clock=clock
+        )
+        refresh_now(agent._device)
+        return agent
 
     @classmethod
     def open(
@@ -124,15 +150,19 @@ class Agent:
         apps: Mapping[str, ClientAppCallable] | None = None,
         masker: Masks | None = None,
         settings: Settings = DEFAULTS,
+        conditions: Callable[[], Conditions] = of_platform,
+        clock: Callable[[], float] = time.time,
     ) -> Self:
         """The device whose store is in `store_dir`; `log` and `blobs` if the deployment has moved since it enrolled.
 
-        Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`, `UnreachableError`.
+        It opens no connection. Raises `StoreError` (`WrongKeyError`), `KeyUnavailableError`, `UsageError`.
         """
         store, identity = enrolment.open_store(Path(store_dir))
         try:
             place = identity.place if log is None and blobs is None else locate(None, log or identity.location, blobs)
-            return cls(store, identity, place, app=app, apps=apps, masker=masker, settings=settings)
+            return cls(
+                store, identity, place, app=app, apps=apps, masker=masker, settings=settings, conditions=conditions, clock=clock
+            )
         except BaseException:
             store.close()
             raise
@@ -140,26 +170,31 @@ class Agent:
     def predict(self, text: str) -> Response:
         """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
+        It needs no connection: the newest release whose tensors the device has answers, and only a device that has none waits.
         The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
         had.
         """
         check_text("text", text, MAX_TEXT_CHARS)
-        spec, release = self._in_force()
+        release = self._kept_release()
         masked = self._masked_or_none(text)
-        with self._device.models.borrowed(spec) as held:
-            answers, confidences = held.load(release.blob, self._device.blobs).predict([masked.text if masked else text])
-        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(spec).words)
+        with self._device.models.borrowed(release.spec) as held:
+            model = held.load(release.blob, self._device.releases.tensors)
+            answers, confidences = model.predict([masked.text if masked else text])
+        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(release.spec).words)
         return Response(response_id, answers[0], confidences[0], release.release)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
         """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
 
         `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
+        Nor is a `response_id` of the caller's: the response has an id that is derived from it with the device's key.
         """
         spec, release = self._in_force()
+        words = task_of(spec).words
+        label, response_id = check_word("label", label, words), self._own_id("response", response_id)
         response_id = self._device.interactions.respond(
-            text, None, label, release.release, task_of(spec).words, response=response, response_id=response_id
+            text, None, label, release.release, words, response=response, response_id=response_id
         )
         return Response(response_id, label, 1.0, release.release)
 
@@ -179,17 +214,49 @@ class Agent:
 
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
         own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
-        same feedback, with other content an error. What the user wrote leaves the device masked or not at all; which response
-        was the worse of two does not leave it.
+        same feedback, with other content an error. It stays here: the feedback has an id derived from it with the device's key,
+        which is returned and published, and may be given in its place. What the user wrote leaves the device masked or not at
+        all; which response was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not
+        stop the rest: the `note` of what is returned says what was left out or mended.
 
-        Raises `UnknownResponseError`, `ConflictingFeedbackError`, and `UsageError` for what cannot be meant.
+        Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
+        `UsageError` for what cannot be meant.
         """
-        given = FeedbackInput(thumb, rating, label, correction, comment, preferred_over)
+        worse = self._own_id("response", preferred_over)
+        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse))
         if self._device.spec is None:
-            self._read()
+            self._refresher.refresh_first()
         task = self._device.task
-        feedback_id, recorded = self._device.interactions.record(response_id, given, task.words if task else (), feedback_id)
-        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None)
+        words, feedback_id = task.words if task else (), self._own_id("feedback", feedback_id)
+        response_id = self._own_id("response", response_id)
+        feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
+        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
+
+    @property
+    def words(self) -> Sequence[str]:
+        """The closed set of words that the model answers with; none as long as the device knows no model."""
+        if self._device.spec is None:
+            self._refresher.refresh_first()
+        return self._device.task.words if self._device.task else ()
+
+    def knows(self, feedback_id: str) -> bool:
+        """Whether feedback with this id is in the store."""
+        return self._device.interactions.knows("feedback", self._own_id("feedback", feedback_id))
+
+    def retract(self, feedback_id: str) -> Retraction:
+        """Take feedback back: when this returns, no round of this device learns from it any more. It needs no connection.
+
+        The feedback, its texts, and each response that no other feedback is about are deleted from the store; the id is kept, and
+        feedback under it is refused for ever. Of what was never published nothing ever is. What is in the log, or on its way
+        there, is followed by a `FeedbackRetracted`, which holds the id alone, when the agent runs. Retracting again changes
+        nothing.
+
+        What it cannot undo: the masked text stays in the log until its retention ends, and a round that learned from the example
+        before keeps that: its epsilon is spent, and its release is merged.
+
+        Raises `UnknownFeedbackError`.
+        """
+        return self._device.retractions.retract(self._own_id("feedback", feedback_id))
 
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
@@ -200,16 +267,16 @@ class Agent:
         """
         loop = Loop(self._device, self._apps, self._masked, self._reading)
         with self._reading:
-            self._running += 1
+            self._refresher.running += 1
         try:
             loop.run(stop or threading.Event(), until)
         finally:
             with self._reading:
-                self._running -= 1
+                self._refresher.running -= 1
 
     def status(self) -> Status:
-        """Where the device stands, as of what it can read now."""
-        self._read()
+        """Where the device stands, as of what it has read; a log that answers at once is read first."""
+        self._refresher.refresh()
         return self._device.status()
 
     def close(self) -> None:
@@ -223,18 +290,38 @@ class Agent:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _read(self) -> None:
-        """Take in what is new in the log, unless the loop does; without a connection the device goes by what it read before."""
-        with self._reading, suppress(UnreachableError):
-            if not self._running:
-                self._device.view.catch_up(self._device.log)
+    @overload
+    def _own_id(self, kind: Named, given: str) -> str: ...
+    @overload
+    def _own_id(self, kind: Named, given: str | None) -> str | None: ...
+    def _own_id(self, kind: Named, given: str | None) -> str | None:
+        """The id in the store of what a caller names: that id, or the one that is derived from it. Raises `UsageError`."""
+        if given is None or self._device.interactions.knows(kind, identifier(f"{kind}_id", given)):
+            return given
+        return self.identity.derived_id(kind, given)
 
     def _in_force(self) -> tuple[Spec, ReleaseState]:
-        self._read()
-        spec, release = self._device.spec, self._device.view.releases.current(self.settings.model)
-        if spec is None or release is None:
-            raise UsageError(f"no release of model {self.settings.model!r} is published yet", hint="start the server first")
-        return spec, release
+        """As the device has read it: its tensors may not have come yet."""
+        device = self._device
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            spec, release = device.spec, device.view.releases.current(self.settings.model)
+            if spec is not None and release is not None:
+                return spec, release
+        raise self._no_release()
+
+    def _kept_release(self) -> KeptRelease:
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            if (release := self._device.releases.current(self.settings.model)) is not None:
+                return release
+        raise self._no_release()
+
+    def _no_release(self) -> UsageError:
+        known = self._device.view.releases.current(self.settings.model) is not None
+        what = "could not be read yet" if known else "is known to this device"
+        hint = "check the location of the blobs" if known else "start the server first, or connect this device to the log"
+        return UsageError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
 
     def _masked(self, text: str) -> MaskedText:
         """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""

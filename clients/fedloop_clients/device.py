@@ -8,16 +8,21 @@ from typing import Any, Final
 
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
+from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_clients.device_view import DeviceView
+from fedloop_clients.eligibility import HERE, Eligibility, Joined, Surroundings
 from fedloop_clients.enrolment import Identity
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
 from fedloop_clients.outbox import Outbox
+from fedloop_clients.places import Lazy, LazyLog
+from fedloop_clients.releases import KeptReleases
+from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
 
 VIEW: Final = "following"
@@ -27,15 +32,15 @@ VIEW: Final = "following"
 class Settings(Struct, frozen=True, kw_only=True):
     """How a device takes part.
 
-    `heartbeat_s` is how often it reports that it is up; `rounds_per_day` bounds what a server can make it spend in a day, by the
-    log's clock; with fewer than `min_examples` it declines a round. `model_dir` is where base models lie that are not installed
-    packages.
+    `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
+    bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
+    models lie that are not installed packages.
     """
 
     model: str = types.DEFAULT_MODEL
     model_dir: Path | None = None
     heartbeat_s: float = 30.0
-    rounds_per_day: int = 48
+    eligibility: Eligibility = Eligibility()
     min_examples: int = 1
 
 
@@ -69,15 +74,26 @@ class Status(Struct, frozen=True):
 
 
 class Device:
-    """The store of an enrolled device, and its deployment."""
+    """The store of an enrolled device, and its deployment, of which nothing is opened before it is used."""
 
-    def __init__(self, store: Store, identity: Identity, log: EventLog, blobs: BlobStore, settings: Settings) -> None:
-        self.store, self.identity, self.log, self.blobs, self.settings = store, identity, log, blobs, settings
+    def __init__(
+        self, store: Store, identity: Identity, place: DeploymentLocation, settings: Settings, around: Surroundings = HERE
+    ) -> None:
+        self.around, self.joined = around, Joined(store)
+        self.store, self.identity, self.settings = store, identity, settings
+        self.log: EventLog = LazyLog(lambda: identity.introduced(open_log(place.log)))
+        self._blobs = Lazy(lambda: identity.introduced(open_blobs(place.blobs)))
+        self.releases = KeptReleases(store)
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
-        self.interactions = Interactions(store)
-        self.outbox = Outbox(store, identity.writer(log))
+        self.interactions, self.retractions = Interactions(store), Retractions(store)
+        self.outbox = Outbox(store, identity.writer(self.log))
         self.models = Models(settings.model_dir)
         self._counted: tuple[object, int] = None, 0
+
+    @property
+    def blobs(self) -> BlobStore:
+        """Raises `UsageError` if nothing names their place."""
+        return self._blobs.get()
 
     @property
     def spec(self) -> types.Spec | None:
@@ -88,6 +104,27 @@ class Device:
     def task(self) -> Task | None:
         """What the model learns; None while it is not known."""
         return None if self.spec is None else task_of(self.spec)
+
+    def keep(self, view: DeviceView) -> None:
+        """Persist what a view has read, with how far it has read. Raises `SuspendedError`."""
+        with self.store.transaction():
+            self.outbox.reconcile(view.mine)
+            for feedback_id in view.retracted:
+                self.retractions.announced(feedback_id)
+            for feedback_id in view.published:
+                if not self.interactions.published(feedback_id):
+                    self.retractions.published(feedback_id)
+            self.store.keep(VIEW, view.to_state())
+        view.mine.clear()
+        view.published.clear()
+        view.retracted.clear()
+        view.changed = False
+
+    def keep_release(self) -> None:
+        """Persist the tensors of the release in force, unless they are. Raises what reading blobs raises."""
+        model, release = self.settings.model, self.view.releases.current(self.settings.model)
+        if release is not None and (spec := self.view.releases.models.get(model)) is not None:
+            self.releases.keep(model, spec, release, self.blobs)
 
     def examples(self) -> Sequence[Any]:
         """What there is to learn from now."""
@@ -111,7 +148,7 @@ class Device:
             waiting=counts.get("captured", 0),
             published=counts.get("published", 0),
             failed=self.interactions.failures(),
-            unsent=self.outbox.unsent(),
+            unsent=self.outbox.unsent() + len(self.retractions.due()),
             examples=self.count_examples(),
             answers=dict(self.store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
             spends=spends,

@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError, NotAllowedError, PolicyError
+from fedloop_events.errors import InvalidEventError, LogChangedError, NotAllowedError
+from fedloop_events.folds import marks as reading
 from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.releases import ReleasesView
@@ -33,10 +34,6 @@ MAX_PENDING: Final = 1_000
 """Unanswered instructions that are kept: the oldest give way."""
 
 
-class LogChangedError(PolicyError):
-    """The log is not the one that this device has read before: another server's, or cut short."""
-
-
 class Instruction(Struct, frozen=True):
     """A message of a run to this device, as it stands in the log."""
 
@@ -49,14 +46,14 @@ class Instruction(Struct, frozen=True):
 
 
 class Spent(Struct, frozen=True):
-    """What the log has as paid for one instruction. `appended_ms` is the log's own clock."""
+    """What the log has as paid for one instruction. `spent_ms` is what `DeviceView.now_ms` was then."""
 
     spend_seq: int
     event_id: str
-    appended_ms: int
+    spent_ms: int
 
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 class _Version(Struct):
@@ -66,6 +63,8 @@ class _Version(Struct):
 class _State(Struct):
     version: int = _VERSION
     offsets: dict[str, int] = {}
+    marks: reading.Marks = {}
+    """None in a state that was kept before there were any."""
     identities: bytes = b""
     releases: bytes = b""
     ledger: bytes = b""
@@ -73,7 +72,8 @@ class _State(Struct):
     rounds: dict[str, types.RoundOpened] = {}
     instructions: dict[str, Instruction] = {}
     spent: dict[str, Spent] = {}
-    newest_ms: int = 0
+    now_ms: int = 0
+    decided_ms: int = 0
     refused: int = 0
 
 
@@ -81,8 +81,8 @@ class DeviceView:
     """The state of the log as far as it concerns the device `client_id` under the server key `server_key`.
 
     `rounds` are the open ones, of whose cohorts it knows whether this device is in them; `instructions` are those for this device
-    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `newest_ms` the latest
-    time on the log's clock, `refused` how many events were malformed or not by whom they name.
+    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `refused` how many
+    events were malformed or not by whom they name.
     """
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
@@ -99,6 +99,10 @@ class DeviceView:
         """The device's own events, as they were read since somebody emptied this list."""
         self.published: list[str] = []
         """Feedback ids among them, the same way."""
+        self.retracted: list[str] = []
+        """Feedback ids that were taken back, the same way."""
+        self._known = not kept.offsets
+        """Whether the log was seen to be the one that was read."""
         self.changed = False
         """Whether anything that counts was read since somebody cleared this."""
 
@@ -126,31 +130,51 @@ class DeviceView:
         return MappingProxyType(self._state.spent)
 
     @property
-    def newest_ms(self) -> int:
-        return self._state.newest_ms
+    def now_ms(self) -> int:
+        """What time it is at least, by the last two decisions of the server: the earlier of their stamps.
+
+        A stamp may be the appender's clock, which may be wrong. So no other author's stamp counts, one of the server's that is
+        of the future moves nothing, and none is believed for longer than until the next decisions.
+        """
+        return self._state.now_ms
 
     @property
     def refused(self) -> int:
         return self._state.refused
 
     def check_end(self, log: EventLog) -> None:
-        """Raise `LogChangedError` if the log ends before the place up to which this device has read it."""
-        end = log.end()
-        for stream, offset in self._state.offsets.items():
-            if not end.covers(stream, offset):
-                raise LogChangedError(
-                    f"the log ends before event {offset} of stream {stream!r}, which this device has read",
-                    cause="it was cut short, restored from a backup, or replaced",
-                    hint="restore the whole log; until then this device takes no part",
-                )
+        """Raise `LogChangedError` if the log is not the one that this device has read: if it ends before the place up to which
+        that was, or has other events there.
+
+        There is no way on but the whole log: what the log has lost of the device's spends would count as never spent.
+        """
+        if not self._state.offsets:
+            return
+        self._read(log, 1, 0.0)  # after this it is known which topics may be read
+        known = {stream: [each for each in kept if each.topic in self.topics] for stream, kept in self._state.marks.items()}
+        try:
+            reading.check(log.end(), lambda after: self._read(log, 1, 0.0, after), self.position, known)
+        except LogChangedError as error:
+            error.hint = (
+                "restore the whole log: until then this device takes no part; if it is lost, enrol the device under a new name, "
+                "with a new store"
+            )
+            raise
+        self._known = True
 
     def catch_up(self, log: EventLog, wait_s: float = 0.0) -> int:
-        """Read to the end, after waiting up to `wait_s` for a first event; how many events of its topics there were."""
+        """Read to the end, after waiting up to `wait_s` for a first event; how many events of its topics there were.
+
+        The first time, the log is checked (`check_end`).
+        """
+        if not self._known:
+            self.check_end(log)
         count = 0
         while True:
             batch = self._read(log, BATCH, 0.0 if count else wait_s)
             for record in batch.records:
                 self.apply(record)
+            reading.remember(self._state.marks, batch.records, self._lasting)
             self._state.offsets = dict(batch.position.offsets)
             count += len(batch.records)
             if not batch.records:
@@ -160,10 +184,16 @@ class DeviceView:
         """Wait up to so long for an event that was not read yet; whether there is one."""
         return bool(self._read(log, 1, timeout_s).records)
 
-    def _read(self, log: EventLog, limit: int, wait_s: float) -> Batch:
+    def _lasting(self, record: Record) -> bool:
+        """Whether this device can read it for ever: of others' events a gateway shows no more than it remembers to be for it."""
+        stated = types.newest(record.type)
+        everyone = stated is not None and stated.audience is types.Audience.EVERYONE
+        return reading.kept_for_ever(record) and (everyone or (record.key == self.client_id and stated is not None))
+
+    def _read(self, log: EventLog, limit: int, wait_s: float, after: Position | None = None) -> Batch:
         while True:
             try:
-                return log.read(self.topics, self.position, limit=limit, wait_s=wait_s)
+                return log.read(self.topics, self.position if after is None else after, limit=limit, wait_s=wait_s)
             except NotAllowedError as error:
                 spared = next((name for name in _SPARED if name in self.topics and error.topic.endswith(name)), None)
                 if spared is None:
@@ -172,7 +202,6 @@ class DeviceView:
 
     def apply(self, record: Record) -> None:
         """Take in one event. What is malformed, or not signed by whom it names, is counted and changes nothing."""
-        self._state.newest_ms = max(self._state.newest_ms, record.appended_ms)
         own = record.key == self.client_id
         if record.topic not in (topics.ROUNDS, topics.RELEASES) and not own and record.type != types.DeploymentCreated.type_name:
             return
@@ -187,7 +216,9 @@ class DeviceView:
             self._take(record, payload)
 
     def _take(self, record: Record, payload: types.Payload) -> None:
-        self.changed = True
+        self.changed, kept = True, self._state
+        if payload.author == "server":
+            kept.now_ms, kept.decided_ms = min(kept.decided_ms, record.appended_ms), record.appended_ms
         if isinstance(payload, types.ClientEvent):
             self.mine.append(Mine(payload.seq, record.id))
             self._own(record, payload)
@@ -200,11 +231,13 @@ class DeviceView:
         match payload:
             case types.FeedbackRecorded():
                 self.published.append(payload.feedback_id)
+            case types.FeedbackRetracted():
+                self.retracted.append(payload.feedback_id)
             case types.UpdateSubmitted() | types.RoundDeclined():
                 self._state.instructions.pop(payload.instruction_id, None)
             case types.BudgetSpent():
                 self.ledger.apply(record, payload)
-                self._state.spent.setdefault(payload.instruction_id, Spent(payload.spend_seq, record.id, record.appended_ms))
+                self._state.spent.setdefault(payload.instruction_id, Spent(payload.spend_seq, record.id, self.now_ms))
             case _:
                 pass
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from fedloop_events import types
@@ -26,6 +27,7 @@ from fedloop_clients.outbox import Outbox
 from fedloop_clients.store import FILE_NAME, Store, StoreError
 
 _IDENTITY: Final = "identity"
+P = TypeVar("P", bound=EventLog | BlobStore)
 
 
 class Identity(Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,15 +56,20 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
     def key(self) -> SigningKey:
         return SigningKey.from_private_bytes(self.signing_key)
 
+    def derived_id(self, kind: str, given: str) -> str:
+        """An id that is a function of this device and of `given`; without the device's key it tells nothing of it."""
+        data = msgspec.json.encode((kind, given))
+        return hashlib.blake2b(data, digest_size=16, key=self.signing_key, person=b"fedloop.id").hexdigest()
+
     def writer(self, log: EventLog) -> EventWriter:
         """Who signs the events of this device."""
         return EventWriter(log, self.key)
 
-    def introduce(self, *places: EventLog | BlobStore) -> None:
-        """Be this device to the places that authenticate who reads and writes: gateways."""
-        for each in places:
-            if isinstance(each, Identifiable):
-                each.identify(self.client_id, self.key)
+    def introduced(self, place: P) -> P:
+        """A place to which this is the device that asks, if it authenticates who reads and writes: a gateway."""
+        if isinstance(place, Identifiable):
+            place.identify(self.client_id, self.key)
+        return place
 
 
 def kept(location: str | Path, check: Callable[[str], str] = check_log) -> str:
@@ -114,7 +121,7 @@ def enrol(
         else:
             identity = msgspec.msgpack.decode(stored, type=Identity)
             _check_same(identity, known, client_id, epsilon, delta)
-        identity.introduce(log)
+        identity.introduced(log)
         writer = identity.writer(log)
         enrolled = _enrolled(store, writer, reader, identity.client_id)
         if enrolled is None or enrolled.public_key != writer.key.public_key:
@@ -172,7 +179,7 @@ def _check_terms(client_id: str | None, epsilon: float | None, delta: float) -> 
         try:
             msgspec.convert(client_id, types.Identifier)
         except msgspec.ValidationError:
-            raise UsageError("client_id must be 1 to 80 letters, digits, dots, dashes or underscores") from None
+            raise UsageError(f"client_id must be {types.IDENTIFIER_RULE}, not {client_id!r}") from None
         if client_id == "server":
             raise UsageError("client_id must not be 'server'")
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):

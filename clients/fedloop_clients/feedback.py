@@ -9,8 +9,10 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
-from fedloop_events.types import Identifier
+from fedloop_events.types import IDENTIFIER_RULE, Identifier
+from fedloop_tasks.words import find, normalised
 from msgspec import Struct
+from msgspec.structs import replace
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_REMARK_CHARS: Final = 2_000
@@ -53,16 +55,20 @@ class FeedbackInput(Struct, frozen=True, omit_defaults=True):
 
 
 class Feedback(Struct, frozen=True):
-    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now."""
+    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now.
+
+    `note` says what of it was left out or mended; "" if nothing was.
+    """
 
     feedback_id: str
     response_id: str
     teaches: str | None
+    note: str = ""
 
 
 def check_text(name: str, text: str, most_chars: int) -> None:
     """Raise `UsageError` unless `text` is Unicode with a visible character, of at most `most_chars` characters."""
-    if not text.strip():
+    if not normalised(text):
         raise UsageError(f"{name} is empty")
     if len(text) > most_chars:
         raise UsageError(f"{name} has {len(text):,} characters, more than {most_chars:,}")
@@ -70,8 +76,11 @@ def check_text(name: str, text: str, most_chars: int) -> None:
         raise UsageError(f"{name} is not Unicode text: it holds half a surrogate pair")
 
 
-def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
-    """Raise `UsageError` unless a user can have meant this of a model that answers with these words."""
+def check_input(given: FeedbackInput, words: Sequence[str]) -> FeedbackInput:
+    """What is given, its label as the model writes it.
+
+    Raises `UsageError` unless a user can have meant this of a model that answers with these words.
+    """
     if given == FeedbackInput():
         raise UsageError("the feedback is empty", hint="give a thumb, rating, label, correction, comment or preferred_over")
     if given.thumb not in (None, "up", "down"):
@@ -79,9 +88,32 @@ def check_input(given: FeedbackInput, words: Sequence[str]) -> None:
     if given.rating is not None and (type(given.rating) is not int or not 1 <= given.rating <= 5):
         raise UsageError("rating must be a whole number from 1 to 5")
     if given.label is not None:
-        check_word("label", given.label, words)
+        given = replace(given, label=check_word("label", given.label, words))
     for name, text in remarks(given):
         check_text(name, text, MAX_REMARK_CHARS)
+    return given
+
+
+def mended(given: FeedbackInput) -> tuple[FeedbackInput, str]:
+    """What of it can be kept, and a note of what cannot: a remark that cannot be one takes nothing else with it.
+
+    Half a surrogate pair becomes U+FFFD. A correction or comment that is empty or too long is left out, unless nothing else is
+    given: `check_input` refuses that.
+    """
+    kept, notes = given, []
+    for name, text in remarks(given):
+        whole = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in text)
+        if whole != text:
+            notes.append(f"the {name} held half a character, which U+FFFD stands for now")
+            kept = replace(kept, **{name: whole})
+        try:
+            check_text(name, whole, MAX_REMARK_CHARS)
+        except UsageError as error:
+            without = replace(kept, **{name: None})
+            if without != FeedbackInput():
+                notes.append(f"the {name} is left out: {error.message}")
+                kept = without
+    return kept, "; ".join(notes)
 
 
 def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comment"], str]]:
@@ -92,16 +124,18 @@ def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comme
         yield "comment", given.comment
 
 
-def check_word(name: str, word: str, words: Sequence[str]) -> None:
-    """Raise `UsageError` unless the word is one of those that the model answers with."""
+def check_word(name: str, word: str, words: Sequence[str]) -> str:
+    """The one of the words that the model answers with that `word` is, once both are normalised. Raises `UsageError`."""
     # Such words are published as they are: one that is not the model's could be the user's.
     if not words:
         raise UsageError("this device has not seen a model yet", hint="run the agent once, so that it reads the log")
-    if word not in words:
+    found = find(word, words)
+    if found is None:
         near = difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)
         raise UsageError(
             f"{name} is not one of the model's {len(words)} labels", hint=f"did you mean {near[0]!r}?" if near else ""
         )
+    return found
 
 
 def identifier(name: str, given: str | None) -> str:
@@ -109,4 +143,4 @@ def identifier(name: str, given: str | None) -> str:
     try:
         return ids.new_id() if given is None else msgspec.convert(given, Identifier)
     except msgspec.ValidationError:
-        raise UsageError(f"{name} must be 1 to 80 letters, digits, dots, dashes or underscores") from None
+        raise UsageError(f"{name} must be {IDENTIFIER_RULE}") from None

@@ -1,4 +1,4 @@
-"""The privacy gate: whether a device answers an instruction, decided from the log alone, before any data is touched."""
+"""The privacy gate: whether a device answers an instruction, before any data is touched: by the log, and by its owner's terms."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Gate:
         self._device, self._apps, self._reader = device, apps, reader
 
     def too_late(self, instruction: Instruction, opened: Opened, known_s: float) -> bool:
-        """By the log's own clock, and by how long this process has known it: the device's wall clock decides nothing."""
+        """By what the server has decided since, and by how long this process has known it: no other clock decides anything."""
         sent = instruction.sent
         if sent.round_id is not None and opened is None:
             return True  # closed, aborted, or opened by a server that was fenced
-        age_s = max((self._device.view.newest_ms - instruction.record.appended_ms) / 1000, known_s)
+        age_s = max((self._device.view.now_ms - instruction.record.appended_ms) / 1000, known_s)
         return age_s > (min(sent.ttl_s, opened.deadline_s) if opened else sent.ttl_s)
 
     def refusal(self, instruction: Instruction, opened: Opened) -> Decline | None:
@@ -71,6 +71,8 @@ class Gate:
             return Decline("not-private")
         if mechanism is not None and sent.message_type.partition(".")[0] != "train":
             return Decline("not-private", "the mechanism of a round pays for training alone")
+        if unmet := self._unmet(instruction, opened):
+            return unmet
         if opened is not None and (wrong := self._wrong_base(sent, opened)):
             return Decline(wrong)
         if self._apps.serving(sent) is None and (unready := self._unready(sent, opened)):
@@ -78,6 +80,14 @@ class Gate:
         if mechanism is not None and (over := self._over_budget(mechanism)):
             return over
         return self._unreadable(sent, opened)
+
+    def _unmet(self, instruction: Instruction, opened: Opened) -> Decline | None:
+        """The owner's terms. A further step of a round that the device is in already comes neither too soon nor too often."""
+        terms = self._device.settings.eligibility
+        if (code := terms.unmet(self._device.around)) is not None or opened is None:
+            return None if code is None else Decline(code)
+        code = terms.too_often(self._device.joined.others(opened), instruction.record.appended_ms)
+        return None if code is None else Decline(code)
 
     def _unready(self, sent: types.InstructionSent, opened: Opened) -> str | None:
         """Why the task has nothing to answer with, though the round may be well."""
@@ -109,9 +119,10 @@ class Gate:
         return None if same and release.status == "published" and release.model == opened.model else "wrong-base"
 
     def _over_budget(self, mechanism: types.Mechanism) -> Decline | None:
-        me, since_ms = self._device.identity, self._device.view.newest_ms - _DAY_MS
-        if sum(each.appended_ms > since_ms for each in self._device.view.spent.values()) >= self._device.settings.rounds_per_day:
-            return Decline("too-many-rounds", f"at most {self._device.settings.rounds_per_day} a day")
+        me, since_ms = self._device.identity, self._device.view.now_ms - _DAY_MS
+        most = self._device.settings.eligibility.rounds_per_day
+        if sum(each.spent_ms > since_ms for each in self._device.view.spent.values()) >= most:
+            return Decline("too-many-rounds", f"at most {most} a day")
         try:
             over = self._device.view.ledger.check(me.client_id, validate(mechanism), me.epsilon, me.delta)
         except MechanismError:

@@ -1,6 +1,6 @@
 """Answering an instruction: the privacy gate, the spend, the work, and the reply, in an order no crash can turn around.
 
-1. The gate decides from the log alone, before any data is touched; a refusal is an event with a stable code.
+1. The gate decides by the log and the owner's terms, before any data is touched; a refusal is an event with a stable code.
 2. `BudgetSpent` is appended and read back as the entry that counts. From here on the budget is spent, whatever happens.
 3. A round's program runs, or the `ClientApp` of another Flower run. The tensors go into the blob store.
 4. The reply, the Flower context and the mark "answered" become durable in one transaction; then the outbox sends the reply.
@@ -81,6 +81,8 @@ class InstructionHandler:
             self._decline(instruction, refused)
 
     def _serve(self, instruction: Instruction, opened: Opened) -> Decline | None:
+        if opened is not None:
+            self._device.joined.add(opened, instruction.record.appended_ms)
         spend_seq = self._spend(instruction, opened, opened.mechanism) if opened and opened.mechanism else None
         app = self._apps.serving(instruction.sent)
         try:

@@ -7,22 +7,26 @@ learned from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.masked import MaskedText
 from fedloop_tasks.task import Interaction
+from fedloop_tasks.words import find
 from msgspec import Struct
 
 from fedloop_clients import feedback
 from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
+from fedloop_clients.retracting import check_not_retracted, forget_response
 from fedloop_clients.store import Store
 
 MAX_UNJUDGED_RESPONSES: Final = 10_000
 """Responses that nobody has done anything about: the oldest give way."""
 
+Named = Literal["feedback", "response"]
+"""What an application can name by an id of its own."""
 Kind = Literal["prompt", "response", "correction", "comment"]
 
 
@@ -75,7 +79,7 @@ class Interactions:
         feedback.check_text("text", prompt, feedback.MAX_TEXT_CHARS)
         if response is not None:
             feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
-        feedback.check_word("label", predicted, words)
+        predicted = feedback.check_word("label", predicted, words)
         response_id = feedback.identifier("response_id", response_id)
         with self._store.transaction() as db:
             if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
@@ -94,21 +98,22 @@ class Interactions:
         """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
-        that is one of the words is that label. Raises `UnknownResponseError`, or `UsageError` if nothing is given
-        or something of it is out of range.
+        that is one of the words is that label. Raises `UnknownResponseError`, `RetractedFeedbackError` for an id that was taken
+        back, or `UsageError` if nothing is given or something of it is out of range.
         """
-        feedback.check_input(given, words)
+        given = feedback.check_input(given, words)
         feedback_id = feedback.identifier("feedback_id", feedback_id)
         digest = hashlib.sha256(msgspec.json.encode((response_id, given))).digest()
         with self._store.transaction() as db:
             known = db.execute("SELECT digest FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
             if known is None:
+                check_not_retracted(db, feedback_id)
                 for each in (response_id, given.preferred_over):
                     if each is not None:
                         _check_known(db, each)
                 if given.preferred_over == response_id:
                     raise UsageError("a response cannot be preferred over itself")
-                label = given.label or _written(given.correction, words)
+                label = given.label or find(given.correction or "", words, any_case=True)
                 db.execute(
                     "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, state)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, 'captured')",
@@ -127,6 +132,19 @@ class Interactions:
                 (feedback_id,),
             )
         return feedback_id, _interaction(*row)
+
+    def knows(self, kind: Named, given: str) -> bool:
+        """Whether there is a response with this id, or is or was feedback with it."""
+        tables = {"feedback": ("feedback", "retracted"), "response": ("responses",)}[kind]
+        return any(self._store.rows(f"SELECT 1 FROM {table} WHERE {kind}_id = ?", (given,)) for table in tables)
+
+    def derive_ids(self, derived_id: Callable[[Named, str], str]) -> None:
+        """Give feedback whose id a caller chose, before such ids were derived, a derived one, unless the log has it."""
+        with self._store.transaction() as db:
+            for (given,) in db.execute(_GIVEN_IDS).fetchall():
+                own = derived_id("feedback", given)
+                db.execute("UPDATE feedback SET feedback_id = ? WHERE feedback_id = ?", (own, given))
+                db.execute("UPDATE texts SET owner = ? WHERE owner = ? AND kind IN ('correction', 'comment')", (own, given))
 
     def judged(self) -> Iterator[Interaction]:
         """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
@@ -172,14 +190,15 @@ class Interactions:
             )
         ]
 
-    def published(self, feedback_id: str) -> None:
-        """This feedback is in the log or the outbox. What of it is not masked yet still has to be."""
+    def published(self, feedback_id: str) -> bool:
+        """This feedback is in the log or the outbox, if it is still here. What of it is not masked yet still has to be."""
         with self._store.transaction() as db:
-            db.execute(
+            found = db.execute(
                 f"UPDATE feedback SET logged = 1, failure = NULL, state = CASE WHEN {_RAW} THEN 'captured' ELSE 'published' END"
                 " WHERE feedback_id = ?",
                 (feedback_id,),
             )
+        return bool(found.rowcount)
 
     def failed(self, feedback_id: str, failure: str) -> None:
         """This feedback cannot be masked: it stays on the device. `failure` is a stable code."""
@@ -200,6 +219,10 @@ class Interactions:
         return dict(self._store.rows("SELECT failure, count(*) FROM feedback WHERE state = 'failed' GROUP BY failure"))
 
 
+_GIVEN_IDS: Final = f"""
+SELECT feedback_id FROM feedback
+WHERE logged = 0 AND state <> 'published' AND feedback_id NOT GLOB '{"[0-9a-f]" * 32}'
+"""
 _OWN: Final = """
     (texts.owner = feedback.feedback_id AND texts.kind IN ('correction', 'comment')
      OR texts.owner IN (feedback.response_id, feedback.preferred_over) AND texts.kind IN ('prompt', 'response'))
@@ -275,14 +298,8 @@ def _write(db: Any, owner: str, kind: Kind, raw: str | None, masked: MaskedText 
 
 def _give_way(db: Any, number: int) -> None:
     """Forget the response of this number, if nobody did anything about it."""
-    for (response_id,) in db.execute(
-        "SELECT response_id FROM responses WHERE number = ? AND NOT EXISTS"
-        " (SELECT 1 FROM feedback AS any"
-        " WHERE any.response_id = responses.response_id OR any.preferred_over = responses.response_id)",
-        (number,),
-    ).fetchall():
-        db.execute("DELETE FROM texts WHERE owner = ? AND kind IN ('prompt', 'response')", (response_id,))
-        db.execute("DELETE FROM responses WHERE response_id = ?", (response_id,))
+    for (response_id,) in db.execute("SELECT response_id FROM responses WHERE number = ?", (number,)).fetchall():
+        forget_response(db, response_id)
 
 
 def _check_known(db: Any, response_id: str) -> None:
@@ -291,9 +308,3 @@ def _check_known(db: Any, response_id: str) -> None:
             "no response of this device has this response_id",
             hint=f"use the id that predict() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
         )
-
-
-def _written(correction: str | None, words: Sequence[str]) -> str | None:
-    """The model's word that a correction is."""
-    named = (correction or "").strip().casefold()
-    return next((word for word in words if word.casefold() == named), None)

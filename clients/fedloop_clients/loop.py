@@ -6,6 +6,7 @@ Every step is safe to repeat: what is due stands in the store, and what was done
 from __future__ import annotations
 
 import fcntl
+import random
 import sys
 import threading
 import time
@@ -15,18 +16,20 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fedloop_events import types
-from fedloop_events.errors import PolicyError, UnreachableError
+from fedloop_events.errors import BlobError, PolicyError, UnreachableError
 from fedloop_events.masked import MaskedText
 
-from fedloop_clients.device import VIEW, Device, Status
+from fedloop_clients.device import Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
 
 IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
 RETRY_S: Final = 2.0
+"""Longest wait after the first try that fails; `Backoff` says how it goes on."""
 ALONE_TIMEOUT_S: Final = 5.0
 
 
@@ -42,7 +45,8 @@ class Loop:
         self._publisher = Publisher(device, mask)
         self._problem = ""
         self._news = True  # whether the log may hold what was not read
-        self._seen: tuple[int, float] | None = None  # what the last heartbeat reported, and when
+        self._heartbeats = Heartbeats(device.identity.client_id, device.settings.heartbeat_s)
+        self._backoff = Backoff(RETRY_S, random.SystemRandom())
 
     def run(self, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
         """See `Agent.run`."""
@@ -54,6 +58,7 @@ class Loop:
                     begun = begun or self._begin()
                     self._pass(handler)
                     self._problem = ""
+                    self._backoff.succeeded()
                 except UnreachableError as error:
                     self._problem = error.message
                 if until is not None and until(self._device.status(self._problem)):
@@ -65,6 +70,10 @@ class Loop:
         device = self._device
         device.view.check_end(device.log)
         self._catch_up(0.0)
+        with device.store.transaction():  # once what was published under an id that was given is known
+            device.interactions.derive_ids(device.identity.derived_id)
+            for feedback_id in device.view.published:
+                device.interactions.published(feedback_id)
         device.interactions.retry_failed()
         return True
 
@@ -83,10 +92,10 @@ class Loop:
     def _wait(self, stop: threading.Event) -> None:
         self._news = True
         if self._problem:
-            stop.wait(RETRY_S)
+            stop.wait(self._backoff.failed())
             return
         with suppress(UnreachableError):  # the next pass meets it again, and reports it
-            if not self._device.interactions.counts().get("captured"):
+            if not (self._device.interactions.counts().get("captured") or self._device.retractions.due()):
                 self._news = self._device.view.wait(self._device.log, IDLE_S)
 
     def _catch_up(self, wait_s: float) -> None:
@@ -96,20 +105,13 @@ class Loop:
             view.wait(log, wait_s)
         with self._reading:
             view.catch_up(log)
-            if view.changed:
-                self._keep()
+            changed = view.changed
+            if changed:
+                self._device.keep(view)
         self._check_standing()
-
-    def _keep(self) -> None:
-        device, view = self._device, self._device.view
-        with device.store.transaction():
-            device.outbox.reconcile(view.mine)
-            for feedback_id in view.published:
-                device.interactions.published(feedback_id)
-            device.store.keep(VIEW, view.to_state())
-        view.mine.clear()
-        view.published.clear()
-        view.changed = False
+        if changed:
+            with suppress(BlobError, UnreachableError):  # until then the release before it answers
+                self._device.keep_release()
 
     def _check_standing(self) -> None:
         me, view = self._device.identity.client_id, self._device.view
@@ -124,17 +126,17 @@ class Loop:
             )
 
     def _heartbeat(self) -> None:
-        """Report that the device is up: at first, at times, and when the number of examples has another power of two."""
-        me, settings, count = self._device.identity, self._device.settings, self._device.count_examples()
+        """Report that the device is up, at its times, and when the number of examples has another power of two."""
+        me, count = self._device.identity, self._device.count_examples()
         at_least, now = 1 << count.bit_length() - 1 if count else 0, time.monotonic()
-        if self._seen is not None and self._seen[0] == at_least and now < self._seen[1] + settings.heartbeat_s:
+        if not self._heartbeats.due(now, at_least):
             return
         self._device.outbox.add(
             lambda seq: types.ClientSeen(
                 origin=me.origin, client_id=me.client_id, seq=seq, examples_at_least=at_least, device=_accelerator()
             )
         )
-        self._seen = (at_least, now)
+        self._heartbeats.sent(now, at_least)
 
 
 def _accelerator() -> Literal["cpu", "cuda", "mps"]:

@@ -96,6 +96,13 @@ CREATE INDEX feedback_worse ON feedback (preferred_over) WHERE preferred_over IS
 CREATE INDEX feedback_state ON feedback (state, number);
 """
 
+_VERSION_3: Final = """
+CREATE TABLE retracted (
+    feedback_id TEXT PRIMARY KEY, -- of feedback that its user took back: never recorded again
+    state TEXT NOT NULL CHECK (state IN ('unpublished', 'due', 'announced')) -- due: the log has the feedback alone
+) STRICT, WITHOUT ROWID;
+"""
+
 
 def _begin(db: Any) -> None:
     _execute(db, _VERSION_1)
@@ -119,7 +126,11 @@ def _keep_interactions(db: Any) -> None:
     _execute(db, _VERSION_2_TAKES_OVER)
 
 
-STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions)
+def _keep_retracted(db: Any) -> None:
+    _execute(db, _VERSION_3)
+
+
+STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions, _keep_retracted)
 
 
 def _execute(db: Any, script: str) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 from fedloop_events.blobs import tensors
-from fedloop_events.blobs.store import BlobStore
 from fedloop_events.types import BlobRef, Spec
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Arrays, Model
-
-MAX_RELEASE_BYTES: Final = 1 << 30
 
 
 class Held:
@@ -24,11 +20,11 @@ class Held:
         self.model = model
         self._release = ""
 
-    def load(self, blob: BlobRef, blobs: BlobStore) -> Model:
-        """The model with the release in `blob`, whose hash is checked. Raises `BlobError` or `TensorError`."""
+    def load(self, blob: BlobRef, fetch: Callable[[BlobRef], bytes]) -> Model:
+        """The model with the release in `blob`, which `fetch` gives and checks. Raises what that raises, or `TensorError`."""
         if self._release != blob.sha256:
             self._release = ""
-            self.model.load(tensors.decode(blobs.get(blob, max_bytes=MAX_RELEASE_BYTES)))
+            self.model.load(tensors.decode(fetch(blob)))
             self._release = blob.sha256
         return self.model
 

@@ -55,6 +55,10 @@ class FencedError(PolicyError):
     """Another server has opened a later epoch: this one must stop writing."""
 
 
+class LogChangedError(PolicyError):
+    """The log is not the one that was read before: another server's, or cut short."""
+
+
 class NotAllowedError(PolicyError):
     """The log does not let this user do `operation` on `topic`."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -63,6 +65,37 @@ def write_whole(path: Path, data: bytes, *, mode: int = SHARED, replace: bool = 
         new.publish(path, replace=replace)
 
 
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make the folder `path` of these files, durably; it appears whole or not at all, in place of an empty one at most.
+
+    Raises FileExistsError if something else is there, or another OSError.
+    """
+    folder = path.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, "it is there already, and not empty", str(path))
+    made = folder.with_name(f".{folder.name}.{ids.new_id()}")
+    made.mkdir()
+    try:
+        for name, data in files.items():
+            with (made / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        fsync_folder(made)
+        made.rename(folder)  # fails if something came there meanwhile
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """`write_whole`, of a file that only its owner can read."""
     write_whole(path, data, mode=PRIVATE)
+
+
+def create_private(path: Path) -> None:
+    """An empty file that only its owner can read, unless there is a file; one that is there is not opened, for closing it would
+    let go of the locks that this process holds on it."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE))

@@ -21,6 +21,8 @@ from fedloop_events.types import (
     CohortListed,
     EpochStarted,
     Exclusion,
+    LabelsListed,
+    ModelRegistered,
     Payload,
     RepliesListed,
     RoundOpened,
@@ -37,16 +39,25 @@ T = TypeVar("T")
 
 def split(payload: Payload) -> list[Payload]:
     """The events that make up `payload`, in the order in which they are to be appended: parts, then what names them."""
-    if not isinstance(payload, RoundOpened | StepCollected):
+    found: Iterator[Payload]
+    rest: RoundOpened | StepCollected | ModelRegistered
+    match payload:
+        case RoundOpened():
+            listed: Sequence[object] = [*payload.cohort, *payload.excluded]
+            found, rest = _of_round(payload), replace(payload, cohort=[], excluded=[])
+        case StepCollected():
+            listed = [*payload.accepted, *payload.excluded]
+            found, rest = _of_step(payload), replace(payload, accepted=[], excluded=[])
+        case ModelRegistered():
+            listed = payload.spec.labels
+            found, rest = _of_model(payload), replace(payload, spec=replace(payload.spec, labels=[]))
+        case _:
+            return [payload]
+    if sum(map(_size, listed)) <= PART_BYTES:
         return [payload]
-    listed: Sequence[object] = payload.cohort if isinstance(payload, RoundOpened) else payload.accepted
-    if sum(map(_size, [*listed, *payload.excluded])) <= PART_BYTES:
-        return [payload]
-    found = list(_of_round(payload) if isinstance(payload, RoundOpened) else _of_step(payload))
-    parts = [hashlib.sha256(msgspec.json.encode(each)).hexdigest() for each in found]
-    if isinstance(payload, RoundOpened):
-        return [*found, replace(payload, cohort=[], excluded=[], parts=parts)]
-    return [*found, replace(payload, accepted=[], excluded=[], parts=parts)]
+    parts = list(found)
+    names = [hashlib.sha256(msgspec.json.encode(each)).hexdigest() for each in parts]
+    return [*parts, replace(rest, parts=names)]
 
 
 class Parts(Struct):
@@ -54,11 +65,12 @@ class Parts(Struct):
 
     cohorts: dict[str, CohortListed] = {}
     replies: dict[str, RepliesListed] = {}
+    labels: dict[str, LabelsListed] = {}
 
     def join(self, record: Record, payload: Payload, *, partly: bool) -> Payload | None:
         """An event with what its parts hold: None for a part by itself, and for an event that names a part which was not read.
 
-        With `partly`, such an event holds what its other parts do. An epoch's parts are of no use to the next one.
+        With `partly`, such an event of a run holds what its other parts do. An epoch's parts are of no use to the next one.
         """
         match payload:
             case CohortListed():
@@ -79,6 +91,15 @@ class Parts(Struct):
                     return None
                 accepted = [*payload.accepted, *(update for each in found for update in each.accepted)]
                 return replace(payload, accepted=accepted, excluded=_excluded(payload, found), parts=[])
+            case LabelsListed():
+                _keep(self.labels, record, payload)
+                return None
+            case ModelRegistered(parts=[_, *_]):
+                if not all(name in self.labels for name in payload.parts):
+                    return None
+                spec = payload.spec
+                labels = [*spec.labels, *(label for name in payload.parts for label in self.labels.pop(name).labels)]
+                return replace(payload, spec=replace(spec, labels=labels), parts=[])
             case EpochStarted():
                 self.cohorts = {name: each for name, each in self.cohorts.items() if each.run_id != payload.run_id}
                 self.replies = {name: each for name, each in self.replies.items() if each.run_id != payload.run_id}
@@ -101,6 +122,11 @@ def _of_step(collected: StepCollected) -> Iterator[Payload]:
         yield RepliesListed(*common, accepted=accepted, round_id=collected.round_id)
     for excluded in _pieces(collected.excluded):
         yield RepliesListed(*common, excluded=excluded, round_id=collected.round_id)
+
+
+def _of_model(registered: ModelRegistered) -> Iterator[Payload]:
+    for labels in _pieces(registered.spec.labels):
+        yield LabelsListed(registered.origin, registered.model, labels)
 
 
 def _pieces(items: Sequence[T]) -> Iterator[list[T]]:

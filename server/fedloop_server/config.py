@@ -10,10 +10,14 @@ from typing import Annotated, Any, Final, get_type_hints
 
 import msgspec
 from fedloop_events.errors import UsageError
+from fedloop_events.hours import DayHours, zone
 from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Plan
 from msgspec import Meta, Struct
 
+from fedloop_server import schedules
+
+NONE: Final = "none"
 MAX_COHORT = 1_500
 """`ReleaseProposed` names each update that went in, and is one event of at most 60 KiB."""
 
@@ -31,30 +35,60 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     plan: Plan = msgspec.field(default_factory=DEFAULT.plan)
     quorum: _Many = 2
     cohort_size: Annotated[int, Meta(ge=1, le=MAX_COHORT)] = 64
+    unasked_rounds: _Many = 20
     min_examples: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
+    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0
     deadline_s: _Number = 600.0
+    grace_s: _Number = 60.0
     availability_s: _Number = 120.0
     quorum_wait_s: _Number = 600.0
     max_update_norm: _Number = 1000.0
     max_upload_bytes: Annotated[int, Meta(ge=1, le=2**40)] = 64 << 20
     gate_margin: Annotated[float, Meta(ge=0, le=1)] = 0.02
+    schedule: str = NONE
+    windows: str = NONE
+    time_zone: str = "UTC"
     model_dir: Annotated[str, Meta(max_length=4096)] = ""
 
     def __post_init__(self) -> None:
         if self.cohort_size < self.quorum:
             raise _wrong("quorum", self.quorum, f"at most cohort_size, which is {self.cohort_size}")
+        if self.asked > MAX_COHORT:
+            allowed = f"cohort_size is {self.cohort_size}, and no more than {MAX_COHORT} clients can be asked"
+            raise _wrong("over_selection", self.over_selection, allowed)
+        zone(self.time_zone)
+        if self.schedule != NONE:
+            schedules.check(self.schedule, self.time_zone)
+        if self.windows != NONE:
+            DayHours.parse(self.windows)
+
+    @property
+    def asked(self) -> int:
+        """Most clients that one round asks."""
+        return math.ceil(self.cohort_size * self.over_selection)
+
+    @property
+    def hours(self) -> DayHours | None:
+        """The hours in which rounds may open; None if that is always."""
+        return None if self.windows == NONE else DayHours.parse(self.windows, self.time_zone)
 
 
 _MEANING: Final = {
     "quorum": "Fewest clients that a round may start with, and fewest updates that make a release.",
-    "cohort_size": f"Most clients that one round asks, at most {MAX_COHORT}.",
+    "cohort_size": f"Most updates that one round needs, at most {MAX_COHORT}; with them it ends.",
+    "unasked_rounds": "Rounds after which a client that was not asked goes first, or four times those that ask everybody once.",
     "min_examples": "Examples that a client must report at least (it reports a power of two, or 0).",
+    "over_selection": "So many times cohort_size are asked, where there are as many: the slowest need not answer.",
     "deadline_s": "Seconds that clients have for a round.",
+    "grace_s": "Seconds for which a round goes on once its quorum has answered, or as long as that took, if it took longer.",
     "availability_s": "Seconds for which a client counts as available after it was last seen.",
     "quorum_wait_s": "Seconds that a request waits for enough clients before it is given up.",
     "max_update_norm": "L2 norm of an update's change, above which it is refused (where it is more, what the task allows).",
     "max_upload_bytes": "Bytes of an update's tensors, above which it is refused.",
     "gate_margin": "How much worse than the current release a new one may be.",
+    "schedule": 'When a round is requested, as cron says it: "30 2 * * *" is at half past two at night; "none": only on request.',
+    "windows": 'Hours in which rounds may open, as in "22-06" or "12:30-13:15,22-06"; "none": at all hours.',
+    "time_zone": 'Time zone of the schedule and the windows, as in "Europe/Berlin".',
     "model_dir": "Folder of base models; empty: the installed packages.",
 }
 

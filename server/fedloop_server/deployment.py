@@ -26,6 +26,7 @@ from fedloop_events.folds.identities import Identities
 from fedloop_events.ids import derived_id
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.parts import split
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
@@ -104,7 +105,7 @@ def create_deployment(
             raise UsageError(
                 f"{directory} holds a deployment of another model or of other initial tensors", hint="choose another folder"
             )
-        _once(folder / KEY_FILE, SigningKey.generate().to_pem(), mode=PRIVATE)
+        _once(folder / KEY_FILE, SigningKey.generate().to_pem())
         _once(folder / CONFIG_FILE, configuration.dump(config).encode())
         locations.open_blobs(place.blobs).put(chunks)
         _announce(EventWriter(log, SigningKey.load(folder / KEY_FILE)), intent)
@@ -133,6 +134,14 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
             hint="name that log; or, if its making was cut short, run `fedloop server init` again, to its end",
         )
     return Deployment(folder, log, blobs, EventWriter(log, key), config)
+
+
+def read_config(directory: Path | None) -> ServerConfig | None:
+    """The server's configuration, where its folder is at hand. Raises as `configuration.load`."""
+    folder = None if directory is None else directory / SERVER_FOLDER
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return None
+    return configuration.load(folder / CONFIG_FILE, _plan(folder / INTENT_FILE))
 
 
 def _plan(intent_file: Path) -> type[Plan]:
@@ -178,7 +187,7 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
     """Write the `deployment.toml` that `place` takes. Raises `UsageError` if the folder names another place already."""
     text, path = locations.remembered(root, place), root / locations.PLACE_FILE
     if text:
-        _once(path, text.encode())
+        _once(path, text.encode(), mode=SHARED)  # it says where log and blobs are, to whoever may use them
     if locations.remembered(root, locations.locate(root)) != text:
         raise UsageError(f"{root} is a deployment whose log or blobs are elsewhere", hint=f"see {path}, or choose another folder")
 
@@ -186,12 +195,11 @@ def _remember(root: Path, place: DeploymentLocation) -> None:
 def _announce(writer: EventWriter, intent: _Intent) -> None:
     """What the log does not hold yet, under ids that are functions of the intent: appended once, however often this runs."""
     origin, release = intent.origin, release_id(0, intent.initial)
+    *listed, registered = split(types.ModelRegistered(origin=origin, model=DEFAULT_MODEL, spec=intent.spec))
     announced: list[tuple[types.Payload, str]] = [
         (types.DeploymentCreated(origin=origin, public_key=writer.key.public_key), derived_id(origin, "deployment")),
-        (
-            types.ModelRegistered(origin=origin, model=DEFAULT_MODEL, spec=intent.spec),
-            derived_id(origin, DEFAULT_MODEL, "registered"),
-        ),
+        *((part, derived_id(origin, DEFAULT_MODEL, "registered", "part", number)) for number, part in enumerate(listed)),
+        (registered, derived_id(origin, DEFAULT_MODEL, "registered")),
         (
             types.ReleaseProposed(origin=origin, model=DEFAULT_MODEL, epoch=0, release=release, number=0, blob=intent.initial),
             derived_id(origin, DEFAULT_MODEL, release, "proposed"),
@@ -213,8 +221,8 @@ def release_id(number: int, blob: types.BlobRef) -> str:
 
 
 def _check(spec: types.Spec, arrays: Mapping[str, tensors.Array]) -> None:
-    registered = types.ModelRegistered(origin="x", model=DEFAULT_MODEL, spec=spec)
-    envelope.expect(envelope.encode(registered, id="0" * 32, time_s=0), types.ModelRegistered)
+    for payload in split(types.ModelRegistered(origin="x" * 80, model=DEFAULT_MODEL, spec=spec)):
+        envelope.expect(envelope.encode(payload, id="0" * 32, time_s=0), type(payload))
     task_of(spec).check(arrays)
     for each in tensors.specs(arrays):
         if each.dtype != "F32" or not bool(np.isfinite(arrays[each.name]).all()):
@@ -240,7 +248,7 @@ def _reference(chunks: Sequence[bytes | memoryview]) -> types.BlobRef:
     return types.BlobRef(digest.hexdigest(), sum(map(len, chunks)))
 
 
-def _once(path: Path, data: bytes, *, mode: int = SHARED) -> None:
+def _once(path: Path, data: bytes, *, mode: int = PRIVATE) -> None:
     """Write the file, unless it is there: it appears whole, and of two processes the first one's holds."""
     if not path.exists():
         write_whole(path, data, mode=mode, replace=False)

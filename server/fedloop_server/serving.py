@@ -8,14 +8,18 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.envelope import Record
+from fedloop_events.errors import LogChangedError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_tasks.task import Evaluate, Task
 
 from fedloop_server.deployment import Deployment, open_deployment
 from fedloop_server.operations.followed import Followed
-from fedloop_server.operations.registry import task_of_model
+from fedloop_server.operations.registry import current, task_of_model
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds.loop import Server
+from fedloop_server.rounds.planner import Planner
 from fedloop_server.state import OnEvent
 from fedloop_server.telemetry import exposition
 from fedloop_server.telemetry.metrics import MeteredLog, registry
@@ -38,15 +42,22 @@ def serve(
     rounds: int | None = None,
     until_idle: bool = False,
     on_event: OnEvent | None = None,
+    on_wait: OnWait | None = None,
     metrics: str | None = None,
+    accept_loss: bool = False,
 ) -> int:
     """Run the server until `stop` is set, `rounds` rounds have ended, or (`until_idle`) none is requested; how many ended.
 
-    `on_event` is called with each event that is appended from now on. `metrics` is the address at which Prometheus finds it.
-    Raises `FencedError` when another server has taken over.
+    `on_event` is called with each event that is appended from now on, `on_wait` each second or so with what is waited for.
+    `metrics` is the address at which Prometheus finds it. Raises `UsageError` for a configuration with which no round can run,
+    `FencedError` when another server has taken over, `LogChangedError` if the log has lost what this server has read; with
+    `accept_loss` it goes on without.
     """
     deployment = open_deployment(directory, place)
-    task = task_of_model(Followed(deployment.log).releases, types.DEFAULT_MODEL)
+    releases = Followed(deployment.log).releases
+    task = task_of_model(releases, types.DEFAULT_MODEL)
+    base = deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)
+    Planner(deployment.config, cache=deployment.plan_file).check(tensors.decode(base))
     before = deployment.log.end()
 
     def news(record: Record, payload: types.Payload) -> None:
@@ -54,16 +65,22 @@ def serve(
             on_event(record, payload)
 
     log = MeteredLog(deployment.log)
-    server = Server(
-        log,
-        deployment.blobs,
-        deployment.writer,
-        deployment.config,
-        evaluate=make_evaluate(deployment, task),
-        on_event=news,
-        plan=deployment.plan_file,
-        snapshots=deployment.folder,
-    )
+    try:
+        server = Server(
+            log,
+            deployment.blobs,
+            deployment.writer,
+            deployment.config,
+            evaluate=make_evaluate(deployment, task),
+            on_event=news,
+            on_wait=on_wait,
+            plan=deployment.plan_file,
+            snapshots=deployment.folder,
+            accept_loss=accept_loss,
+        )
+    except LogChangedError as error:
+        error.hint = "restore the whole log; or go on without what is lost: fedloop server run --accept-loss"
+        raise
     with _exposed(server, log, metrics):
         return server.run(stop, rounds, until_idle=until_idle)
 

@@ -35,7 +35,7 @@ class ServerState:
     """The server's folds, and its clock. `people` are those whose events count; another reader keeps them up to date."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 2
+    version = 3
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
@@ -52,7 +52,7 @@ class ServerState:
 
     def apply(self, record: Record, payload: types.Payload) -> None:
         if payload.author == "server":
-            self.decided_ms = max(self.decided_ms, record.appended_ms)
+            self.decided_ms = record.appended_ms
         if record.topic == topics.RELEASES:
             self.releases.apply(record, payload)
         elif record.topic == topics.AUDIT:

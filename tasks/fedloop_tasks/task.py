@@ -6,6 +6,7 @@ file in `programs`, and both stand in the `table` of those that exist.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -63,12 +64,25 @@ class Message(Struct, frozen=True):
     answer: str
 
 
+class BadRow(Struct, frozen=True):
+    """A row that cannot be used: the line of the file that it begins in, and why, without a word of it."""
+
+    line: int
+    reason: str
+
+
 class Messages(Struct, frozen=True):
-    """The messages of the file at `path` that can be used, and how many were skipped for which reason."""
+    """The messages of the file at `path` that can be used, the lines that they begin in, and the rows that cannot be used."""
 
     path: Path
     rows: list[Message]
-    skipped: dict[str, int]
+    lines: list[int]
+    bad: list[BadRow] = []
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows cannot be used, by reason."""
+        return dict(Counter(each.reason for each in self.bad))
 
 
 class Option(Struct, frozen=True):
@@ -82,11 +96,13 @@ class Option(Struct, frozen=True):
 
 
 class Material(Struct, frozen=True):
-    """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels."""
+    """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
+    what in it may be a mistake."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
+    notes: list[str] = []
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------
@@ -114,7 +130,7 @@ class Plan(Protocol):
     def mechanisms(self) -> dict[str, Mechanism]:
         """Each program's mechanism, which together keep the budget; none without one. May take seconds.
 
-        Raises `BudgetTooSmallError` if no noise keeps the budget.
+        Raises `UsageError`, which names what would be possible, if no noise keeps the budget.
         """
 
     def next_program(self, made: Sequence[str]) -> str | None:
@@ -180,6 +196,35 @@ class Program(Protocol):
 
 
 # --- the task ------------------------------------------------------------------------------------------------------------
+
+
+class Step(Struct, frozen=True):
+    """One release of a lineage, the round that made it of its base, and how many updates went in; the first has no round."""
+
+    release: str
+    base_release: str | None
+    round_id: str | None
+    strategy: str | None
+    updates: int
+    mechanism: Mechanism | None
+
+
+class Provenance(Struct, frozen=True, kw_only=True):
+    """Where a release comes from, as the log has it: what a model card is made of."""
+
+    release: str
+    model: str
+    sha256: str
+    """Of its tensors' blob."""
+    metrics: dict[str, float]
+    """On the held-out set; none, if it was not evaluated."""
+    steps: list[Step]
+    """Newest first: the release itself, and back to the first one."""
+    unprotected: list[str]
+    """Rounds among them without differential privacy: if there is one, epsilon and delta mean nothing."""
+    epsilon: float
+    """The most that these rounds cost one of the clients whose updates went in, at its `delta`."""
+    delta: float
 
 
 class Verdict(Struct, frozen=True):
@@ -259,6 +304,12 @@ class Task(Protocol):
 
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
+
+    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+        """A release as files by name, a model card among them, which programs that know nothing of this one load.
+
+        Raises `TensorError` for tensors that are no release of the model.
+        """
 
     @property
     def words(self) -> Sequence[str]:

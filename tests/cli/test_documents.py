@@ -19,9 +19,13 @@ ROUND = (
     " bytes_up bytes_down reason"
 )
 RELEASE = "release number status current accuracy round_id base_release strategy updates sha256 size_bytes proposed reason"
+AWAITED = "what request_id round_id quorum there asked missing excluded left_s epoch decided_s hint"
 BUDGET = "client_id budget delta epsilon spends kept suspended revoked"
 EVENT = "stream offset appended topic key id type source data"
-VERIFIED = "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings not_seen"
+VERIFIED = (
+    "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings client_wrong misconduct"
+    " not_seen"
+)
 REPLAYED = (
     "log events seconds types unknown refused first_refused epoch clients revoked rounds releases current stale_decisions spends"
     " suspended matching differing"
@@ -58,17 +62,20 @@ def keys(found: dict[str, Any]) -> str:
 
 def test_rounds(folder: Path, document: Document) -> None:
     found = document("round", "list", folder)
-    assert keys(found) == "rounds requested epoch"
+    assert keys(found) == "rounds requested epoch awaited"
+    assert keys(found["awaited"]) == AWAITED
     (each,) = found["rounds"]
     assert keys(each) == ROUND
     assert each["excluded"] == [{"client": "cem", "reason": "declined.busy", "detail": ""}]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each["opened"])
     assert 0 <= each["seconds"] < 60
     shown = document("round", "show", folder, "r0001")
-    assert keys(shown) == f"{ROUND} mechanism hyperparameters quorum deadline_s declined refused replies"
+    assert keys(shown) == f"{ROUND} mechanism hyperparameters quorum deadline_s enough grace_s declined refused replies"
     assert {name: shown[name] for name in each} == each
     assert (shown["declined"], shown["refused"], shown["replies"]) == ({"cem": "busy"}, [], 2)
-    assert document("round", "start", folder).keys() == {"request_id", "rounds"}
+    asked = document("round", "start", folder)
+    assert asked.keys() == {"request_id", "rounds"}
+    assert keys(document("round", "withdraw", folder, asked["request_id"])) == "request_id withdrawn"
 
 
 def test_releases(folder: Path, document: Document) -> None:

@@ -39,6 +39,10 @@ from .conftest import Fedloop, deploy
         (["round", "list", "/nowhere"], 2, "hint: fedloop server init"),
         (["round", "watch", "/nowhere"], 2, "there is no deployment"),
         (["agent", "status", "--store", "/nowhere"], 1, "there is no store"),
+        (["agent", "run", "--store", "/nowhere", "--only-unmetered"], 2, "does not tell whether its network is metered"),
+        (["agent", "run", "--store", "/nowhere", "--hours", "22"], 2, "no part of a day"),
+        (["agent", "run", "--store", "/nowhere", "--time-zone", "UTC"], 2, "give --hours as well"),
+        (["agent", "run", "--store", "/nowhere", "--hours", "22-6", "--time-zone", "Mars"], 2, "no time zone"),
         (["agent", "feedback", "--store", "/nowhere"], 2, "--response, --text or --data"),
         (["demo", "--data", "x.csv"], 2, "--data and --test go together"),
         (["demo", "--data", "x.csv", "--test", "y.csv"], 2, "x.csv cannot be read"),
@@ -196,3 +200,50 @@ def test_terminal_escapes_in_data_are_shown_and_not_obeyed(fedloop: Fedloop, dep
     assert "\x1b" not in ended.out
     assert "\u202e" not in ended.out
     assert "\\u202e" in ended.out
+
+
+def test_a_request_that_is_given_up_is_withdrawn(fedloop: Fedloop, deployment: Path) -> None:
+    ended = fedloop("round", "start", deployment, "--rounds", "2", "--wait", "--timeout", "0.1")
+    assert ended.status == 3
+    assert "is withdrawn: 2 not opened" in ended.err
+    assert "cause: request q-" in ended.err
+    assert "hint: start it: `fedloop server run`" in ended.err
+    document = fedloop("round", "list", deployment, "--json").document
+    assert (document["requested"], document["awaited"]["what"]) == (0, "nothing")
+
+
+def test_every_command_that_waits_says_for_what(fedloop: Fedloop, deployment: Path) -> None:
+    request_id = fedloop("round", "start", deployment, "--json").document["request_id"]
+    said = f"request {request_id} waits for the server; no server has ever started"
+    listed = fedloop("round", "list", deployment)
+    assert f"waiting: {said}" in listed.out
+    awaited = fedloop("round", "list", deployment, "--json").document["awaited"]
+    assert (awaited["what"], awaited["request_id"], awaited["hint"]) == ("server", request_id, "start it: `fedloop server run`")
+    watched = fedloop("round", "watch", deployment, "--rounds", "1", "--timeout", "0.2", "--json")
+    assert (watched.status, watched.document["error"]["cause"]) == (3, said)
+    assert f"waiting: {said}" in watched.err
+    examined = fedloop("doctor", deployment, "--json").document["findings"]
+    assert [(each["level"], each["what"]) for each in examined if each["subject"] == "rounds"] == [("warn", said)]
+
+
+def test_a_request_that_is_interrupted_is_withdrawn(fedloop: Fedloop, deployment: Path) -> None:
+    start = [sys.executable, "-m", "fedloop_cli.main", "round", "start", str(deployment), "--wait"]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        assert "waiting" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(timeout=60) == 130
+    assert fedloop("round", "list", deployment, "--json").document["requested"] == 0
+
+
+def test_a_request_is_withdrawn_by_hand_once(fedloop: Fedloop, deployment: Path) -> None:
+    request_id = fedloop("round", "start", deployment, "--json").document["request_id"]
+    ended = fedloop("round", "withdraw", deployment, request_id, "--json")
+    assert (ended.status, ended.document) == (0, {"request_id": request_id, "withdrawn": 1})
+    again = fedloop("round", "withdraw", deployment, request_id)
+    assert (again.status, again.err) == (1, f"error: nothing more is to come of request {request_id}: it is withdrawn\n")
+
+
+def test_a_round_that_there_is_not_cannot_be_aborted(fedloop: Fedloop, deployment: Path) -> None:
+    ended = fedloop("round", "abort", deployment, "r0001", "--reason", "wrong terms", "--json")
+    assert (ended.status, ended.document["error"]["message"]) == (2, "there is no round 'r0001'")

@@ -301,7 +301,7 @@ def test_replay_counts_and_compares_with_snapshots(fedloop: Fedloop, busy_anywhe
     assert (found["events"], found["clients"], found["refused"]) == (11, 2, 0)
     assert (found["matching"], found["differing"]) == (["rounds.snapshot"], [])
     kept = Snapshots(busy_anywhere / "rounds.snapshot")
-    kept.save(RoundsView.version, reader.position, RoundsView("other").to_state(), reader.standing)
+    kept.save(RoundsView.version, reader.position, RoundsView("other").to_state(), reader.standing, {})
     ended = fedloop("log", "replay", busy_anywhere)
     assert ended.status == 1
     assert "DIFFERS  rounds.snapshot" in ended.out

@@ -22,8 +22,8 @@ from .conftest import Ended
 
 ROOT = Path(__file__).parents[2]
 MODULES = {"presidio-analyzer": "presidio_analyzer"}
-NEEDED_ANYWAY = {"regex"}
-"""By Transformers."""
+NEEDED_ANYWAY = {"regex", "psutil"}
+"""By Transformers, and by PEFT."""
 RUN = """
 import sys
 
@@ -76,6 +76,24 @@ def test_held_out_messages_that_cannot_be_masked_are_refused_before_anything_is_
     assert not (tmp_path / "d").exists()
 
 
+def test_a_budget_that_no_round_keeps_is_refused_at_init_and_when_it_was_edited_in(tmp_path: Path, test: Path) -> None:
+    init = ("server", "init", tmp_path / "d", "--test", test, "--held-out-as-is", "--json")
+    refused = alone(*init, "--epsilon", "0.01")
+    assert refused.status == 2
+    assert refused.document["error"]["message"].startswith("epsilon = 0.01 ")
+    assert "--epsilon" in refused.document["error"]["hint"]
+    assert not (tmp_path / "d").exists()
+
+    assert alone(*init, "--rounds", "2", "--quorum", "100").status == 0
+    config = tmp_path / "d" / "server" / "server.toml"
+    text = config.read_text()
+    assert "cohort_size = 100" in text
+    config.write_text(text.replace("epsilon = 8.0", "epsilon = 0.01"))
+    ended = alone("server", "run", tmp_path / "d", "--until-idle", "--json")
+    assert ended.status == 2
+    assert ended.document["error"]["message"].startswith("epsilon = 0.01 ")
+
+
 @pytest.mark.slow
 def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> None:
     directory = tmp_path / "d"
@@ -102,10 +120,24 @@ def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> 
             thread.join()
     assert ended.status == 0, ended.err
     assert ended.document == {"rounds": 1, "interrupted": False}
+    assert re.search(r"waiting: r0001 waits for (ann|bob)", ended.err), ended.err
     (round_,) = alone("round", "list", directory, "--json").document["rounds"]
     assert (round_["kind"], round_["participants"]) == ("sums", ["ann", "bob"])
     evaluated = [each for record in read_all(log) if isinstance(each := decode(record), types.ReleaseEvaluated)]
     assert [(each.leading, each.examples) for each in evaluated] == [("accuracy", 3)] * 2
     assert all(0 <= each.metrics["accuracy"] <= 1 for each in evaluated)
     assert alone("release", "rebuild", directory, evaluated[1].release).status == 0
+    whole = list(read_all(log))
     log.close()
+    for path in directory.glob("log.sqlite*"):
+        path.unlink()
+    restored = open_log(directory, create=True)
+    restored.append(whole[:-3])
+    restored.close()
+    refused = alone("server", "run", directory, "--until-idle")
+    assert refused.status == 4
+    assert "the log ends before event" in refused.err
+    assert "--accept-loss" in refused.err
+    accepted = alone("server", "run", directory, "--until-idle", "--accept-loss")
+    assert accepted.status == 0, accepted.err
+    assert "what is lost is accepted" in accepted.err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +40,15 @@ class DigitMasker:
             raise ValueError(text)
         masked, count = re.subn(r"\d+", "<NUMBER_1>", text)
         return MaskedText._from_masker(masked, {"NUMBER": count} if count else {})
+
+
+@contextmanager
+def clock_ahead(seconds: float) -> Iterator[None]:
+    """The clock by which this process stamps what it appends is wrong for a while."""
+    right = time.time_ns
+    with pytest.MonkeyPatch.context() as wrong:
+        wrong.setattr(time, "time_ns", lambda: right() + int(seconds * 1e9))
+        yield
 
 
 class Deployment:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fedloop_clients import Agent, loop
 from fedloop_clients.device import Settings, Status
-from fedloop_clients.device_view import LogChangedError
+from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.store import StoreError
 from fedloop_events import types
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import LogChangedError, UnreachableError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.logs.port import Position
@@ -114,6 +115,28 @@ def test_terms_that_make_no_sense_are_refused(deployment: Deployment, store_dir:
     assert not store_dir.exists()
 
 
+@pytest.mark.parametrize("client_id", ["Zo\u00eb", "_x", "-x", ".x", "a b", "x" * 81, "", "a/b", "a\n"])
+def test_a_name_that_is_none_is_told_the_whole_rule(deployment: Deployment, store_dir: Path, client_id: str) -> None:
+    rule = "1 to 80 ASCII letters, digits, ., - or _, beginning with a letter or digit"
+    with pytest.raises(UsageError) as error:
+        Agent.enrol(deployment.folder, store_dir, client_id=client_id, key_from="file")
+    assert error.value.message == f"client_id must be {rule}, not {client_id!r}"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", client_id) is None
+    with (
+        Agent.enrol(deployment.folder, store_dir, client_id="0._-" + "x" * 76, key_from="file") as agent,
+        pytest.raises(UsageError, match=re.escape(f"response_id must be {rule}")),
+    ):
+        agent.record("hello", "loan", response_id=client_id)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u2060 \u00ad", "\u3164\u2800"])
+def test_a_text_that_shows_nothing_is_empty(agent: Agent, text: str) -> None:
+    with pytest.raises(UsageError, match="text is empty"):
+        agent.predict(text)
+    with pytest.raises(UsageError, match="text is empty"):
+        agent.record(text, "loan")
+
+
 def test_the_store_is_its_owners_alone(agent: Agent, store_dir: Path) -> None:
     assert store_dir.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in store_dir.iterdir()} == {0o600}
@@ -129,18 +152,53 @@ def test_a_folder_without_a_device_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_feedback_is_published_masked_with_what_was_masked(deployment: Deployment, agent: Agent) -> None:
     response = agent.record(f"card {NUMBER} is lost", "card-lost")
-    agent.feedback(
+    mine = agent.feedback(
         response.response_id, rating=2, label="loan", correction=f"{NUMBER} no", comment=f"{NUMBER} {NUMBER}", feedback_id="mine"
-    )
+    ).feedback_id
     agent.run(until=settled)
     (recorded,) = deployment.appended(types.FeedbackRecorded)
     assert recorded.text.text == "card <NUMBER_1> is lost"
-    assert (recorded.feedback_id, recorded.rating, recorded.label, recorded.predicted) == ("mine", 2, "loan", "card-lost")
+    assert (recorded.feedback_id, recorded.rating, recorded.label, recorded.predicted) == (mine, 2, "loan", "card-lost")
     assert recorded.correction is not None
     assert recorded.comment is not None
     assert (recorded.correction.text, recorded.comment.text) == ("<NUMBER_1> no", "<NUMBER_1> <NUMBER_1>")
     assert [each.counts for each in deployment.appended(types.TextMasked)] == [{"NUMBER": 4}]
     assert agent.status().examples == 1
+
+
+@pytest.mark.parametrize("rest", [{"thumb": "up"}, {"rating": 5}, {"label": "card-lost"}])
+@pytest.mark.parametrize(
+    ("remark", "kept", "note"),
+    [
+        ("", None, "left out: comment is empty"),
+        (" \u200b", None, "left out: comment is empty"),
+        ("x" * (MAX_REMARK_CHARS + 1), None, "left out: comment has 2,001 characters"),
+        ("thanks \ud83d", "thanks \ufffd", "half a character"),
+        ("\udc80\udc81", "\ufffd\ufffd", "half a character"),
+        ("thanks", "thanks", ""),
+    ],
+)
+def test_a_remark_that_cannot_be_kept_does_not_stop_the_rest(
+    deployment: Deployment, agent: Agent, rest: dict[str, Any], remark: str, kept: str | None, note: str
+) -> None:
+    response = agent.record("my card is lost", "card-lost").response_id
+    for _ in range(2):
+        recorded = agent.feedback(response, **rest, comment=remark, feedback_id="mine")
+        assert recorded.teaches == "card-lost"
+        assert note in recorded.note
+        assert bool(note) == bool(recorded.note)
+    agent.run(until=settled)
+    (published,) = deployment.appended(types.FeedbackRecorded)
+    assert (published.comment and published.comment.text) == kept
+    assert rest.items() <= {name: getattr(published, name) for name in rest}.items()
+
+
+def test_a_remark_that_cannot_be_kept_is_refused_where_nothing_else_is_given(agent: Agent) -> None:
+    response = agent.record("my card is lost", "card-lost").response_id
+    for given in ({"correction": ""}, {"comment": "\u200b"}, {"correction": "", "comment": ""}):
+        with pytest.raises(UsageError, match="is empty"):
+            agent.feedback(response, **given)  # type: ignore[arg-type]
+    assert agent.feedback(response, correction="", thumb="down").note == "the correction is left out: correction is empty"
 
 
 def test_nothing_that_a_user_wrote_is_readable_outside_the_process(
@@ -157,6 +215,46 @@ def test_nothing_that_a_user_wrote_is_readable_outside_the_process(
         assert secret.encode() not in deployment.bytes()
         assert secret.encode() not in stored
         assert secret not in output + repr(agent.status())
+
+
+def test_an_id_that_the_caller_gave_stays_on_the_device(deployment: Deployment, agent: Agent, tmp_path: Path) -> None:
+    name, session = "jane.doe.02079460018", "session-of-jane.doe"
+    response = agent.record("my card is lost", "card-lost", response_id=session)
+    worse = agent.record("my card is lost", "loan", response_id="other")
+    given = agent.feedback(session, thumb="up", preferred_over="other", feedback_id=name)
+    for response_id, feedback_id in ((response.response_id, name), (session, given.feedback_id)):
+        again = agent.feedback(response_id, thumb="up", preferred_over=worse.response_id, feedback_id=feedback_id)
+        assert again == given
+    with pytest.raises(ConflictingFeedbackError):
+        agent.feedback(session, thumb="down", feedback_id=name)
+    with pytest.raises(UsageError, match="is taken"):
+        agent.record("another", "loan", response_id=session)
+    assert agent.knows(name)
+    assert not agent.knows("jane")
+    agent.run(until=settled)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert (recorded.feedback_id, recorded.response_id) == (given.feedback_id, response.response_id)
+    assert [each.feedback_id for each in deployment.appended(types.TextMasked)] == [given.feedback_id]
+    for each in (name, session, "jane"):
+        assert each.encode() not in deployment.bytes()
+    with Agent.enrol(deployment.folder, tmp_path / "other", client_id="tablet", key_from="file") as other:
+        assert other.record("hello", "loan", response_id=session).response_id != response.response_id
+
+
+def test_an_id_that_was_given_before_such_ids_were_derived_is_not_published_either(deployment: Deployment, agent: Agent) -> None:
+    interactions, words = agent._device.interactions, agent.words
+    interactions.respond("old", None, "card-lost", "0000-a", words, response_id="old.jane")
+    digest, _ = interactions.record("old.jane", FeedbackInput(thumb="up", comment="as it was"), words, "f.jane")
+    assert digest == "f.jane"
+    assert agent.feedback("old.jane", thumb="up", comment="as it was", feedback_id="f.jane").feedback_id == "f.jane"
+    agent.run(until=settled)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert recorded.comment is not None
+    assert recorded.comment.text == "as it was"
+    assert b"jane" not in deployment.bytes()
+    again = agent.feedback("old.jane", thumb="up", comment="as it was", feedback_id="f.jane")
+    assert again.feedback_id == recorded.feedback_id
+    assert agent.status().published == 1
 
 
 def test_what_cannot_be_masked_stays_and_the_rest_goes_on(deployment: Deployment, agent: Agent) -> None:
@@ -212,7 +310,8 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
     running.join(60)
     assert not running.is_alive()
     recorded = deployment.appended(types.FeedbackRecorded)
-    assert {each.feedback_id for each in recorded} == {f"{who}-{number}" for who in ("own", "other") for number in range(20)}
+    given = {f"{who}-{number}" for who in ("own", "other") for number in range(20)}
+    assert {each.feedback_id for each in recorded} == {agent.identity.derived_id("feedback", each) for each in given}
     assert len(recorded) == 40
 
 

@@ -8,10 +8,15 @@ import msgspec
 import pytest
 from fedloop_clients.device_view import DeviceView
 from fedloop_events import types
+from fedloop_events.errors import LogChangedError
 from fedloop_events.logs.port import START
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.parts import split
+from fedloop_events.writer import EventWriter
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from clients.conftest import Deployment
 
 
@@ -62,6 +67,26 @@ def test_of_a_cohort_in_many_events_a_device_keeps_whether_it_is_in_it(deploymen
         (opened,) = view.rounds.values()
         assert (opened.cohort, opened.parts) == ([me] if me in names else [], [])
         assert len(view.to_state()) < 10_000
+
+
+@pytest.mark.parametrize("grown", [0, 30])
+def test_a_log_that_lost_events_which_a_device_has_read_is_refused_also_once_it_has_grown(
+    deployment: Deployment, tmp_path: Path, grown: int
+) -> None:
+    deployment.ask("phone")
+    view = view_of(deployment)
+    view.catch_up(deployment.log)
+    restored = SqliteLog(tmp_path / "restored.sqlite")
+    restored.append(deployment.log.read(limit=deployment.log.end().offsets["log"] - 1).records)
+    writer = EventWriter(restored, deployment.server.key)
+    writer.append(*(types.EpochStarted("test.example", 2 + number, "main", "s2") for number in range(grown)))
+    for _ in range(2):  # it does not get used to it
+        again = view_of(deployment, view.to_state())
+        with pytest.raises(LogChangedError, match="of stream 'log'"):
+            again.catch_up(restored)
+        view = again
+    view.check_end(deployment.log)  # the whole log is back
+    restored.close()
 
 
 def test_a_state_that_an_older_program_kept_is_read_again_from_the_log(deployment: Deployment) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fedloop_clients import Agent
 from fedloop_clients.device import Settings, Status
+from fedloop_clients.eligibility import Eligibility
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
 from fedloop_events import types
@@ -29,6 +30,7 @@ from msgspec.structs import replace
 if TYPE_CHECKING:
     from clients.conftest import Deployment, DigitMasker
 
+DAY_S = 24 * 3600.0
 SECRET = "Wilhelmina4711"
 InChild = Callable[[Callable[[], object]], int]
 
@@ -263,7 +265,7 @@ def test_a_mechanism_without_noise_is_declined(deployment: Deployment, enrol: En
 
 
 def test_a_server_cannot_drain_the_budget_in_a_day(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
-    agent = enrol(epsilon=1000.0, settings=Settings(rounds_per_day=2))
+    agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
     for _ in range(4):
         deployment.ask("phone")
     agent.run(until=answered(4))
@@ -344,6 +346,61 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
     agent.run(until=answered(2))
     assert agent.status().answers == {"late": 2}
     assert (trainer.count(), deployment.appended(types.BudgetSpent), declined(deployment)) == (0, [], [])
+
+
+@pytest.mark.parametrize("author", ["another device", "the device itself", "the server"])
+def test_one_stamp_of_the_future_makes_no_instruction_late(
+    deployment: Deployment, enrol: Enrol, trainer: Trainer, author: str
+) -> None:
+    from clients.conftest import clock_ahead
+
+    agent = enrol()
+    deployment.ask("phone")
+    with clock_ahead(3 * DAY_S):
+        if author == "another device":
+            Agent.enrol(deployment.folder, deployment.folder.parent / "other", client_id="other", key_from="file").close()
+        elif author == "the device itself":
+            agent.run(until=lambda status: True)
+        else:
+            deployment.release()
+    deployment.ask("phone")
+    agent.run(until=answered(2))
+    assert agent.status().answers == {"submitted": 2}
+
+
+def test_what_the_server_decided_long_after_an_instruction_makes_it_late(
+    deployment: Deployment, enrol: Enrol, trainer: Trainer
+) -> None:
+    from clients.conftest import clock_ahead
+
+    agent = enrol()
+    deployment.ask("phone")
+    with clock_ahead(601):
+        deployment.release()
+    agent.run(until=answered())
+    assert (agent.status().answers, trainer.count()) == ({"late": 1}, 0)
+
+
+def test_a_stamp_of_the_future_opens_no_second_day_and_closes_none(
+    deployment: Deployment, enrol: Enrol, trainer: Trainer
+) -> None:
+    from clients.conftest import clock_ahead
+
+    agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
+    deployment.ask("phone")
+    with clock_ahead(3 * DAY_S):
+        agent.run(until=answered(1))
+    for count in (2, 3):
+        with clock_ahead(5 * DAY_S):
+            Agent.enrol(deployment.folder, deployment.folder.parent / f"{count}", client_id=f"c{count}", key_from="file").close()
+        deployment.ask("phone")
+        agent.run(until=answered(count))
+    assert (declined(deployment), trainer.count()) == (["too-many-rounds"], 2)
+    with clock_ahead(DAY_S + 600):
+        deployment.ask("phone")
+        deployment.ask("phone")
+        agent.run(until=answered(5))
+    assert (declined(deployment), trainer.count()) == (["too-many-rounds"], 4)
 
 
 @pytest.mark.slow

@@ -162,6 +162,18 @@ def test_the_same_feedback_id_is_the_same_feedback(device: Device, response: str
     assert device.interactions.counts() == {"published": 1}
 
 
+@pytest.mark.parametrize("words", [["caf\u00e9", "loan"], ["cafe\u0301", "loan"]])
+def test_a_label_is_the_models_own_however_it_is_written(device: Device, words: list[str]) -> None:
+    for number, written in enumerate(("caf\u00e9", "cafe\u0301", " caf\u00e9\u200b")):
+        response = device.interactions.respond("hello", masked("hello"), written, "0000-a", words)
+        for given in (FeedbackInput(label=written), FeedbackInput(correction=written.upper()), FeedbackInput(thumb="up")):
+            assert task(words).taught(device.interactions.record(response, given, words)[1]) == words[0]
+        same = device.interactions.record(response, FeedbackInput(label=written), words, f"id-{number}")
+        assert device.interactions.record(response, FeedbackInput(label=words[0]), words, f"id-{number}") == same
+    device.publish()
+    assert {each.label for each in task(words).examples(device.interactions.judged())} == {words[0]}
+
+
 def test_an_unknown_response_is_an_error_that_names_the_cause(device: Device) -> None:
     with pytest.raises(UnknownResponseError, match="no response of this device has this response_id"):
         device.interactions.record("unknown", FeedbackInput(thumb="up"), LABELS)

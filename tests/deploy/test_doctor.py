@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import samples
 from brokers import Cluster
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewPartitions
 from fedloop_cli.doctor import broker_version, diagnosis, findings
 from fedloop_cli.main import run
@@ -98,6 +99,18 @@ def test_a_key_that_others_can_read_is_named_with_what_to_do(doctor: Doctor, dep
     assert said(document, "fail", "(mode 0640)") == f"chmod 600 {tmp_path / 'store' / 'store.db'}"
 
 
+def test_a_log_or_a_held_out_set_that_others_can_read_is_named_with_what_to_do(doctor: Doctor, deployment: Path) -> None:
+    log, held = deployment / "log.sqlite", deployment / "server" / "heldout.json"
+    held.touch(mode=0o600)
+    assert said(doctor(deployment)[1], "ok", f"{log} is its owner's alone") == ""
+    log.chmod(0o644)
+    held.chmod(0o640)
+    status, document = doctor(deployment)
+    assert status == 1
+    assert said(document, "fail", f"{log} is open to others (mode 0644)") == f"chmod 600 {log}"
+    assert said(document, "fail", f"{held} is open to others (mode 0640)") == f"chmod 600 {held}"
+
+
 def test_what_is_absent_or_no_log_is_a_finding_and_no_defect(doctor: Doctor, deployment: Path, tmp_path: Path) -> None:
     assert "server init" in said(doctor(tmp_path / "nowhere")[1], "fail", "there is no folder")
     assert "agent enrol" in said(doctor("--store", tmp_path / "nowhere")[1], "fail", "there is no store")
@@ -113,6 +126,21 @@ def test_a_clock_that_is_behind_the_log_is_noticed(doctor: Doctor, deployment: P
     hour_ago = time.time() - 3600
     monkeypatch.setattr("fedloop_cli.doctor.findings.time.time", lambda: hour_ago)
     assert "NTP" in said(doctor(deployment)[1], "warn", "s behind the log")
+
+
+def test_a_stamp_of_the_future_is_named_with_its_author(
+    doctor: Doctor, deployment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time_ns
+    with monkeypatch.context() as wrong:
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        Agent.enrol(deployment, tmp_path / "wrong", client_id="wrong-clock", key_from="file").close()
+    Agent.enrol(deployment, tmp_path / "right", client_id="right-clock", key_from="file").close()
+    hint = said(doctor(deployment)[1], "warn", "by 'wrong-clock' at")
+    assert "NTP" in hint
+    (what,) = [each["what"] for each in doctor(deployment)[1]["findings"] if "wrong-clock" in each["what"]]
+    assert "is stamped 259,200 s later than event" in what
+    assert "by 'right-clock'" in what
 
 
 def test_a_full_disk_is_noticed(doctor: Doctor, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +206,18 @@ def test_a_development_broker_works_and_its_openness_is_named(doctor: Doctor, lo
     said(document, "ok", "this machine's agrees with the log")
 
 
-def test_topics_that_are_absent_or_otherwise_than_declared_fail(doctor: Doctor, log: str, kafka: str) -> None:
+def test_topics_that_are_absent_fail_and_partitions_that_were_added_are_named(doctor: Doctor, log: str, kafka: str) -> None:
     said(doctor("--log", f"{log}-absent")[1], "fail", "there is no log")
     name = f"{KafkaSettings.parse(log).prefix}.clients"
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.create_partitions([NewPartitions(name, 2)])[name].result(30)
-    said(doctor("--log", log)[1], "fail", f"{name} has 2 partitions, not 1")
+    status, document = doctor("--log", log)
+    assert status == 0
+    assert "nothing needs to be done" in said(document, "warn", f"{name} has more partitions than are declared")
+    producer = Producer({"bootstrap.servers": kafka})
+    producer.produce(name, b"{}", b"x", partition=1)
+    assert producer.flush(20) == 0
+    assert "another prefix" in said(doctor("--log", log)[1], "fail", f"written to {name}-1")
 
 
 def test_a_broker_that_is_away_fails_at_once_and_by_its_name(doctor: Doctor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
-from fedloop_events.files import PRIVATE, new_file, write_private, write_whole
+import pytest
+from fedloop_events.files import PRIVATE, new_file, write_folder, write_private, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -34,3 +36,25 @@ def test_what_is_not_published_leaves_nothing_behind(tmp_path: Path) -> None:
         new.file.write(b"half")
         raise ZeroDivisionError
     assert (names(tmp_path), (tmp_path / "file").read_bytes()) == (["file"], b"whole")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def full(_: int) -> None:
+        raise OSError(28, "no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            write_folder(out, {"a": b"1"})
+    assert [*tmp_path.iterdir()] == ([out] if there else [])
+    write_folder(out, {"a": b"1", "b": b"2"})
+    assert {each.name: each.read_bytes() for each in out.iterdir()} == {"a": b"1", "b": b"2"}
+    with pytest.raises(FileExistsError):
+        write_folder(out, {"a": b"3"})
+    assert [*tmp_path.iterdir()] == [out]
+    assert (out / "a").read_bytes() == b"1"

@@ -15,11 +15,20 @@ import pytest
 import samples
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
 from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, ResourceType
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    ResourceType,
+)
 from fedloop_events import envelope, topics
 from fedloop_events.envelope import Event
-from fedloop_events.errors import InvalidEventError, LogError, UnreachableError, UsageError
+from fedloop_events.errors import InvalidEventError, LogChangedError, LogError, UnreachableError, UsageError
 from fedloop_events.folds.admit import Admit, Standing
+from fedloop_events.folds.marks import Marks, check, remember
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
@@ -27,7 +36,7 @@ from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.kafka import KafkaLog, codec, fetching
 from fedloop_events.logs.kafka.settings import KafkaSettings
 from fedloop_events.logs.kafka.sharing import SharedReader
-from fedloop_events.logs.port import START, Position, read_all
+from fedloop_events.logs.port import START, Batch, Position, read_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,11 +161,73 @@ def test_a_topic_whose_settings_would_break_a_promise_is_refused(
     assert f"{topic} has {key}={value}" in refusal(kafka_url)
 
 
-def test_a_topic_with_other_partitions_is_refused(kafka: str, kafka_url: str, log: KafkaLog) -> None:
+def grow(kafka: str, log: KafkaLog, **partitions: int) -> None:
+    wanted = [NewPartitions(log.settings.topic(name), count) for name, count in partitions.items()]
     admin = AdminClient({"bootstrap.servers": kafka})
-    for future in admin.create_partitions([NewPartitions(log.settings.topic(topics.AUDIT), 2)]).values():
+    for future in admin.create_partitions(wanted).values():
         future.result()
-    assert "audit has 2 partitions, not 1" in refusal(kafka_url)
+
+
+def test_a_topic_that_has_got_more_partitions_is_read_and_written_as_before(kafka: str, kafka_url: str, log: KafkaLog) -> None:
+    clients = [f"device-{number}" for number in range(40)]
+    first = [samples.event(samples.feedback(1, each), number=number) for number, each in enumerate(clients)]
+    audit = [samples.event(samples.created(f"o{number}"), number=100 + number) for number in range(3)]
+    log.append([*first, *audit])
+    grow(kafka, log, clients=3, feedback=9)
+    later = [samples.event(samples.feedback(2, each), number=200 + number) for number, each in enumerate(clients)]
+    log.append(later)  # whose connections are older than the partitions
+    again = KafkaLog(kafka_url)
+    last = [samples.event(samples.feedback(3, each), number=300 + number) for number, each in enumerate(clients)]
+    more = [samples.event(samples.created(f"p{number}"), number=400 + number) for number in range(20)]
+    again.append([*last, *more])
+    for reader in (log, again):
+        found = list(read_all(reader))
+        assert {each.id for each in found} == {each.id for each in [*first, *audit, *later, *last, *more]}
+        for events in zip(first, later, last, strict=True):
+            records = [each for each in found if each.key == events[0].key]
+            assert [each.id for each in records] == [each.id for each in events]
+            assert len({each.stream for each in records}) == 1
+        order = [each.id for each in found if each.topic == topics.CLIENTS]
+        assert order == [each.id for each in [*audit, *more]]
+    again.close()
+
+
+def test_what_stands_in_a_partition_that_no_reader_reads_stops_writers_and_nobody_else(
+    kafka: str, kafka_url: str, log: KafkaLog
+) -> None:
+    log.append([samples.event(samples.created())])
+    grow(kafka, log, clients=2)
+    producer = Producer({"bootstrap.servers": kafka})
+    producer.produce(log.settings.topic(topics.CLIENTS), b"{}", b"x", partition=1)
+    assert producer.flush(20) == 0
+    again = KafkaLog(kafka_url)
+    assert len(ids_of(again)) == 1
+    with pytest.raises(LogError, match=r"written to .*clients-1") as caught:
+        again.append([samples.event(samples.feedback())])
+    assert "another prefix" in caught.value.hint
+    again.close()
+
+
+def test_a_key_is_in_the_partition_that_librdkafka_would_choose(kafka: str, log: KafkaLog) -> None:
+    places: dict[bytes, int] = {}
+    producer = Producer({"bootstrap.servers": kafka})
+    topic = log.settings.topic(topics.UPDATES)
+    for number in range(50):
+        key = f"gerät-{number}".encode()
+        producer.produce(topic, b"{}", key, on_delivery=lambda _, sent: places.update({sent.key(): sent.partition()}))
+    assert producer.flush(20) == 0
+    assert places == {key: codec.partition(topics.UPDATES, key) for key in places}
+    assert len(places) == 50
+
+
+def test_a_topic_with_too_few_partitions_is_refused_with_what_can_be_done(kafka: str, kafka_url: str) -> None:
+    settings = KafkaSettings.parse(kafka_url)
+    admin = AdminClient({"bootstrap.servers": kafka})
+    for future in admin.create_topics([NewTopic(settings.topic(topics.FEEDBACK), 2)]).values():
+        future.result()
+    with pytest.raises(LogError, match="feedback has 2 partitions, not 6") as caught:
+        KafkaLog(kafka_url, create=True)
+    assert caught.value.hint.startswith("use another prefix")
 
 
 # --- on the wire -----------------------------------------------------------------------------------------------------
@@ -375,12 +446,31 @@ def test_a_fold_goes_on_from_its_snapshot_and_reads_nothing_twice(kafka_url: str
     again.close()
 
 
-def test_a_snapshot_of_another_log_is_not_believed(log: KafkaLog, tmp_path: Path) -> None:
+def test_a_log_that_lost_what_a_snapshot_has_read_is_refused(log: KafkaLog, tmp_path: Path) -> None:
     kept = Snapshots(tmp_path / "releases.snapshot")
     position = Position({f"{log.settings.topic(topics.RELEASES)}-0": 10})
-    kept.save(ReleasesView.version, position, ReleasesView().to_state(), Standing())
-    reader = Reader(log, ReleasesView(), snapshots=kept)
-    assert reader.position == START
+    kept.save(ReleasesView.version, position, ReleasesView().to_state(), Standing(), {})
+    with pytest.raises(LogChangedError, match="ends before event 10"):
+        Reader(log, ReleasesView(), snapshots=kept)
+    assert Reader(log, ReleasesView(), snapshots=kept, accept_loss=True).position == START
+
+
+def test_marks_know_every_partition_again_and_what_is_not_the_same(log: KafkaLog) -> None:
+    log.append([samples.signed(each) for each in (samples.created(), samples.epoch(1), samples.epoch(2))])
+    log.append([samples.signed(samples.feedback(number, client_id=f"device-{number}")) for number in range(20)])
+    kept: Marks = {}
+    remember(kept, read_all(log))
+    assert len(kept) > 5
+    assert {mark.lasting for mark in kept[f"{log.settings.topic(topics.ROUNDS)}-0"]} == {True}
+    log.append([samples.signed(samples.epoch(3)), samples.signed(samples.feedback(21, client_id="device-1"))])
+
+    def read(after: Position) -> Batch:
+        return log.read(after=after, limit=1)
+
+    check(log.end(), read, log.end(), kept)
+    for stream, (mark, *_) in kept.items():
+        with pytest.raises(LogChangedError, match=f"event {mark.offset} of stream '{stream}'"):
+            check(log.end(), read, log.end(), kept | {stream: [msgspec.structs.replace(mark, sha256=bytes(32))]})
 
 
 def test_a_forked_child_connects_anew(log: KafkaLog, in_child: Callable[[Callable[[], object]], int]) -> None:

@@ -11,11 +11,13 @@ import pytest
 import samples
 from fedloop_events import topics
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError
+from fedloop_events.errors import InvalidEventError, LogChangedError
+from fedloop_events.folds.admit import Standing
 from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.marks import Marks, check, remember
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.snapshots import Snapshots
-from fedloop_events.logs.port import EventLog
+from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import FeedbackRecorded, NodesListed, Payload
 from fedloop_events.writer import EventWriter
@@ -135,7 +137,7 @@ def test_a_snapshot_is_written_by_itself_after_many_events(
     assert Snapshots(tmp_path / "snapshot").load(1) is not None
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other log"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_snapshot_that_does_not_fit_is_rebuilt_from_the_log(
     log: EventLog, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,18 +148,69 @@ def test_a_snapshot_that_does_not_fit_is_rebuilt_from_the_log(
     reader.save()
     content = path.read_bytes()
     damaged = {"cut": content[:-1], "flip": content[:40] + bytes([content[40] ^ 1]) + content[41:], "empty": b""}
-    path.write_bytes(damaged.get(damage, content))
-    read_from: EventLog = log
-    if damage == "other log":
-        read_from = SqliteLog(tmp_path / "other.sqlite")
-        fill(read_from, 4)
+    path.write_bytes(damaged[damage])
     with caplog.at_level(logging.WARNING):
-        again = Reader(read_from, Offsets(), snapshots=Snapshots(path))
+        again = Reader(log, Offsets(), snapshots=Snapshots(path))
     assert "rebuilt" in caplog.text
     again.catch_up()
-    assert again.fold.seen == list(range(1, 5 if damage == "other log" else 11))
-    if read_from is not log:
-        read_from.close()
+    assert again.fold.seen == list(range(1, 11))
+
+
+def backup(log: EventLog, path: Path, count: int) -> SqliteLog:
+    """The log as it was when it had so many events."""
+    restored = SqliteLog(path)
+    restored.append(log.read(limit=count).records)
+    return restored
+
+
+@pytest.mark.parametrize(
+    ("grown", "message"), [(0, "ends before event 10 .*: it has 4"), (6, "event 10 of .* is not the one"), (20, "event 10 of")]
+)
+def test_a_log_that_lost_what_a_snapshot_has_read_is_refused_however_far_it_has_grown(
+    log: EventLog, tmp_path: Path, caplog: pytest.LogCaptureFixture, grown: int, message: str
+) -> None:
+    fill(log, 10)
+    kept = Snapshots(tmp_path / "snapshot")
+    first = Reader(log, Offsets(), snapshots=kept)
+    first.catch_up()
+    first.save()
+    restored = backup(log, tmp_path / "restored.sqlite", 4)
+    fill(restored, grown)
+    for _ in range(2):
+        with pytest.raises(LogChangedError, match=message):
+            Reader(restored, Offsets(), snapshots=kept)
+    with caplog.at_level(logging.WARNING):
+        accepted = Reader(restored, Offsets(), snapshots=kept, accept_loss=True)
+    assert "event 10 of stream 'log'" in caplog.text
+    accepted.catch_up()
+    assert accepted.fold.seen == list(range(1, 5 + grown))
+    assert Reader(restored, Offsets(), snapshots=kept).position == START, "the snapshot is gone"
+    restored.close()
+
+
+def test_marks_outlast_what_comes_after_them_and_what_may_expire_is_missed_by_nobody(log: EventLog, tmp_path: Path) -> None:
+    kept: Marks = {}
+    log.append([samples.signed(samples.created()), samples.signed(samples.epoch())])
+    remember(kept, log.read().records)
+    fill(log, 3)
+    remember(kept, log.read(after=Position({"log": 2})).records)
+    assert [(mark.offset, mark.lasting) for mark in kept["log"]] == [(2, True), (5, False)]
+
+    def read(after: Position) -> Batch:
+        """As after retention has removed all feedback."""
+        return log.read((topics.CLIENTS, topics.ROUNDS), after, limit=1)
+
+    check(log.end(), read, log.end(), kept)
+    with pytest.raises(LogChangedError, match="event 2 of"):
+        check(log.end(), lambda after: log.read((topics.CLIENTS,), after, limit=1), log.end(), kept)
+
+
+def test_a_snapshot_that_was_kept_before_there_were_marks_is_accepted_once(log: EventLog, tmp_path: Path) -> None:
+    fill(log, 3)
+    kept = Snapshots(tmp_path / "snapshot")
+    kept.save(1, log.end(), b"[1,2,3]", Standing(), {})
+    reader = Reader(log, Offsets(), snapshots=kept)
+    assert (reader.fold.seen, reader.catch_up()) == ([1, 2, 3], 0)
 
 
 def test_a_snapshot_of_another_version_is_rebuilt(

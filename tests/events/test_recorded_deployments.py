@@ -28,7 +28,15 @@ CONFIGS: Final = {"private": replace(CONFIG, plan=replace(PLAN, planned_rounds=4
 """With one more private round than were recorded."""
 NOT_RECORDED: Final = {"io.fedloop.event.quarantined.v1"}
 """Nothing writes it."""
-LATER: Final = {"io.fedloop.cohort.listed.v1", "io.fedloop.replies.listed.v2", "io.fedloop.round.closed.v3"}
+LATER: Final = {
+    "io.fedloop.cohort.listed.v1",
+    "io.fedloop.feedback.retracted.v1",
+    "io.fedloop.labels.listed.v1",
+    "io.fedloop.replies.listed.v1",
+    "io.fedloop.round.abort.requested.v1",
+    "io.fedloop.round.closed.v2",
+    "io.fedloop.round.request.withdrawn.v1",
+}
 """Types that there were not yet when these logs were written."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import stat
 from pathlib import Path
 
 import apsw
@@ -195,3 +196,14 @@ def test_a_location_without_a_deployment_is_an_error_that_says_what_to_do(tmp_pa
     assert log.read(after=START).records == []
     log.close()
     assert list(open_blobs(tmp_path / "here" / "blobs").all()) == []
+
+
+def test_the_file_and_what_sqlite_puts_beside_it_are_their_owners_alone(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path / "log.sqlite")
+    log.append([samples.event(samples.feedback())])
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert found == dict.fromkeys(["log.sqlite", "log.sqlite-wal", "log.sqlite-shm"], 0o600)
+    log.close()
+    (tmp_path / "log.sqlite").chmod(0o640)
+    SqliteLog(tmp_path / "log.sqlite").close()
+    assert stat.S_IMODE((tmp_path / "log.sqlite").stat().st_mode) == 0o640, "what the operator has changed stays"

@@ -160,7 +160,7 @@ def test_an_older_store_which_knows_nothing_of_blobs_still_opens() -> None:
 def test_a_gateway_that_is_away_is_waited_for(deployment: Deployment, tmp_path: Path) -> None:
     with gateway(deployment.log, deployment.blobs, tmp_path) as served:
         agent = Agent.enrol(served.url, tmp_path / "store", client_id="phone", key_from="file", masker=DigitMasker())
-    agent._device.log._transport.timeout_s = 0.3  # type: ignore[attr-defined]
+    agent._device.log._get()._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     agent._device.blobs._place._transport.timeout_s = 0.3  # type: ignore[attr-defined]
     with agent:
         agent.feedback(agent._device.interactions.respond("lost", None, "loan", "0000-x", ("loan",)), thumb="up")

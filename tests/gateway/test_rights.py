@@ -12,7 +12,7 @@ import samples
 from fedloop_clients.device_view import DeviceView
 from fedloop_events import envelope, parts, topics, types
 from fedloop_events.envelope import Record
-from fedloop_events.errors import BlobError, NotAllowedError
+from fedloop_events.errors import BlobError, LogChangedError, NotAllowedError
 from fedloop_events.logs.http import cloudevents
 from fedloop_events.logs.port import START, read_all
 from fedloop_events.parts import split
@@ -141,6 +141,12 @@ def test_a_device_sees_its_part_of_a_large_round_and_no_other(tmp_path: Path, mo
             view.catch_up(served.as_client(name))
             assert len([each for each in seen if isinstance(each, types.RoundOpened | types.RoundClosed)]) == 2
             assert view.rounds == {}, "it has seen that the round was closed"
+            again = DeviceView(name, samples.key("server").public_key, view.to_state())
+            again.catch_up(served.as_client(name))  # knows the log again by its part of it
+            assert [mark.lasting for mark in again._state.marks["log"]] == [True, False]
+            again._state.marks["log"] = [msgspec.structs.replace(each, sha256=bytes(32)) for each in again._state.marks["log"]]
+            with pytest.raises(LogChangedError):
+                again.check_end(served.as_client(name))
         assert kinds(served, "device-3")[-1] == ("epoch.started", "main")
 
 

@@ -85,6 +85,20 @@ def test_an_update_against_the_rounds_terms_is_refused(blobs: BlobStore, reason:
     assert check(blobs, submitted(blobs, **fields)) == reason
 
 
+def test_a_weight_is_bounded_by_the_clients_heartbeat_and_by_the_terms(blobs: BlobStore) -> None:
+    opened = msgspec.structs.replace(OPENED, mechanism=None, max_weight=100.0)
+    terms = ExpectedReply(TERMS.specs, opened, BASE)
+
+    def reason(weight: float, at_least: int) -> str | None:
+        update = submitted(blobs, metrics={"num-examples": weight}, mechanism=None, spend_seq=None)
+        return check(blobs, update, terms, examples_at_least=lambda client: at_least)
+
+    assert [reason(weight, 64) for weight in (1, 64, 256, 257, 10**12)] == [None] * 3 + ["implausible-weight"] * 2
+    assert [reason(weight, 0) for weight in (1, 4, 5)] == [None, None, "implausible-weight"]
+    weights = [Admission().weight(submitted(blobs, metrics={"num-examples": each}, mechanism=None), opened) for each in (7, 256)]
+    assert weights == [7.0, 100.0]
+
+
 @pytest.mark.parametrize(
     ("reason", "changed"),
     [

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from devices import World
 from fedloop_events import locations, types
+from fedloop_events.envelope import Record, decode
 from fedloop_events.errors import BlobError, UsageError
+from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
 from fedloop_events.writer import EventWriter
@@ -57,6 +60,80 @@ def test_deep_needs_only_the_first_release_and_the_updates(world: World) -> None
 def remove(world: World, blob: BlobRef) -> None:
     for path in world.folder.rglob(f"*{blob.sha256[2:]}"):
         path.unlink()
+
+
+def rewritten(world: World, folder: Path, change: Callable[[Record], Record | None]) -> SqliteLog:
+    """A copy of the log in which events are changed, or left out."""
+    copy = SqliteLog(folder / "log.sqlite")
+    copy.append([changed for record in read_all(world.log) if (changed := change(record)) is not None])
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        (types.ReleaseProposed, "signature"),
+        (types.ReleaseProposed, "data"),
+        (types.ReleaseProposed, "absent"),
+        (types.ReleasePublished, "signature"),
+        (types.ReleasePublished, "data"),
+    ],
+)
+def test_a_later_release_that_is_broken_in_the_log_is_not_passed_over_in_silence(
+    world: World, tmp_path: Path, kind: type[types.ReleaseDecision], damage: str
+) -> None:
+    *_, first, last = world.releases.releases
+
+    def change(record: Record) -> Record | None:
+        payload = decode(record)
+        if not isinstance(payload, kind) or getattr(payload, "release", "") != last:
+            return record
+        if damage == "absent":
+            return None
+        return replace(record, data=record.data[:-1]) if damage == "data" else replace(record, signature=record.signature[::-1])
+
+    log = rewritten(world, tmp_path, change)
+    with pytest.raises(RebuildError, match=f"release {last} is broken in the log"):
+        rebuild(log, world.blobs)
+    assert rebuild(log, world.blobs, first, deep=True).identical
+    log.close()
+
+
+def test_a_round_that_is_broken_in_the_log_is_named(world: World, tmp_path: Path) -> None:
+    def change(record: Record) -> Record:
+        payload = decode(record)
+        closed = isinstance(payload, types.RoundClosed) and payload.round_id == "r0002"
+        return replace(record, signature=record.signature[::-1]) if closed else record
+
+    log = rewritten(world, tmp_path, change)
+    with pytest.raises(RebuildError, match=f"release {list(world.releases.releases)[-1]} names a round that is not in the log"):
+        rebuild(log, world.blobs)
+    log.close()
+
+
+def test_what_is_broken_and_older_than_the_release_in_force_changes_nothing(world: World, tmp_path: Path) -> None:
+    zero, *_ = world.releases.releases
+
+    def change(record: Record) -> Record:
+        evaluated = isinstance(payload := decode(record), types.ReleaseEvaluated) and payload.release == zero
+        return replace(record, data=b"{}") if evaluated else record
+
+    log = rewritten(world, tmp_path, change)
+    assert rebuild(log, world.blobs, deep=True).identical
+    log.close()
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_stored_file_that_is_not_what_was_published_is_named(world: World, damage: str) -> None:
+    last = list(world.releases.releases.values())[-1]
+    if damage == "gone":
+        remove(world, last.blob)
+    for path in world.folder.rglob(f"*{last.blob.sha256[2:]}"):
+        path.chmod(0o600)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    for deep in (True, False):
+        with pytest.raises(RebuildError, match=f"stored file of release {last.release} is damaged or gone"):
+            rebuild(world.log, world.blobs, deep=deep)
 
 
 def test_an_older_release_can_be_named_and_others_are_refused(world: World) -> None:

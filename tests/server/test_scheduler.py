@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from devices import CONFIG, PLAN, World
+from devices import CONFIG, PLAN, World, evaluate
 from fedloop_events import envelope, types
 from fedloop_events.folds.identities import Client, RecordPosition
+from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.parts import split
 from fedloop_events.types import Exclusion, Mechanism
 from fedloop_server.config import MAX_COHORT, ServerConfig
+from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.planner import Planner
-from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible
+from fedloop_server.rounds.scheduler import MAX_OPENING_BYTES, Eligibility, bounded, draw, eligible, past, weight_bound
 from fedloop_tasks.classification.plan import ClassificationPlan
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 PLACE = RecordPosition("log", 1, 0)
@@ -53,7 +59,8 @@ def test_each_client_is_in_or_out_for_one_reason() -> None:
     assert reason(client("a", revoked_at=PLACE, examples_at_least=0)) == "revoked"
     assert reason(client("a", seen_ms=NOW_MS - 120_000)) is None
     assert reason(client("a", seen_ms=NOW_MS - 120_001)) == "unavailable"
-    assert reason(client("a", seen_ms=NOW_MS + 10**9)) is None
+    assert reason(client("a", seen_ms=NOW_MS + 120_000)) is None
+    assert reason(client("a", seen_ms=NOW_MS + 120_001)) == "unavailable"
     assert reason(client("a", examples_at_least=0)) == "too-few-examples"
     assert reason(client("a", examples_at_least=0), min_examples=0) is None
     assert reason(client("a", epsilon=None)) is None
@@ -84,6 +91,112 @@ def test_a_cohort_is_drawn_evenly_and_the_others_are_named() -> None:
         assert Counter(each.reason for each in drawn.excluded) == {"revoked": 1, "not-drawn": 4}
     assert all(140 < count < 260 for count in counts.values())
     assert draw(found, 6, source) is found
+
+
+BASE = types.BlobRef("0" * 64, 1)
+
+
+def ended(
+    rounds: RoundsView, cohort: list[str], *, declined: Iterable[str] = (), silent: Iterable[str] = (), cut: bool = False
+) -> None:
+    """One more round: those who neither declined nor were silent have taken part; `cut`: it was aborted before its time."""
+    number = rounds.next_number
+    opened = types.RoundOpened(
+        "o", 1, "main", f"r{number:04d}", "q", number, "default", "x", BASE, "ffa", cohort, 1, 1.0, ["x"], 1, 1.0
+    )
+    out = {*declined, *silent}
+    accepted = [types.AcceptedUpdate(each, "0" * 32, "0" * 32, BASE, 1.0) for each in cohort if each not in out]
+    state = RoundState(opened.round_id, number, "q", opened, declined=dict.fromkeys(declined, "not-idle"))
+    if cut:
+        state.aborted = types.RoundAborted("o", 1, "main", opened.round_id, "operator")
+    else:
+        state.closed = types.RoundClosed("o", 1, "main", 0, accepted, [], opened.round_id)
+    rounds.rounds[opened.round_id] = state
+
+
+def simulated(
+    clients: int, size: int, count: int, *, declining: int, silent: int, seed: int, unasked_rounds: int = 20
+) -> list[set[str]]:
+    """The cohorts of so many rounds; the first clients decline whatever they are asked, the next ones are silent."""
+    names = [f"c{number:03d}" for number in range(clients)]
+    rounds, source, cohorts = RoundsView(), random.Random(seed), []
+    for _ in range(count):
+        cohort = draw(Eligibility(names, []), size, source, past(rounds, clients, size, unasked_rounds)).clients
+        ended(
+            rounds,
+            cohort,
+            declined=[each for each in cohort if each in names[:declining]],
+            silent=[each for each in cohort if each in names[declining : declining + silent]],
+        )
+        cohorts.append(set(cohort))
+    return cohorts
+
+
+@given(
+    clients=st.integers(2, 24),
+    size=st.integers(1, 8),
+    bad=st.integers(0, 24),
+    unasked_rounds=st.integers(1, 12),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_client_starves_whatever_it_did(clients: int, size: int, bad: int, unasked_rounds: int, seed: int) -> None:
+    cycle = -(-clients // size)
+    bound = max(unasked_rounds, 4 * cycle) + cycle
+    cohorts = simulated(
+        clients, size, 2 * bound + 2, declining=bad // 2, silent=bad - bad // 2, seed=seed, unasked_rounds=unasked_rounds
+    )
+    for name in (f"c{number:03d}" for number in range(clients)):
+        asked = [-1, *(number for number, cohort in enumerate(cohorts) if name in cohort), len(cohorts)]
+        assert max(later - one for one, later in pairwise(asked)) <= bound + 1
+
+
+def test_who_declines_is_asked_less_and_who_is_silent_still_less() -> None:
+    cohorts = simulated(30, 6, 400, declining=10, silent=10, seed=1)
+    declining, silent, willing = (
+        sum(f"c{number:03d}" in cohort for cohort in cohorts for number in each)
+        for each in (range(10), range(10, 20), range(20, 30))
+    )
+    assert silent < 0.9 * declining
+    assert declining < 0.7 * willing
+    assert silent > 100
+
+
+def test_what_a_client_did_is_forgotten_after_some_rounds() -> None:
+    rounds = RoundsView()
+    for _ in range(3):
+        ended(rounds, ["a", "b", "c"], declined=["a"], silent=["b"])
+    assert past(rounds, 3, 1, 20).weights == {"a": 1 / 4, "b": 1 / 7, "c": 1.0}
+    ended(rounds, ["a"])
+    assert past(rounds, 3, 1, 20).weights["a"] == 2 / 5
+    for _ in range(20):
+        ended(rounds, ["c"])
+    assert past(rounds, 3, 1, 20).weights == {"c": 1.0}
+
+
+def test_a_round_that_was_cut_short_says_nothing_of_who_had_not_answered() -> None:
+    rounds = RoundsView()
+    ended(rounds, ["a", "b"], declined=["b"], cut=True)
+    assert past(rounds, 2, 1, 20).weights == {"b": 0.5}
+
+
+class Fair(random.Random):
+    """Chance favours nobody, so that the weights alone decide."""
+
+    def random(self) -> float:
+        return 0.5
+
+
+def test_a_server_draws_by_what_its_log_says(tmp_path: Path) -> None:
+    config = replace(CONFIG, quorum=1, cohort_size=1)
+    world = World(tmp_path / "deployment", config)
+    world.device("ann", behave=lambda opened, arrays: "not-charging")
+    world.device("bob")
+    world.request(2)
+    server = Server(world.log, world.blobs, world.writer, config, evaluate=evaluate, source=Fair())
+    with world.serving():
+        assert server.run(rounds=2) == 2
+    assert [each.opened.cohort for each in world.rounds.rounds.values() if each.opened] == [["ann"], ["bob"]]
 
 
 def test_the_largest_round_fits_into_its_events() -> None:
@@ -166,3 +279,10 @@ def test_sums_may_be_as_long_as_a_device_has_examples(tmp_path: Path) -> None:
         world.server().run(rounds=2)
     opened = [each.opened for each in world.rounds.rounds.values() if each.opened]
     assert [(each.strategy, each.max_update_norm) for each in opened] == [("sums", 4000.0), ("ffa", 1000.0)]
+
+
+def test_the_weight_bound_follows_the_median_client_and_not_who_reports_most() -> None:
+    reported = [64, 64, 32, 2**40, 2**40]
+    assert weight_bound(client(str(n), examples_at_least=many) for n, many in enumerate(reported)) == 256
+    assert weight_bound([client("a", examples_at_least=16), client("b", examples_at_least=2**40)]) == 64
+    assert weight_bound([client("a", examples_at_least=0)]) == 4

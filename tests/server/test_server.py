@@ -116,6 +116,33 @@ def test_rounds_without_privacy_train_everything_from_the_first_one_on(tmp_path:
     assert rebuild(world.log, world.blobs).identical
 
 
+@pytest.mark.parametrize("reports", [64, 2**40])
+def test_a_client_that_claims_a_vast_weight_does_not_make_the_merge_its_own(tmp_path: Path, reports: int) -> None:
+    """Whether its heartbeat contradicts the claim, or claims as much."""
+    world = World(tmp_path / "open", OPEN_CONFIG)
+    for name in ("ann", "bob", "cem", "dan"):
+        world.device(name, epsilon=None)
+    mallory = world.device(
+        "mallory", epsilon=None, examples=reports, behave=lambda _, arrays: {n: a + 9 for n, a in arrays.items()}
+    )
+    mallory.weight = 10**12
+    world.request(1)
+    with world.serving():
+        until_idle(world.server())
+    (closed,), (opened,) = world.payloads(types.RoundClosed), world.payloads(types.RoundOpened)
+    weights = {each.client_id: each.weight for each in closed.accepted}
+    refused = {each.client_id: each.reason for each in closed.excluded}
+    assert opened.max_weight == 256
+    assert {name: weights[name] for name in ("ann", "bob", "cem", "dan")} == dict.fromkeys(("ann", "bob", "cem", "dan"), 64.0)
+    if reports == 64:
+        assert refused == {"mallory": "refused.implausible-weight"}
+    else:
+        assert weights["mallory"] == 256.0
+    bias = tensors.decode(world.blobs.get(registry.current(world.releases, "default").blob))["head.bias"]
+    assert np.abs(bias).max() < 7  # its own update is about 9
+    assert rebuild(world.log, world.blobs).identical
+
+
 def test_run_ends_after_so_many_rounds_or_when_none_is_requested_or_when_it_is_told_to_stop(tmp_path: Path) -> None:
     world = enrolled(World(tmp_path / "deployment", replace(CONFIG, plan=replace(PLAN, planned_rounds=4))))
     world.request(3)
@@ -552,3 +579,41 @@ def test_a_round_whose_blobs_are_gone_is_aborted_in_place_of_a_server_that_can_n
     aborted = world.rounds.rounds["r0001"].aborted
     assert aborted is not None
     assert (aborted.reason, aborted.detail) == ("unmergeable", "BlobError")
+
+
+def test_a_request_by_a_clock_that_is_ahead_is_given_up_in_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "deployment", replace(CONFIG, quorum_wait_s=0.2))
+    with monkeypatch.context() as wrong:
+        right = time.time_ns
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        world.device("ann")
+        world.request(1)
+    server = world.server()
+    wait_for(lambda: bool(server.step(0.05)) and bool(world.payloads(types.RoundAborted)))
+    (aborted,) = world.payloads(types.RoundAborted)
+    assert aborted.detail == "0 clients can take part, and the quorum is 2"
+
+
+def test_a_reply_by_a_clock_that_is_ahead_ends_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that goes on with a round counts what has passed by what servers have decided."""
+    world = World(tmp_path / "deployment")
+    ann, bob = world.device("ann"), world.device("bob")
+    world.request(1)
+    stop, server = threading.Event(), world.server()
+    running = threading.Thread(target=server.run, args=(stop,))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.InstructionSent)) == 2)
+    stop.set()
+    running.join(30)
+    with monkeypatch.context() as wrong:
+        right = time.time_ns
+        wrong.setattr(time, "time_ns", lambda: right() + 3 * 86_400 * 10**9)
+        ann.step()
+    stop.clear()
+    running = threading.Thread(target=world.server().run, args=(stop, 1))
+    running.start()
+    wait_for(lambda: len(world.payloads(types.EpochStarted)) == 2)
+    bob.step()
+    running.join(30)
+    assert not running.is_alive()
+    assert [each.client_id for each in world.payloads(types.RoundClosed)[0].accepted] == ["ann", "bob"]

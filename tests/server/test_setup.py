@@ -51,7 +51,8 @@ def test_a_deployment_is_made_in_a_new_or_empty_folder_and_its_server_part_is_pr
     for folder in (tmp_path, tmp_path / "deep" / "down"):
         create_deployment(folder, SPEC, initial_arrays(), CONFIG)
         check_whole(folder)
-        assert stat.S_IMODE((folder / "server" / "key.pem").stat().st_mode) == 0o600
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (folder / "server").iterdir()} == {0o600}
+        assert stat.S_IMODE((folder / "log.sqlite").stat().st_mode) == 0o600
         assert stat.S_IMODE((folder / "server").stat().st_mode) == 0o700
 
 

@@ -61,6 +61,14 @@ def requested(request_id: str = "q1", rounds: int = 1, run_id: str = "main") -> 
     return types.RoundRequested(ORIGIN, run_id, request_id, rounds)
 
 
+def to_abort(number: int, run_id: str = "main") -> types.RoundAbortRequested:
+    return types.RoundAbortRequested(ORIGIN, run_id, f"r{number}", "wrong terms")
+
+
+def withdrawn(request_id: str = "q1", run_id: str = "main") -> types.RoundRequestWithdrawn:
+    return types.RoundRequestWithdrawn(ORIGIN, run_id, request_id, "enough")
+
+
 def opened(number: int, *, at_epoch: int = 1, request_id: str = "q1", run_id: str = "main") -> types.RoundOpened:
     return types.RoundOpened(
         ORIGIN, at_epoch, run_id, f"r{number}", request_id, number, "default", "x", BLOB, "ffa", ["ann", "bob"], 1, 1.0,
@@ -190,6 +198,24 @@ def test_another_run_is_another_view() -> None:
     assert view == RoundsView()
 
 
+def test_a_withdrawn_request_opens_no_further_round_and_the_next_one_is_served() -> None:
+    said = [epoch(1), requested("q1", 2), requested("q2"), opened(1)]
+    view = rounds_of(*said, withdrawn("q1"), opened(2))
+    assert view.requests["q1"].withdrawn
+    assert list(view.rounds) == ["r1"], "what was opened for it is open, and nothing more opens"
+    assert view.open_round is view.rounds["r1"]
+    assert view.pending is view.requests["q2"]
+    assert rounds_of(*said, withdrawn("q1", run_id="other"), withdrawn("q9")) == rounds_of(*said)
+
+
+def test_the_first_request_to_abort_a_round_that_is_not_aborted_stands() -> None:
+    said = [epoch(1), requested("q1", 2), opened(1)]
+    view = rounds_of(*said, to_abort(9), to_abort(1, run_id="other"), to_abort(1), to_abort(1))
+    assert view.rounds["r1"].abort_requested == to_abort(1)
+    assert view.open_round is view.rounds["r1"], "the server decides"
+    assert rounds_of(*said, aborted(1), to_abort(1)).rounds["r1"].abort_requested is None
+
+
 def payloads() -> st.SearchStrategy[types.Payload]:
     numbers, epochs = st.integers(1, 3), st.integers(1, 3)
     ids = st.sampled_from([derived_id(at) for at in range(8)])
@@ -197,6 +223,8 @@ def payloads() -> st.SearchStrategy[types.Payload]:
     return st.one_of(
         st.builds(epoch, epochs),
         st.builds(requested, requests, st.integers(1, 3)),
+        st.builds(withdrawn, requests),
+        st.builds(to_abort, numbers),
         st.builds(lambda n, e, q: opened(n, at_epoch=e, request_id=q), numbers, epochs, requests),
         st.builds(lambda n, e, i: closed(n, i, at_epoch=e), numbers, epochs, ids),
         st.builds(lambda n, e: aborted(n, at_epoch=e), numbers, epochs),

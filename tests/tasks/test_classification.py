@@ -135,6 +135,7 @@ def test_a_held_out_set_is_kept_once_masked_and_without_what_cannot_be_masked(tm
         return None if text == "impossible" else text.replace("123", "<NUMBER_1>")
 
     assert TASK.keep(tmp_path, held_out, mask) == {"could not be masked": 1}
+    assert (tmp_path / "heldout.json").stat().st_mode & 0o777 == 0o600
     kept = (tmp_path / heldout.FILE).read_bytes()
     assert kept == b'{"texts":["call <NUMBER_1>"],"labels":["a"]}'
     assert TASK.keep(tmp_path, [], mask) == {}

@@ -9,6 +9,9 @@ from fedloop_events.errors import UsageError
 from fedloop_tasks.classification import corpus
 from fedloop_tasks.task import Message
 
+SAME = ("caf\u00e9 bar", "cafe\u0301 bar", " caf\u00e9\u200b  bar\ufeff", "caf\u00e9\u00a0bar\ufe0f")
+"""One label, as four programs write it."""
+
 
 def write(tmp_path: Path, data: bytes | str) -> Path:
     path = tmp_path / "messages.csv"
@@ -58,10 +61,44 @@ def test_a_bad_file_is_an_error_that_says_what(tmp_path: Path, data: bytes, said
     assert "hello" not in raised.value.message + raised.value.cause
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_separators_and_encodings_of_spreadsheets_are_recognised(tmp_path: Path, separator: str, encoding: str) -> None:
+    text = "text,label\r\nhell\u00f6,a\r\n,\r\nbye,b\r\n".replace(",", separator)
+    table = corpus.read(write(tmp_path, text.encode(encoding)))
+    assert (table.rows, table.lines, table.bad) == ([Message("hell\u00f6", "a"), Message("bye", "b")], [2, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"PK\x03\x04..", "xlsx"), (b"\x1f\x8b..", "gzip"), (b"PAR1..", "Parquet"), (b"%PDF-1", "PDF")]
+)
+def test_what_a_file_really_is_stands_in_the_error(tmp_path: Path, data: bytes, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        corpus.read(write(tmp_path, data))
+
+
+def test_the_hint_for_another_encoding_names_that_of_windows(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2") as error:
+        corpus.read(write(tmp_path, "text,label\n\u20ac 5,a\n".encode("cp1252")))
+    assert "cp1252" in error.value.hint
+
+
 def test_one_label_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     path = write(tmp_path, "a\n")
     with pytest.raises(UsageError, match="nothing to tell apart"):
         corpus.read_labels(path)
     assert corpus.read_labels(write(tmp_path, "a\n\n b \n")) == ["a", "b"]
-    with pytest.raises(UsageError, match="twice"):
-        corpus.read_labels(write(tmp_path, "a\na\n"))
+    with pytest.raises(UsageError, match="line 3: the label 'a' is there twice"):
+        corpus.read_labels(write(tmp_path, "a\n\n a\u200b\n"))
+
+
+def test_labels_that_look_the_same_are_one_and_those_that_differ_in_case_are_noted(tmp_path: Path) -> None:
+    table = corpus.read(write(tmp_path, "text,label\n" + "".join(f"hello,{each}\n" for each in (*SAME, "CAF\u00c9 bar", "b"))))
+    labels = corpus.labels_of(table)
+    assert labels == ["CAF\u00c9 bar", "b", "caf\u00e9 bar"]
+    assert corpus.read_labels(write(tmp_path, f"{SAME[1]}\nb\n")) == [SAME[0], "b"]
+    assert corpus.notes(labels) == ["the labels 'CAF\u00c9 bar' and 'caf\u00e9 bar' differ in case alone"]
+    corpus.check_known(corpus.read(write(tmp_path, f"text,label\nhello,{SAME[2]}\n")), labels)
+    with pytest.raises(UsageError) as error:
+        corpus.check_known(corpus.read(write(tmp_path, "text,label\nhello,B\n")), labels)
+    assert "it has 'b'" in error.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
@@ -10,6 +12,7 @@ from fedloop_events.types import Mechanism
 from fedloop_privacy.dp.accounting import MechanismError, epsilon
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.table import PROGRAMS
+from msgspec.structs import replace
 
 PLAN = ClassificationPlan(planned_rounds=3, sampling_rate=1.0, steps=1, nominal_examples=100)
 """At sampling rate 1 the accountant has a closed form."""
@@ -48,6 +51,36 @@ def test_the_sums_take_no_more_than_their_share() -> None:
 def test_a_plan_without_room_for_both_kinds_of_round_is_refused(rounds: int, share: float) -> None:
     with pytest.raises((UsageError, MechanismError)):
         ClassificationPlan(planned_rounds=rounds, sums_share=share).mechanisms()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ClassificationPlan(epsilon=0.01),
+        ClassificationPlan(epsilon=0.05),
+        ClassificationPlan(delta=1e-300),
+        ClassificationPlan(epsilon=1e-5, delta=1e-9, sampling_rate=1.0, planned_rounds=10_000),
+    ],
+)
+def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_be_possible(plan: ClassificationPlan) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan.mechanisms()
+    assert f"epsilon = {plan.epsilon:g}" in caught.value.message
+    assert f"planned_rounds = {plan.planned_rounds}" in caught.value.message
+    proposed = dict(re.findall(r"(epsilon|planned_rounds) \(--\w+\) ([0-9.e-]+)", caught.value.hint))
+    assert "epsilon" in proposed
+    assert replace(plan, epsilon=float(proposed.pop("epsilon"))).mechanisms()
+    if proposed:
+        most = int(proposed["planned_rounds"])
+        assert replace(plan, planned_rounds=most).mechanisms()
+        with pytest.raises(UsageError):
+            replace(plan, planned_rounds=most + 1).mechanisms()
+
+
+def test_a_sampling_rate_whose_steps_no_event_holds_is_refused() -> None:
+    with pytest.raises(UsageError, match="sampling_rate = 1e-09"):
+        ClassificationPlan(sampling_rate=1e-9)
+    assert ClassificationPlan(sampling_rate=1e-9, steps=4).round_steps == 4
 
 
 def test_sums_come_first_then_training_until_the_plan_is_used_up() -> None:

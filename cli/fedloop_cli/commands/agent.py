@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from msgspec.structs import replace
 
 from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Status
+    from fedloop_clients.eligibility import Eligibility
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -81,6 +83,9 @@ def feedback(
         Path | None,
         typer.Option(metavar="CSV", help="Many at once: answer each text, then say what is right."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows of --data that cannot be used; else one of them refuses the file.")
+    ] = False,
     model_dir: ModelDir = None,
     json: options.Json = False,
 ) -> None:
@@ -93,7 +98,7 @@ def feedback(
         raise UsageError("feedback is about one of --response, --text or --data")
     with _open(store, model_dir) as agent:
         if data is not None:
-            _take_in(agent, data, json)
+            _take_in(agent, data, skip_bad, json)
             return
         if response is None:
             shown = _given(text)
@@ -113,17 +118,59 @@ def feedback(
 
 
 @app.command(cls=options.Command)
+def retract(
+    store: options.StoreFolder,
+    feedback_id: Annotated[str, typer.Argument(metavar="FEEDBACK_ID")],
+    json: options.Json = False,
+) -> None:
+    """Take feedback back: it is deleted from the device, and no later round learns from it. `fedloop agent run` appends the
+    retraction, if the feedback was published. What rounds have learned from it before is not undone, nor is the epsilon.
+    """
+    with _open(store, None) as agent:
+        retraction = agent.retract(feedback_id)
+    follows = "; `fedloop agent run` appends its retraction" if retraction.published else ", and nothing of it was published"
+    document = {"feedback_id": retraction.feedback_id, "published": retraction.published, "remains": retraction.remains}
+    text = f"{retraction.feedback_id} is deleted from this device{follows}.\nNot undone: {retraction.remains}."
+    console.show(document, text, as_json=json)
+
+
+@app.command(cls=options.Command)
 def run(
     store: options.StoreFolder,
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
     json: options.Json = False,
+    only_charging: Annotated[bool, typer.Option("--only-charging", help="Take part only while it charges.")] = False,
+    only_unmetered: Annotated[bool, typer.Option("--only-unmetered", help="Only on a network that is not metered.")] = False,
+    only_idle: Annotated[bool, typer.Option("--only-idle", help="Only while under half of its cores are busy.")] = False,
+    hours: Annotated[str | None, typer.Option(help="Only in these hours, as in 22-06 or 12:30-13:15,22-06.")] = None,
+    time_zone: Annotated[str | None, typer.Option(help="Whose hours, as in Europe/Berlin.", show_default="its own")] = None,
+    min_gap: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Least time between rounds.")] = 0.0,
+    rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
 ) -> None:
-    """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was."""
+    """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
+
+    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold.
+    """
+    from fedloop_clients.eligibility import Eligibility, of_platform
+    from fedloop_events.errors import UsageError
+    from fedloop_events.hours import DayHours
+
     from fedloop_cli.signals import stoppable
 
-    with _open(store, model_dir) as agent, stoppable() as stop:
+    if hours is None and time_zone is not None:
+        raise UsageError("--time-zone says whose hours are meant, and there are none", hint="give --hours as well")
+    terms = Eligibility(
+        only_charging=only_charging,
+        only_unmetered=only_unmetered,
+        only_idle=only_idle,
+        hours=None if hours is None else DayHours.parse(hours, time_zone),
+        min_gap_s=min_gap,
+        rounds_per_day=rounds_per_day,
+    )
+    terms.check_known(of_platform())
+    with _open(store, model_dir, terms) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -150,12 +197,13 @@ def status(store: options.StoreFolder, json: options.Json = False) -> None:
     console.show(document, lambda: console.fields(document), as_json=json)
 
 
-def _open(store: Path, model_dir: Path | None) -> Agent:
+def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Settings
 
     log, blobs = options.given()
-    return Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir))
+    settings = Settings(model_dir=model_dir)
+    return Agent.open(store, log, blobs=blobs, settings=settings if terms is None else replace(settings, eligibility=terms))
 
 
 def _given(text: str | None) -> str:
@@ -166,27 +214,17 @@ def _given(text: str | None) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _take_in(agent: Agent, path: Path, json: bool) -> None:
-    """Feedback on each row of a file; a row that was taken in before counts once."""
-    import hashlib
-
-    from fedloop_clients.feedback import ConflictingFeedbackError
+def _take_in(agent: Agent, path: Path, skip_bad: bool, json: bool) -> None:
+    """Feedback on each row of a file; a message that was taken in before counts once."""
+    from fedloop_clients.importing import take_in
     from fedloop_tasks.table import DEFAULT
 
-    messages, known, recorded, right = DEFAULT.read(path), 0, 0, 0
-    name = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
-    for number, row in enumerate(messages.rows):
-        response = agent.predict(row.text)
-        try:
-            agent.feedback(response.response_id, feedback_id=f"{name}-{number}", **DEFAULT.remark(row.answer))
-            recorded += 1
-            right += response.answer == row.answer
-        except ConflictingFeedbackError:
-            known += 1
-    for what, count in messages.skipped.items():
-        console.note(f"warning: {count} rows skipped: {what}")
-    document = {"recorded": recorded, "known": known, "right": right, "skipped": messages.skipped}
-    console.show(document, f"{recorded} recorded ({right} were answered rightly), {known} known already", as_json=json)
+    found = take_in(agent, DEFAULT.read(path), skip_bad=skip_bad)
+    for what, count in found.skipped.items():
+        console.note(f"warning: {count} rows skipped: {console.printable(what)}")
+    document = {name: getattr(found, name) for name in found.__struct_fields__}
+    shown = f"{found.recorded} recorded ({found.right} were answered rightly), {found.known} known already"
+    console.show(document, shown, as_json=json)
 
 
 def _document(status: Status) -> dict[str, object]:

@@ -42,6 +42,8 @@ def demo(
 
     chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed, gateway)
     given = users.invented(clients, seed) if data is None or test is None else users.from_files(data, test, clients, seed)
+    for note in given.material.notes:
+        console.note(f"warning: {console.printable(note)}")
     for what, count in given.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")
     scene = play.Scene(play.stage(directory, *options.given()), chosen, given)

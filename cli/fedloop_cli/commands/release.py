@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,6 +81,30 @@ def rebuild(
     console.show(document, f"{console.table(heads, rows)}\n{rebuilt.release}, rebuilt from the log, {outcome}.", as_json=json)
     if not rebuilt.identical:
         raise typer.Exit(1)
+
+
+@app.command(cls=options.Command)
+def export(
+    where: options.DeploymentAndRelease,
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    json: options.Json = False,
+) -> None:
+    """Write a release (the one in force, unless another is named) as a new folder OUT for PEFT, with a model card: how to use it,
+    its lineage, its evaluation and its epsilon.
+    """
+    from fedloop_events import files
+    from fedloop_events.errors import UsageError
+    from fedloop_server.operations import exporting
+
+    exported = exporting.export(where.follow(), where.open_blobs(), where.release)
+    try:
+        files.write_folder(out, exported.files)
+    except OSError as error:
+        raise UsageError(
+            f"the folder {out} cannot be made", cause=error.strerror or "", hint="name one that is new or empty"
+        ) from None
+    document = {"release": exported.release, "folder": str(out), "files": sorted(exported.files)}
+    console.show(document, f"release {exported.release} is in {out}: README.md says how to use it", as_json=json)
 
 
 @app.command(cls=options.Command)

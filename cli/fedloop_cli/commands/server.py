@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloop_cli import console, documents, options
+from fedloop_cli.waiting import Waiting
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -45,8 +46,10 @@ def init(
     """Make a deployment in a new folder DIR. Started again after a crash, it ends what it began.
 
     Its log and blobs are in DIR, or where --log and --blobs say; DIR/deployment.toml remembers that for every other command.
-    All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts.
+    All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts. Settings with
+    which no round can ever run are refused.
     """
+    from fedloop_server.config import MAX_COHORT, ServerConfig
     from fedloop_tasks.table import DEFAULT
 
     from fedloop_cli import deploying
@@ -58,12 +61,15 @@ def init(
         "planned_rounds": rounds,
         "nominal_examples": examples,
         "quorum": quorum,
+        "cohort_size": min(max(quorum, ServerConfig().cohort_size), MAX_COHORT),
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
     material = DEFAULT.material(options.of_task())
     made = deploying.deploy(
         home.directory, home.place, material, settings, base_model=model or DEFAULT.base_model, seed=seed, as_is=as_is
     )
+    for note in material.notes:
+        console.note(f"warning: {console.printable(note)}")
     skipped = material.skipped | made.skipped
     for what, count in skipped.items():
         console.note(f"warning: {count} rows skipped: {what}")
@@ -88,9 +94,13 @@ def run(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there; a PORT alone is on loopback."),
     ] = None,
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="Go on though the log has lost events that this server has read; say which."),
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Run the server until Ctrl-C. It prints on standard error what it decides.
+    """Run the server until Ctrl-C. It prints on standard error what it decides, and what it waits for.
 
     Killed at any point and started again, it goes on where it was; a second one takes over from the first.
     """
@@ -106,7 +116,9 @@ def run(
             rounds=rounds,
             until_idle=until_idle,
             on_event=_note,
+            on_wait=Waiting().show,
             metrics=metrics,
+            accept_loss=accept_loss,
         )
     console.show({"rounds": ended, "interrupted": stop.interrupted}, f"{ended} rounds", as_json=json)
     if stop.interrupted:

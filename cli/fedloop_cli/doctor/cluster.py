@@ -15,7 +15,7 @@ from confluent_kafka.admin import AclOperation, ConfigResource, ResourceType
 from fedloop_events import topics
 from fedloop_events.errors import LogError, UnreachableError, UsageError
 from fedloop_events.logs.kafka import KafkaLog, rights
-from fedloop_events.logs.kafka.admin import Admin, translated
+from fedloop_events.logs.kafka.admin import Admin, Surplus, stream_of, translated
 from fedloop_events.logs.kafka.settings import KafkaSettings
 
 from fedloop_cli.doctor import broker_version, findings
@@ -86,11 +86,12 @@ def _inside(location: str, settings: KafkaSettings) -> Iterator[Finding]:
     yield from _brokers(admin)
     yield from _rights(settings, user)
     try:
-        admin.check(ANSWER_S)
+        surplus = admin.check(ANSWER_S)
     except (LogError, UsageError) as error:
         yield Finding("topics", "fail", error.message, error.hint)
         return
     yield from _topics(admin)
+    yield from _surplus(surplus)
     with closing(KafkaLog(location, timeout_s=ANSWER_S)) as log:
         yield from findings.log_clock(log)
 
@@ -124,6 +125,25 @@ def _topics(admin: Admin) -> Iterator[Finding]:
     yield Finding("topics", "ok", f"{len(seen)} of {len(topics.ALL)} are this user's to see, and as declared")
     if min(min(each) for each in seen.values()) < 2:
         yield Finding("topics", "warn", "each event is on one broker alone", "three brokers keep it when one is lost")
+
+
+def _surplus(surplus: Surplus) -> Iterator[Finding]:
+    if surplus.used:
+        named = ", ".join(map(stream_of, surplus.used))
+        yield Finding(
+            "topics",
+            "fail",
+            f"something was written to {named}, which no reader reads: nothing is appended to this log",
+            "find out who writes there; begin anew under another prefix (fedloop server init DIR --log kafka://HOST:PORT/PREFIX)",
+        )
+    elif surplus.places:
+        topic = surplus.places[0][0]
+        yield Finding(
+            "topics",
+            "warn",
+            f"{topic} has more partitions than are declared, of which the log uses none",
+            "nothing needs to be done, as long as no other program writes there",
+        )
 
 
 def _rights(settings: KafkaSettings, user: str) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import shutil
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +45,10 @@ def diagnose(directory: Path | None, log: str | None, blobs: str | None, store: 
         yield from _within("place", _located, directory, log, blobs, places)
     for place in places[-1:]:
         folders += [Path(each) for each in (place.log, place.blobs) if each is not None and not locations.is_url(each)]
-        yield from _within("log", _log, place.log)
+        found = list(_within("log", _log, place.log))
+        yield from found
+        if directory is not None and all(each.level != "fail" for each in found):
+            yield from _within("rounds", _rounds, directory, place)
         if place.blobs is not None and place.blobs != place.log:
             yield from _within("blobs", _blobs, place.blobs)
     yield from _within("disk", _disks, folders or [Path()])
@@ -95,7 +97,20 @@ def _server(directory: Path) -> Iterator[Finding]:
 
     if not directory.is_dir():
         yield Finding("server", "fail", f"there is no folder {directory}", f"fedloop server init {directory} makes a deployment")
-    yield from findings.modes("server", [directory / SERVER_FOLDER / KEY_FILE])
+    folder = directory / SERVER_FOLDER
+    yield from findings.modes("server", [folder, folder / KEY_FILE])
+    others = sorted(path for path in folder.glob("*") if path.name != KEY_FILE)
+    yield from (found for found in findings.modes("server", others) if found.level != "ok")
+
+
+def _rounds(directory: Path, place: DeploymentLocation) -> Iterator[Finding]:
+    from fedloop_server.deployment import read_config
+    from fedloop_server.operations import awaiting, opening
+    from fedloop_server.operations.followed import Followed
+
+    with closing(opening.open_log(place, directory)) as log:
+        found = awaiting.now(Followed(log), read_config(directory))
+    yield Finding("rounds", "warn" if found.hint else "ok", found.line, found.hint)
 
 
 def _store(store: Path, places: list[DeploymentLocation]) -> Iterator[Finding]:
@@ -136,8 +151,8 @@ def _log(location: str) -> Iterator[Finding]:
         with closing(locations.open_log(location)) as log:
             yield Finding("log", "ok", f"{path} opens")
             yield from findings.log_clock(log)
-        if path.stat().st_mode & stat.S_IWOTH:
-            yield Finding("log", "fail", f"everybody can write {path}", f"chmod o-w {path}")
+            yield from findings.stamps(log)
+        yield from findings.modes("log", [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))])
 
 
 def _gateway(location: str) -> Iterator[Finding]:

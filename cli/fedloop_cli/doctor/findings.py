@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 from cryptography import x509
 from fedloop_events import topics
+from fedloop_events.envelope import Record
 from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_events.logs.port import EventLog, Position
 from msgspec import Struct
@@ -24,6 +25,8 @@ ANSWER_S: Final = 10.0
 """How long a broker, a gateway or a blob store may take for one answer."""
 SKEW_S: Final = 5.0
 """More than clocks differ that are set over the network."""
+_LOOKED_BACK: Final = 20_000
+"""Events of a stream whose stamps are compared: a second's reading."""
 RENEW: Final = timedelta(days=30)
 _READ_BY_ALL: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 
@@ -91,6 +94,35 @@ def log_clock(log: EventLog) -> Iterator[Finding]:
     stamps = [record.appended_ms for record in log.read(_READ_BY_ALL, before).records]
     if stamps:
         yield clock("the log", max(0.0, max(stamps) / 1000 - time.time()))
+
+
+def stamps(log: EventLog) -> Iterator[Finding]:
+    """Whether the last events of each stream are stamped in the order in which they stand: an embedded log has its writers'."""
+    at = Position({stream: max(0, offset - _LOOKED_BACK) for stream, offset in log.end().offsets.items()})
+    newest: dict[str, Record] = {}
+    worst: tuple[int, Record, Record] | None = None
+    while (batch := log.read(after=at)).records:
+        at = batch.position
+        for record in batch.records:
+            before = newest.setdefault(record.stream, record)
+            ahead_ms = before.appended_ms - record.appended_ms
+            if ahead_ms <= 0:
+                newest[record.stream] = record
+            elif ahead_ms > SKEW_S * 1000 and (worst is None or ahead_ms > worst[0]):
+                worst = ahead_ms, before, record
+    if worst is not None:
+        ahead_ms, early, late = worst
+        yield Finding(
+            "clock",
+            "warn",
+            f"event {early.id} by {_author(early)} at {early.offset} of {early.stream} is stamped {ahead_ms / 1000:,.0f} s "
+            f"later than event {late.id} by {_author(late)} at {late.offset}, which was appended after it",
+            "set the clocks of both machines over the network (NTP)",
+        )
+
+
+def _author(record: Record) -> str:
+    return repr(record.source.rpartition("/")[2])
 
 
 def sqlite(subject: str, found: str) -> Finding:

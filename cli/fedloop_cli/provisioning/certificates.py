@@ -51,7 +51,10 @@ class CA:
         `UsageError` for a name that is none, or a folder that cannot be written.
         """
         if not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r} cannot name a certificate", hint="use letters, digits, dot, dash and underscore")
+            raise UsageError(
+                f"{name!r} cannot name a certificate",
+                hint="use 1 to 60 ASCII letters, digits, ., - or _, beginning with a letter or digit",
+            )
         issued = Issued(folder / f"{name}.pem", folder / f"{name}.key", folder / f"{name}.keystore.pem")
         alternatives = [_general_name(host) for host in hosts]
         if not self._stands(issued, alternatives):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 from fedloop_events.envelope import Record
-from fedloop_events.errors import InvalidEventError
+from fedloop_events.errors import InvalidEventError, LogChangedError
+from fedloop_events.folds import marks
 from fedloop_events.folds.admit import Admit, Standing
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.snapshots import Snapshots
@@ -54,7 +55,9 @@ class Reader(Generic[F]):
     The fold gets what counts (`Admit`). Events of unknown types are skipped and counted in `unknown`. With `identities`, which
     are caught up first (by their own reader, if that is what is given), an event that its author did not sign is refused. Refused
     and malformed events are counted in `refused`, handed to `on_refused`, and skipped: one bad event never stops a reader.
-    `snapshots` are for a `StoredFold`; with any other fold they stay unused. `after` is where it begins.
+    `snapshots` are for a `StoredFold`; with any other fold they stay unused. If the log is not the one that a snapshot was made
+    of, it raises `LogChangedError`; with `accept_loss` it names what is lost, and reads the log from its beginning. `after` is
+    where it begins.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Reader(Generic[F]):
         identities: Identities | Reader[Identities] | None = None,
         on_refused: Callable[[Record, InvalidEventError], None] | None = None,
         after: Position = START,
+        accept_loss: bool = False,
     ) -> None:
         self.fold = fold
         self.position = after
@@ -76,8 +80,9 @@ class Reader(Generic[F]):
         self._who = identities
         self._admit = Admit(None if identities is None else identities.fold)
         self._since_snapshot = 0
+        self._marks: marks.Marks = {}
         if snapshots is not None:
-            self._restore(snapshots)
+            self._restore(snapshots, accept_loss=accept_loss)
 
     @property
     def unknown(self) -> int:
@@ -105,19 +110,23 @@ class Reader(Generic[F]):
     def save(self) -> None:
         """Write a snapshot now."""
         if self._snapshots is not None and isinstance(self.fold, StoredFold):
-            self._snapshots.save(self.fold.version, self.position, self.fold.to_state(), self.standing)
+            self._snapshots.save(self.fold.version, self.position, self.fold.to_state(), self.standing, self._marks)
             self._since_snapshot = 0
 
-    def _restore(self, snapshots: Snapshots) -> None:
+    def _restore(self, snapshots: Snapshots, *, accept_loss: bool) -> None:
         fold = self.fold
         if not isinstance(fold, StoredFold) or (found := snapshots.load(fold.version)) is None:
             return
-        end = self._log.end()
-        if not all(end.covers(stream, offset) for stream, offset in found.offsets.items()):
-            _logger.warning("the snapshot %s is not of this log: it is rebuilt", snapshots.path)
+        try:
+            marks.check(self._log.end(), lambda after: self._log.read(fold.topics, after, limit=1), found.position, found.marks)
+        except LogChangedError as error:
+            if not accept_loss:
+                raise
+            _logger.warning("what is lost is accepted: %s; the state is rebuilt from what is left", error.message)
+            snapshots.discard()
             return
         self.fold = fold.from_state(found.state)
-        self.position, self._admit.standing = found.position, found.standing
+        self.position, self._admit.standing, self._marks = found.position, found.standing, found.marks
 
     def _step(self, wait_s: float) -> int:
         batch = self._log.read(self.fold.topics, self.position, limit=READ_AHEAD, wait_s=wait_s)
@@ -125,6 +134,8 @@ class Reader(Generic[F]):
             self._who.catch_up()
         self._apply(batch.records)
         self.position = batch.position
+        if self._snapshots is not None:
+            marks.remember(self._marks, batch.records)
         self._since_snapshot += len(batch.records)
         return len(batch.records)
 

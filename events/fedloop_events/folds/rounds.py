@@ -27,11 +27,12 @@ class RoundRequest(Struct):
     reason: str = ""
     numbers: list[int] = []
     given_up: bool = False
+    withdrawn: bool = False
 
     @property
     def pending(self) -> bool:
         """Whether a further round is to be opened for it."""
-        return not self.given_up and len(self.numbers) < self.rounds
+        return not self.given_up and not self.withdrawn and len(self.numbers) < self.rounds
 
 
 class RoundState(Struct):
@@ -45,6 +46,8 @@ class RoundState(Struct):
     """What was collected before the step that closed it, by step."""
     closed: types.RoundClosed | None = None
     aborted: types.RoundAborted | None = None
+    abort_requested: types.RoundAbortRequested | None = None
+    """The first request to abort it that came before it had been aborted."""
     opened_ms: int = 0
     closed_ms: int = 0
     ended_ms: int = 0
@@ -55,6 +58,8 @@ class RoundState(Struct):
     """Tensor bytes that the instructions ask clients to load."""
     replies: dict[str, list[str]] = {}
     """Updates by client, in the order of the log."""
+    replied_ms: dict[str, int] = {}
+    """When the first of them came, by client."""
     declined: dict[str, str] = {}
     """Reason by client."""
     refused: dict[str, types.UpdateRefused] = {}
@@ -96,7 +101,7 @@ class RoundsView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     run_id: str = types.DEFAULT_RUN
     epoch: int = 0
@@ -121,6 +126,11 @@ class RoundsView(Struct):
         return self.requests.get(next(iter(self._queue), ""))
 
     @property
+    def queued(self) -> list[RoundRequest]:
+        """All requests that want a further round, oldest first."""
+        return [self.requests[request_id] for request_id in self._queue]
+
+    @property
     def open_round(self) -> RoundState | None:
         """The round that clients are working on."""
         return self.rounds.get(self._open)
@@ -137,6 +147,14 @@ class RoundsView(Struct):
             if payload.run_id == self.run_id and payload.request_id not in self.requests:
                 request = RoundRequest(payload.request_id, payload.rounds, record.appended_ms, payload.reason)
                 self.requests[request.request_id], self._queue[request.request_id] = request, None
+        elif isinstance(payload, types.RoundRequestWithdrawn):
+            if payload.run_id == self.run_id and payload.request_id in self._queue:
+                del self._queue[payload.request_id]
+                self.requests[payload.request_id].withdrawn = True
+        elif isinstance(payload, types.RoundAbortRequested):
+            state = self.rounds.get(payload.round_id) if payload.run_id == self.run_id else None
+            if state is not None and state.aborted is None and state.abort_requested is None:
+                state.abort_requested = payload
         elif isinstance(payload, types.ServerEvent) and payload.run_id == self.run_id:
             self._decided(record, payload)
 
@@ -215,6 +233,7 @@ class RoundsView(Struct):
             if len(replies) >= MAX_REPLIES_EACH:
                 return
             replies.append(record.id)
+            state.replied_ms.setdefault(payload.client_id, record.appended_ms)
             if state.state == "open" or record.id in state.refused:
                 return
             if not any(update.update_id == record.id for each in state.collected for update in each.accepted):

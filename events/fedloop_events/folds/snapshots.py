@@ -11,18 +11,23 @@ from msgspec import Struct
 
 from fedloop_events.files import PRIVATE, write_whole
 from fedloop_events.folds.admit import Standing
+from fedloop_events.folds.marks import Marks
 from fedloop_events.logs.port import Position
 
 _logger = logging.getLogger(__name__)
 
 
 class Snapshot(Struct, frozen=True, forbid_unknown_fields=True):
-    """The state of a fold, and of what admits events to it, at one position of the log."""
+    """The state of a fold, and of what admits events to it, at one position of the log, which `marks` know again.
+
+    One that was kept before there were marks has none.
+    """
 
     version: int
     offsets: dict[str, int]
     state: bytes
     standing: Standing
+    marks: Marks = {}
 
     @property
     def position(self) -> Position:
@@ -56,9 +61,13 @@ class Snapshots:
             return None
         return snapshot
 
-    def save(self, version: int, position: Position, state: bytes, standing: Standing) -> None:
+    def discard(self) -> None:
+        """Forget what was saved."""
+        self.path.unlink(missing_ok=True)
+
+    def save(self, version: int, position: Position, state: bytes, standing: Standing, marks: Marks) -> None:
         """Replace the file, whole or not at all. A snapshot is only ever a saving of time: a failure is no error."""
-        data = msgspec.msgpack.encode(Snapshot(version, dict(position.offsets), state, standing))
+        data = msgspec.msgpack.encode(Snapshot(version, dict(position.offsets), state, standing, marks))
         try:
             write_whole(self.path, hashlib.sha256(data).digest() + data, mode=PRIVATE)
         except OSError as error:

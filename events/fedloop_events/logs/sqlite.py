@@ -22,7 +22,7 @@ from fedloop_events import topics as all_topics
 from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import LogError
 from fedloop_events.logs.port import START, Batch, Position
-from fedloop_events.logs.sqlite_file import open_connection, pragma, transaction, translated_errors
+from fedloop_events.logs.sqlite_file import free_bytes_if_full, open_connection, pragma, transaction, translated_errors
 
 STREAM: Final = "log"
 _LONGEST_PAUSE_S: Final = 0.02
@@ -151,9 +151,21 @@ class SqliteLog:
     def _reading(self) -> Iterator[apsw.Connection]:
         handle = self._here()
         with handle.read_lock, translated_errors(self.path):
-            if handle.reader is None:
-                handle.reader = open_connection(self.path, self._busy_timeout_s)
-            yield handle.reader
+            try:
+                if handle.reader is None:
+                    handle.reader = open_connection(self.path, self._busy_timeout_s)
+            except (apsw.IOError, apsw.FullError, apsw.CantOpenError):
+                if free_bytes_if_full(self.path) is None:
+                    raise
+            if handle.reader is not None:
+                yield handle.reader
+                return
+            # For this once, so that others come to read too, and a writer as soon as there is room again.
+            alone = open_connection(self.path, self._busy_timeout_s, shared=False)
+            try:
+                yield alone
+            finally:
+                alone.close(force=True)
 
     @contextmanager
     def _writing(self) -> Iterator[apsw.Connection]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import apsw
 
 from fedloop_events.errors import FedloopError, LogError, UnreachableError
-from fedloop_events.files import fsync_folder
+from fedloop_events.files import create_private, fsync_folder
 
 APPLICATION_ID: Final = 0x46644C67
 FORMAT: Final = 1
 PAGE_BYTES: Final = 8192
 _NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs"})
+
+_LEAST_FREE_BYTES: Final = 64 * 1024
+"""With less, SQLite cannot make the 32 KiB that connections to one log share, and calls that an I/O error."""
 
 # Feedback is most of a log: its events are found by scanning, and pay for no index but the one of their ids.
 _SCHEMA: Final = f"""
@@ -40,12 +44,18 @@ PRAGMA user_version = {FORMAT};
 """
 
 
-def open_connection(path: Path, busy_timeout_s: float) -> apsw.Connection:
+def open_connection(path: Path, busy_timeout_s: float, *, shared: bool = True) -> apsw.Connection:
+    """A connection to the log in the file, which is made if there is none: for its owner alone, and what SQLite puts beside it
+    has the same mode. One that is not `shared` needs no room on the disk, writes nothing, and keeps all others out."""
     deadline = time.monotonic() + busy_timeout_s
+    with suppress(OSError):  # what cannot be made cannot be opened either, and SQLite says why
+        create_private(path)
     while True:
         connection = apsw.Connection(str(path))
         try:
             connection.set_busy_timeout(round(busy_timeout_s * 1000))
+            if not shared:
+                keep_to_itself(connection)
             _configure(path, connection)
             return connection
         except apsw.BusyError:
@@ -57,6 +67,23 @@ def open_connection(path: Path, busy_timeout_s: float) -> apsw.Connection:
         except BaseException:
             connection.close(force=True)
             raise
+
+
+def keep_to_itself(connection: apsw.Connection) -> None:
+    """Make a new connection read without files beside the database: for a disk that has no room for any."""
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+    connection.execute("PRAGMA query_only=ON")
+
+
+def free_bytes_if_full(path: Path) -> int | None:
+    """How many bytes are free on the disk of a file that has no room to work with; None if there is room, or nobody knows."""
+    try:
+        found = os.statvfs(path.absolute().parent)
+    except OSError:
+        return None
+    free_bytes = found.f_bavail * found.f_frsize
+    return free_bytes if free_bytes < _LEAST_FREE_BYTES else None
 
 
 def _configure(path: Path, connection: apsw.Connection) -> None:
@@ -134,12 +161,25 @@ def translated_errors(path: Path) -> Iterator[None]:
             hint="try again; the same call is safe to repeat",
         ) from error
     except apsw.FullError as error:
-        raise LogError(
-            f"the disk of the log {path} is full: nothing was appended", cause=str(error), hint="make room, then try again"
-        ) from error
+        raise _full(path, error) from error
     except apsw.NotADBError as error:
         raise LogError(f"{path} is no Fedloop log", cause=str(error)) from error
-    except (apsw.IOError, apsw.CorruptError, apsw.CantOpenError, apsw.ReadOnlyError) as error:
-        raise LogError(
-            f"the log {path} cannot be used", cause=str(error), hint="check that the folder exists, the disk and the permissions"
-        ) from error
+    except (apsw.IOError, apsw.CantOpenError) as error:
+        if free_bytes_if_full(path) is not None:
+            raise _full(path, error) from error
+        raise _unusable(path, error) from error
+    except (apsw.CorruptError, apsw.ReadOnlyError) as error:
+        raise _unusable(path, error) from error
+
+
+def _full(path: Path, error: apsw.Error) -> LogError:
+    free_bytes = free_bytes_if_full(path)
+    free = "" if free_bytes is None else f" ({free_bytes:,} bytes are free)"
+    return LogError(
+        f"the disk of the log {path} is full{free}: nothing was appended", cause=str(error), hint="make room, then try again"
+    )
+
+
+def _unusable(path: Path, error: apsw.Error) -> LogError:
+    hint = "check that the folder exists, the disk and the permissions"
+    return LogError(f"the log {path} cannot be used", cause=str(error), hint=hint)

@@ -36,6 +36,16 @@ class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omi
     comment: MaskedText | None = None
 
 
+class FeedbackRetracted(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A client's user took feedback back. Who reads feedback leaves out that of this client and id, wherever it stands."""
+
+    topic = topics.FEEDBACK
+    type_name = "io.fedloop.feedback.retracted.v1"
+    audience = Audience.SUBJECT
+
+    feedback_id: Identifier
+
+
 class FeedbackRecordedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: thumbs as a `score`, one use case for each deployment."""
 

@@ -8,6 +8,8 @@ from msgspec import Meta, Struct
 
 Identifier = Annotated[str, Meta(min_length=1, max_length=80, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 """A name that is safe as a file name, a Kafka key and a part of a URI."""
+IDENTIFIER_RULE: Final = "1 to 80 ASCII letters, digits, ., - or _, beginning with a letter or digit"
+"""What an `Identifier` is, in words: whatever satisfies them is one."""
 
 
 EventId = Annotated[str, Meta(min_length=32, max_length=32)]
@@ -60,6 +62,11 @@ class Mechanism(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     clip_norm: Positive
     steps: Annotated[int, Meta(ge=1, le=1_000_000)]
     divisor: Positive
+
+
+MAX_PARTS: Final = 512
+PartHashes = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
+"""The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
 
 
 Scalar = int | float | bool | str

@@ -15,6 +15,7 @@ from fedloop_events.types.fields import (
     Identifier,
     Label,
     Line,
+    PartHashes,
     Positive,
     Sha256,
 )
@@ -44,13 +45,38 @@ Spec = ClassificationSpec
 
 
 class ModelRegistered(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the model is; its adapters are the releases."""
+    """What the model is; its adapters are the releases. Labels that do not fit into the event stand in its parts."""
 
     topic = topics.RELEASES
-    type_name = "io.fedloop.model.registered.v2"
+    type_name = "io.fedloop.model.registered.v3"
     audience = Audience.EVERYONE
 
     spec: Spec
+    parts: PartHashes = []
+
+
+class LabelsListed(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of a `ModelRegistered` that comes after it and names it: more of the labels, in their order."""
+
+    topic = topics.RELEASES
+    type_name = "io.fedloop.labels.listed.v1"
+    audience = Audience.EVERYONE
+
+    labels: list[Label]
+
+
+class ModelRegisteredV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 3: every label stood in the event itself."""
+
+    type_name = "io.fedloop.model.registered.v2"
+    becomes = ModelRegistered
+
+    origin: Identifier
+    model: Identifier
+    spec: Spec
+
+    def upcast(self) -> ModelRegistered:
+        return ModelRegistered(origin=self.origin, model=self.model, spec=self.spec)
 
 
 class ClassificationSpecV1(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -70,15 +96,15 @@ class ModelRegisteredV1(Older, frozen=True, forbid_unknown_fields=True, omit_def
     """Before 2: every model was a classifier."""
 
     type_name = "io.fedloop.model.registered.v1"
-    becomes = ModelRegistered
+    becomes = ModelRegisteredV2
 
     origin: Identifier
     model: Identifier
     spec: ClassificationSpecV1
 
-    def upcast(self) -> ModelRegistered:
+    def upcast(self) -> ModelRegisteredV2:
         spec = ClassificationSpec(**msgspec.structs.asdict(self.spec))
-        return ModelRegistered(origin=self.origin, model=self.model, spec=spec)
+        return ModelRegisteredV2(origin=self.origin, model=self.model, spec=spec)
 
 
 class ReleaseProposed(ReleaseDecision, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

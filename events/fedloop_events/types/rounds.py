@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -17,6 +17,7 @@ from fedloop_events.types.fields import (
     Line,
     Mechanism,
     NodeId,
+    PartHashes,
     Positive,
     Sha256,
 )
@@ -50,17 +51,44 @@ class RoundRequested(Payload, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.run_id
 
 
+class RoundRequestWithdrawn(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Whoever asked for rounds no longer wants those that have not been opened."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.request.withdrawn.v1"
+    audience = Audience.EVERYONE
+
+    run_id: Identifier
+    request_id: Identifier
+    reason: Line = ""
+
+    @property
+    def key(self) -> str:
+        return self.run_id
+
+
+class RoundAbortRequested(Payload, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The operator wants a round to end without a release: the server aborts it, unless a release is proposed by then."""
+
+    topic = topics.ROUNDS
+    type_name = "io.fedloop.round.abort.requested.v1"
+    audience = Audience.NOBODY
+
+    run_id: Identifier
+    round_id: Identifier
+    reason: Line = ""
+
+    @property
+    def key(self) -> str:
+        return self.run_id
+
+
 class Exclusion(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Why a client did not count: a stable code, and one sentence without any content."""
 
     client_id: Identifier
     reason: Identifier
     detail: Line = ""
-
-
-MAX_PARTS: Final = 512
-PartHashes = Annotated[list[Sha256], Meta(max_length=MAX_PARTS)]
-"""The events before this one that list what does not fit into it, by the SHA-256 of their data (`fedloop_events.parts`)."""
 
 
 class CohortListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -86,8 +114,8 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     round without differential privacy.
 
     The round ends when every instruction is settled, when `enough` updates are accepted (None: all of the cohort), `grace_s`
-    after the quorum is reached (None: no sooner for that), or after `deadline_s`. No update weighs more than `max_weight`. Up to
-    `max_staleness` further rounds later, an update is still taken into the round that is then open (FedBuff, Nguyen et al. 2022).
+    after the quorum is reached, or as long as that took if it took longer (None: no sooner for that), or after `deadline_s`. No
+    update weighs more than `max_weight`.
     """
 
     topic = topics.ROUNDS
@@ -115,7 +143,6 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     enough: Annotated[int, Meta(ge=1)] | None = None
     grace_s: Positive | None = None
     max_weight: Positive | None = None
-    max_staleness: Count = 0
 
     @property
     def named(self) -> Iterable[str]:
@@ -235,24 +262,20 @@ class UpdateRefused(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 class AcceptedUpdate(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One reply that counts: the event, the instruction it answers, its tensors, and its weight in the merge.
-
-    `round_id` is the round whose terms it ran under, where that is an earlier one than the round that takes it.
-    """
+    """One reply that counts: the event, the instruction it answers, its tensors, and its weight in the merge."""
 
     client_id: Identifier
     update_id: EventId
     instruction_id: EventId
     blob: BlobRef | None = None
     weight: Positive = 1.0
-    round_id: Identifier | None = None
 
 
 class RepliesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A part of a `StepCollected` that comes after it and names it: more of the replies that count, or of who was excluded."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.replies.listed.v2"
+    type_name = "io.fedloop.replies.listed.v1"
     audience = Audience.NAMED
 
     step: Count
@@ -265,30 +288,12 @@ class RepliesListed(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
         return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
 
 
-class RepliesListedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Before 2: every reply that counted was to an instruction of its own round."""
-
-    type_name = "io.fedloop.replies.listed.v1"
-    becomes = RepliesListed
-
-    origin: Identifier
-    epoch: Count
-    run_id: Identifier
-    step: Count
-    accepted: list[AcceptedUpdate] = []
-    excluded: list[Exclusion] = []
-    round_id: Identifier | None = None
-
-    def upcast(self) -> RepliesListed:
-        return RepliesListed(**{name: getattr(self, name) for name in self.__struct_fields__})
-
-
 class StepCollected(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Exactly the replies that count for one collecting step of a run, sorted by instruction, and who was excluded; what comes
     later is late. A round may have several."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.step.collected.v2"
+    type_name = "io.fedloop.step.collected.v1"
     audience = Audience.COHORT
 
     step: Count
@@ -306,46 +311,8 @@ class RoundClosed(StepCollected, frozen=True, forbid_unknown_fields=True, omit_d
     """The collecting step with which a round ends: what it accepted is what the round makes a release of."""
 
     topic = topics.ROUNDS
-    type_name = "io.fedloop.round.closed.v3"
-    audience = Audience.COHORT
-
-
-class StepCollectedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Before 2: every reply that counted was to an instruction of its own round."""
-
-    type_name = "io.fedloop.step.collected.v1"
-    becomes = StepCollected
-
-    origin: Identifier
-    epoch: Count
-    run_id: Identifier
-    step: Count
-    accepted: list[AcceptedUpdate]
-    excluded: list[Exclusion] = []
-    round_id: Identifier | None = None
-    parts: PartHashes = []
-
-    def upcast(self) -> StepCollected:
-        return StepCollected(**{name: getattr(self, name) for name in self.__struct_fields__})
-
-
-class RoundClosedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Before 3: every reply that counted was to an instruction of its own round."""
-
     type_name = "io.fedloop.round.closed.v2"
-    becomes = RoundClosed
-
-    origin: Identifier
-    epoch: Count
-    run_id: Identifier
-    step: Count
-    accepted: list[AcceptedUpdate]
-    excluded: list[Exclusion] = []
-    round_id: Identifier | None = None
-    parts: PartHashes = []
-
-    def upcast(self) -> RoundClosed:
-        return RoundClosed(**{name: getattr(self, name) for name in self.__struct_fields__})
+    audience = Audience.COHORT
 
 
 class RoundClosedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -14,7 +14,7 @@ import apsw
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogError, UsageError
 from fedloop_events.logs.sqlite import STREAM
-from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT
+from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT, free_bytes_if_full, keep_to_itself
 from fedloop_events.verify.checks import LogCheck
 from fedloop_events.verify.sequences import At
 
@@ -61,16 +61,34 @@ def _row(row: tuple[Any, ...], end: int, check: LogCheck) -> None:
 
 def _open(path: Path) -> apsw.Connection:
     try:
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        connection.set_busy_timeout(10_000)
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "query_only=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        found = connection.execute("PRAGMA application_id").get, connection.execute("PRAGMA user_version").get
+        try:
+            connection, found = _opened(path)
+        except apsw.Error:
+            if free_bytes_if_full(path) is None:
+                raise
+            connection, found = _opened(path, shared=False)
     except apsw.Error as error:
         raise LogError(f"the log {path} cannot be opened", cause=str(error)) from None
     if found[0] != APPLICATION_ID or not 1 <= found[1] <= FORMAT:
         raise LogError(f"{path} is no Fedloop log of a format up to {FORMAT}")
     return connection
+
+
+def _opened(path: Path, *, shared: bool = True) -> tuple[apsw.Connection, tuple[Any, Any]]:
+    """A connection, and what the file says that it is and of which format. One that is not `shared` writes nothing either, but it
+    locks, for which SQLite wants a file that it could write to."""
+    flags = apsw.SQLITE_OPEN_READONLY if shared else apsw.SQLITE_OPEN_READWRITE
+    connection = apsw.Connection(str(path), flags=flags)
+    try:
+        connection.set_busy_timeout(10_000)
+        if not shared:
+            keep_to_itself(connection)
+        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "query_only=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection, (connection.execute("PRAGMA application_id").get, connection.execute("PRAGMA user_version").get)
+    except BaseException:
+        connection.close(force=True)
+        raise
 
 
 def _check_schema(connection: apsw.Connection, check: LogCheck) -> None:

@@ -95,7 +95,7 @@ def noise_multiplier_for(
         return epsilon([*spent, mechanism], delta)
 
     within = target_epsilon * (1 - _MARGIN)
-    most = _MOST_NOISE if sampling_rate < 1 else _MOST_NOISE**3
+    most = most_noise(sampling_rate)
     high = 1.0
     while cost(high) > within:
         if high >= most:
@@ -112,6 +112,11 @@ def noise_multiplier_for(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if cost(middle) <= within else (middle, high)
     return high
+
+
+def most_noise(sampling_rate: float) -> float:
+    """The largest noise multiplier that `noise_multiplier_for` tries: more would not lower the bound, or say anything useful."""
+    return _MOST_NOISE if sampling_rate < 1 else _MOST_NOISE**3
 
 
 def _checked(delta: float) -> float:

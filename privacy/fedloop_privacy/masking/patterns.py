@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Final
 
 import regex
 
@@ -151,6 +152,11 @@ NUMBERS = (
     Pattern("UK_NINO", 0.7, DIGIT, r"(?i)(?<!\w)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z](?:\ ?\d){6}\ ?[A-D](?!\w)"),
 )  # fmt: skip
 
+_HEXADECIMAL = regex.compile(r"(?<!\w)0[xX][0-9A-Fa-f]{1,8}(?!\w)")
+"""A literal of 32 bits, such as an error code. Longer ones may be somebody's wallet, or hide a card's number."""
+_UNINTRODUCED: Final = {"ACCOUNT_NUMBER": 0.35, "REFERENCE": 0.4}
+"""The scores of what is found by its digits alone, with no word beside it that says what it is."""
+
 _NAMEWORD = r"(?:[A-Z][\w'.-]{0,30}+)"
 _STREET_WORD = r"""
     (?:(?:Alley|Arcade|Avenue|Bayou|Beach|Bluff|Bottom|Boulevard|Branch|Bridge|Brook|Burg|Bypass|Camp|Canyon|Cape|Causeway
@@ -262,7 +268,16 @@ def find(text: str, until: float) -> list[Span]:
         present.add(DOT)
     if _SPELLED_AT.search(text):
         present.add(SPELLED_AT)
-    return [_checked(text, span) for pattern in ALL if pattern.needs in present for span in pattern.spans(text, until)]
+    found = [_checked(text, span) for pattern in ALL if pattern.needs in present for span in pattern.spans(text, until)]
+    literals = [match.span() for match in _HEXADECIMAL.finditer(text)] if DIGIT in present else []
+    return [span for span in found if not (literals and _is_literal(span, literals))]
+
+
+def _is_literal(span: Span, literals: list[tuple[int, int]]) -> bool:
+    """Whether it is part of one, and nothing says that it is more than that."""
+    if span.score > _UNINTRODUCED.get(span.type, 0.0):
+        return False
+    return any(start <= span.start and span.end <= end for start, end in literals)
 
 
 def _checked(text: str, span: Span) -> Span:

@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 Arrays = Mapping[str, NDArray[Any]]
 LedgerCheck = Callable[[str, int, Mechanism, str], str | None]
 """(client, spend_seq, mechanism, instruction) -> why the ledger does not pay for it, as a stable code; None if it does."""
+HeartbeatCheck = Callable[[str], int]
+"""client -> how many examples its last heartbeat reports at least."""
 MAX_EXAMPLES: Final = 2**40
+"""Of a reply outside a round, whose weight only the strategy of that run can judge: its app counts what it likes."""
+_GROWTH: Final = 4
+"""A heartbeat reports a power of two, up to twice which is meant; and a device may have doubled its examples since."""
 _BLOCK: Final = 1 << 16
 
 
@@ -55,6 +60,7 @@ class ExpectedReply(Struct, frozen=True):
 class Admission:
     """Checks replies. `weight_key` names the metric that strategies weigh by.
 
+    With `examples_at_least`, an update of a round without a mechanism weighs no more than its client's heartbeats make plausible.
     `refuse_unchanged` refuses an update that equals its base: Flower's DP wrappers divide by its norm.
     """
 
@@ -62,10 +68,12 @@ class Admission:
         self,
         *,
         ledger_check: LedgerCheck | None = None,
+        examples_at_least: HeartbeatCheck | None = None,
         weight_key: str = "num-examples",
         refuse_unchanged: bool = False,
     ) -> None:
-        self._ledger_check, self.weight_key, self.refuse_unchanged = ledger_check, weight_key, refuse_unchanged
+        self._ledger_check, self._examples_at_least = ledger_check, examples_at_least
+        self.weight_key, self.refuse_unchanged = weight_key, refuse_unchanged
 
     def check(
         self, update: UpdateSubmitted, sent: InstructionSent, terms: ExpectedReply, reader: TensorReader
@@ -79,11 +87,13 @@ class Admission:
         )
 
     def weight(self, update: UpdateSubmitted, opened: RoundOpened | None) -> float:
-        """An accepted update's weight in the merge: equal under DP, where example counts are private too."""
+        """An accepted update's weight in the merge: equal under DP, where example counts are private too; else as the client
+        counts, and at most the round's `max_weight`."""
         if opened is not None and opened.mechanism is not None:
             return 1.0
         weights = [metrics[self.weight_key] for metrics in update.content.metrics.values() if self.weight_key in metrics]
-        return float(weights[0]) if weights and not isinstance(weights[0], list) else 1.0
+        weight = float(weights[0]) if weights and not isinstance(weights[0], list) else 1.0
+        return weight if opened is None or opened.max_weight is None else min(weight, opened.max_weight)
 
     def _round(self, update: UpdateSubmitted, opened: RoundOpened | None) -> UpdateRefusal | None:
         if update.round_id != (opened and opened.round_id):
@@ -113,6 +123,10 @@ class Admission:
                 return UpdateRefusal("wrong-weight", f"{self.weight_key} must be one number above 0 and at most {MAX_EXAMPLES:,}")
             if opened is not None and opened.mechanism is not None and weight != 1:
                 return UpdateRefusal("wrong-weight", f"under differential privacy {self.weight_key} must be 1")
+            if opened is None or self._examples_at_least is None:
+                continue
+            if weight > (most := _GROWTH * max(self._examples_at_least(update.client_id), 1)):
+                return UpdateRefusal("implausible-weight", f"by the client's heartbeat {self.weight_key} is at most {most:,}")
         return None
 
     def _arrays(self, update: UpdateSubmitted, terms: ExpectedReply, reader: TensorReader) -> UpdateRefusal | None:

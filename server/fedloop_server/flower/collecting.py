@@ -26,6 +26,13 @@ from fedloop_server.flower.admission import (
 )
 from fedloop_server.flower.steps import Decision, Reply, RunSteps
 
+SILENT: Final = "silent"
+"""Who did not answer until the deadline."""
+SLOW: Final = "slow"
+"""Who did not answer while the round went on after its quorum."""
+NOT_NEEDED: Final = "not-needed"
+"""Who had not answered when the round had enough."""
+
 
 class Collection:
     """The replies to `sent` (by instruction), judged as `steps` learns of them.
@@ -68,11 +75,30 @@ class Collection:
         for decision, sent in self._open():
             self._judge(decision.id, sent, decision)
 
-    def close(self, *, final: bool) -> tuple[list[AcceptedUpdate], list[Exclusion]]:
-        """What counts, sorted by step, and what does not. `final` settles what is still open, as silent or refused."""
+    @property
+    def enough(self) -> bool:
+        """Whether the round needs no more."""
+        return self._opened is not None and self._opened.enough is not None and len(self._accepted) >= self._opened.enough
+
+    @property
+    def grace(self) -> tuple[float, int] | None:
+        """Seconds for which the round goes on after its quorum had answered, and when that was, by the log's clock. None if it
+        has not, or the round has no such term.
+
+        It is the round's `grace_s`, or as long as the quorum took, if it took longer: where the fast ones are slow, the others
+        are waited for longer.
+        """
+        opened = self._opened
+        if opened is None or opened.grace_s is None or len(self._accepted) < opened.quorum:
+            return None
+        reached_ms = sorted(each.appended_ms for each in self._accepted.values())[opened.quorum - 1]
+        return max(opened.grace_s, (reached_ms - self.sent_ms) / 1000), reached_ms
+
+    def close(self, *, final: bool, missing: str = SILENT) -> tuple[list[AcceptedUpdate], list[Exclusion]]:
+        """What counts, sorted by step, and what does not. `final` settles what is still open: as `missing`, or as refused."""
         if final:
             for decision, sent in self._open():
-                self._give_up(decision.id, sent.client_id)
+                self._give_up(decision.id, sent.client_id, missing)
         if self._opened is None:
             self._drop_inconsistent()
         self._note_duplicates()
@@ -147,11 +173,12 @@ class Collection:
             self._base_arrays = self._reader.tensors(opened.base)
         return self._base_arrays
 
-    def _give_up(self, instruction_id: str, client_id: str) -> None:
-        if answers := self._answers(instruction_id, client_id):
+    def _give_up(self, instruction_id: str, client_id: str, missing: str) -> None:
+        answers = self._answers(instruction_id, client_id)
+        if answers and missing == SILENT:
             self._refuse_answer(instruction_id, answers[0], BLOB_ABSENT)
         else:
-            self._exclude(instruction_id, client_id, "silent")
+            self._exclude(instruction_id, client_id, missing)
 
     def _answers(self, instruction_id: str, client_id: str) -> list[Reply]:
         return [each for each in self._steps.replies.get(instruction_id, []) if each.payload.client_id == client_id]

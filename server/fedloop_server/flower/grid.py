@@ -14,6 +14,7 @@ twice, and goes on with the first one that is not.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedloop_server.flower.admission import Admission
-from fedloop_server.flower.collecting import Collection
+from fedloop_server.flower.collecting import NOT_NEEDED, SILENT, SLOW, Collection
 from fedloop_server.flower.journal import Journal, ReplayError
 from fedloop_server.flower.steps import Decision, ReadsRun, RunReader
 
@@ -136,7 +137,8 @@ class LogGrid(Grid):
     # --- more than Flower's interface --------------------------------------------------------------------------------
 
     def close_round(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """`send_and_receive`, as the last step of the round: with what it collects the round is closed."""
+        """`send_and_receive`, as the last step of the round: with what it collects the round is closed. It ends before
+        `timeout` where the round's terms say so: with enough updates, or a grace after its quorum."""
         return self._collect(self.push_messages(messages), timeout_s=timeout, final=True, kind=RoundClosed)
 
     def record(self, compute: Callable[[], RecordDict]) -> RecordDict:
@@ -208,30 +210,37 @@ class LogGrid(Grid):
         collection = Collection(self._journal.steps, sent, self._round, self._admission, reader, known_specs)
         collected = self._journal.replayed(step, kind)
         if collected is None:
-            self._gather(collection, timeout_s)
-            accepted, excluded = collection.close(final=final)
+            missing = self._gather(collection, timeout_s, early=kind is RoundClosed)
+            accepted, excluded = collection.close(final=final, missing=missing)
             self._journal.refuse(collection.take_refusals())
             collected = self._journal.decide(kind(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
         self.collected = collected
         self._seed(step, secret_noise=True)
         return self._replies(collection, collected, reader)
 
-    def _gather(self, collection: Collection, timeout_s: float | None) -> None:
-        """Read and judge replies until every instruction is settled or the time is over."""
-        deadline = None
-        if timeout_s is not None:
-            # By the log's clock: what passed while this server was away has passed.
-            passed_s = (self._journal.steps.now_ms - collection.sent_ms) / 1000
-            deadline = time.monotonic() + min(max(timeout_s - passed_s, 0.0), timeout_s)
+    def _gather(self, collection: Collection, timeout_s: float | None, *, early: bool) -> str:
+        """Read and judge replies until every instruction is settled or the time is over; `early`, until the round's terms let it
+        end. Why those count as missing who have not answered by then."""
+        deadline = math.inf if timeout_s is None else self._deadline(timeout_s, collection.sent_ms)
+        grace_ends = math.inf
         wait_s = 0.0
         while True:
             self._journal.catch_up(wait_s)
             collection.judge()
             self._journal.refuse(collection.take_refusals())
-            left_s = 1.0 if deadline is None else deadline - time.monotonic()
+            if early and grace_ends == math.inf and (grace := collection.grace) is not None:
+                grace_ends = self._deadline(*grace)
+            left_s = min(deadline, grace_ends) - time.monotonic()
+            if early and collection.enough:
+                return NOT_NEEDED
             if collection.complete or left_s <= 0:
-                return
+                return SLOW if grace_ends < deadline else SILENT
             wait_s = min(left_s, 0.05 if collection.waits_for_blobs else 1.0)
+
+    def _deadline(self, seconds: float, since_ms: int) -> float:
+        """When so many seconds are over since `since_ms` of the log's clock: what passed while no server ran has passed."""
+        passed_s = (self._journal.steps.now_ms - since_ms) / 1000
+        return time.monotonic() + min(max(seconds - passed_s, 0.0), seconds)
 
     def _replies(self, collection: Collection, collected: StepCollected, reader: TensorReader) -> list[Message]:
         accepted = {each.instruction_id: each for each in collected.accepted}

@@ -37,9 +37,10 @@ class Decision(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True):
-    """What a client answered; `id` is the event's."""
+    """What a client answered; `id` is the event's, `appended_ms` when the log took it."""
 
     id: str
+    appended_ms: int
     payload: UpdateSubmitted | RoundDeclined
 
 
@@ -56,7 +57,7 @@ class RunSteps:
         self.epoch = 0
         self.server_id = ""
         self.now_ms = 0
-        """The log's own clock, as of the last event read."""
+        """The log's own clock, as of the last event read that a server has signed: clients' clocks may be wrong."""
         self.decisions: dict[int, Decision] = {}
         self.replies: dict[str, list[Reply]] = {}
         """By instruction, in the order of the log."""
@@ -65,8 +66,8 @@ class RunSteps:
         self._sent: set[str] = set()
 
     def apply(self, record: Record, payload: Payload) -> None:
-        self.now_ms = max(self.now_ms, record.appended_ms)
         if isinstance(payload, ServerEvent):
+            self.now_ms = record.appended_ms
             if payload.run_id == self.run_id:
                 self._decided(record, payload)
         elif isinstance(payload, UpdateSubmitted | RoundDeclined) and payload.run_id == self.run_id:
@@ -91,7 +92,7 @@ class RunSteps:
         replies = self.replies.setdefault(payload.instruction_id, [])
         same_client = [each for each in replies if each.payload.client_id == payload.client_id]
         if len(same_client) < MAX_REPLIES_EACH and all(each.id != record.id for each in same_client):
-            replies.append(Reply(record.id, payload))
+            replies.append(Reply(record.id, record.appended_ms, payload))
 
 
 class ReadsRun(Protocol):

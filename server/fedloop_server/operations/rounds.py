@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from fedloop_events import ids, types
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import FedloopError, UnreachableError, UsageError
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion
@@ -15,11 +15,14 @@ from fedloop_events.writer import EventWriter
 from fedloop_tasks.table import kind_of
 from msgspec import Struct
 
-from fedloop_server.operations import commands
+from fedloop_server.config import ServerConfig
+from fedloop_server.operations import awaiting, commands
+from fedloop_server.operations.awaiting import Awaited
 from fedloop_server.operations.followed import Followed
 
 OVER: Final = frozenset({"aborted", "published", "rejected"})
 """States of a round in which nothing more happens."""
+OnWait = Callable[[Awaited], None]
 _WAIT_S: Final = 1.0
 """At a time, so that a deadline is kept."""
 
@@ -79,6 +82,8 @@ class RoundDetail(Struct, frozen=True):
     hyperparameters: dict[str, float]
     quorum: int | None
     deadline_s: float | None
+    enough: int | None
+    grace_s: float | None
     declined: dict[str, str]
     """Reason by client."""
     refused: list[RefusedUpdate]
@@ -130,6 +135,8 @@ def detail(state: RoundState) -> RoundDetail:
         opened.hyperparameters if opened is not None else {},
         opened.quorum if opened is not None else None,
         opened.deadline_s if opened is not None else None,
+        opened.enough if opened is not None else None,
+        opened.grace_s if opened is not None else None,
         state.declined,
         [RefusedUpdate(each.client_id, each.update_id, each.reason) for each in state.refused.values()],
     )
@@ -140,10 +147,18 @@ def waiting(rounds: RoundsView) -> int:
     return sum(request.rounds - len(request.numbers) for request in list(rounds.requests.values()) if request.pending)
 
 
-def watch(followed: Followed, rounds: int = 0, timeout_s: float | None = None) -> Iterator[RoundSummary]:
+def watch(
+    followed: Followed,
+    rounds: int = 0,
+    timeout_s: float | None = None,
+    *,
+    config: ServerConfig | None = None,
+    on_wait: OnWait | None = None,
+) -> Iterator[RoundSummary]:
     """Each round that is not over, and again whenever something in it has changed, until `rounds` of them are over; 0: never.
 
-    Raises UnreachableError if they are not over in `timeout_s`.
+    `on_wait` is called each second or so with what is waited for, which `config` makes exact. Raises UnreachableError if they are
+    not over in `timeout_s`.
     """
     before = {each.round_id for each in summaries(followed) if each.over}
     known: dict[str, RoundSummary] = {}
@@ -155,13 +170,20 @@ def watch(followed: Followed, rounds: int = 0, timeout_s: float | None = None) -
                 yield each
         if rounds and sum(each.over for each in known.values()) >= rounds:
             return
-        _wait(followed, deadline)
+        _wait(followed, deadline, config, on_wait)
 
 
-def until_ended(followed: Followed, request_id: str, timeout_s: float | None = None) -> list[RoundSummary]:
+def until_ended(
+    followed: Followed,
+    request_id: str,
+    timeout_s: float | None = None,
+    *,
+    config: ServerConfig | None = None,
+    on_wait: OnWait | None = None,
+) -> list[RoundSummary]:
     """Wait until nothing more comes of a request; its rounds, which are fewer than requested if the server gave it up.
 
-    Raises UnreachableError if that takes longer than `timeout_s`.
+    `on_wait` is called as by `watch`. Raises UnreachableError, which says what was waited for, after `timeout_s`.
     """
     deadline = _deadline(timeout_s)
     while True:
@@ -169,7 +191,7 @@ def until_ended(followed: Followed, request_id: str, timeout_s: float | None = N
         found = [] if request is None else [each for each in summaries(followed) if each.number in request.numbers]
         if request is not None and not request.pending and all(each.over for each in found):
             return found
-        _wait(followed, deadline)
+        _wait(followed, deadline, config, on_wait)
 
 
 def request(writer: EventWriter, rounds: int, reason: str) -> str:
@@ -185,11 +207,59 @@ def request(writer: EventWriter, rounds: int, reason: str) -> str:
     return requested.request_id
 
 
+def withdraw(writer: EventWriter, request_id: str, reason: str) -> int:
+    """Take a request back: the rounds of it that have not been opened are not opened any more; how many those are. A round that
+    is open goes on.
+
+    Raises `UsageError` if there is no such request, `FedloopError` if nothing more was to come of it.
+    """
+    reason = commands.check_reason(reason)
+    rounds = Followed(writer.log).rounds
+    request = rounds.requests.get(request_id)
+    if request is None:
+        pending = ", ".join(each.request_id for each in rounds.requests.values() if each.pending)
+        raise UsageError(f"there is no request {request_id!r}", hint=f"pending are {pending}" if pending else "none is pending")
+    if not request.pending:
+        why = (
+            "it is withdrawn" if request.withdrawn else "the server gave it up" if request.given_up else "its rounds were opened"
+        )
+        raise FedloopError(f"nothing more is to come of request {request_id}: {why}")
+    origin = commands.identities(writer).origin
+    writer.append(types.RoundRequestWithdrawn(origin, types.DEFAULT_RUN, request_id, reason))
+    return request.rounds - len(request.numbers)
+
+
+def abort(writer: EventWriter, round_id: str, reason: str) -> None:
+    """Ask the server to end a round without a release, also while it collects; one that does not run does it when it starts.
+    Asked for again, it changes nothing.
+
+    Raises `UsageError` if there is no such round, `FedloopError` if it is over, or its release is proposed.
+    """
+    reason = commands.check_reason(reason)
+    followed = Followed(writer.log)
+    state = find(followed.rounds, round_id)
+    release = followed.releases.by_round.get(round_id)
+    if state.aborted is not None:
+        raise FedloopError(f"{round_id} is over: it was aborted ({state.aborted.reason})")
+    if release is not None:
+        status = followed.releases.releases[release].status
+        hint = "`fedloop release rollback` takes it back" if status == "published" else ""
+        raise FedloopError(f"{round_id} cannot be aborted any more: its release {release} is {status}", hint=hint)
+    if state.abort_requested is None:
+        origin = commands.identities(writer).origin
+        writer.append(types.RoundAbortRequested(origin, types.DEFAULT_RUN, round_id, reason))
+
+
 def _deadline(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else time.monotonic() + timeout_s
 
 
-def _wait(followed: Followed, deadline: float | None) -> None:
-    if deadline is not None and time.monotonic() > deadline:
-        raise UnreachableError("the rounds have not ended in time", hint="is `fedloop server run` running?")
-    followed.wait(_WAIT_S)
+def _wait(followed: Followed, deadline: float | None, config: ServerConfig | None, on_wait: OnWait | None) -> None:
+    left_s = _WAIT_S if deadline is None else deadline - time.monotonic()
+    if on_wait is not None or left_s < 0:
+        awaited = awaiting.now(followed, config)
+        if left_s < 0:
+            raise UnreachableError("the rounds have not ended in time", cause=awaited.line, hint=awaited.hint)
+        if on_wait is not None:
+            on_wait(awaited)
+    followed.wait(min(_WAIT_S, left_s))

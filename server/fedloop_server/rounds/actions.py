@@ -12,6 +12,8 @@ from fedloop_events.folds.rounds import RoundState
 from fedloop_tasks.task import Task, Verdict
 from msgspec import Struct
 
+from fedloop_server import schedules
+from fedloop_server.config import NONE
 from fedloop_server.operations import registry
 from fedloop_server.rounds import scheduler
 from fedloop_server.rounds.planner import Planner
@@ -68,19 +70,37 @@ class OpenRound(Struct, frozen=True):
     eligibility: Eligibility
 
 
+class RequestRound(Struct, frozen=True):
+    """A time of the schedule has come."""
+
+    request_id: str
+    reason: str
+
+
 class Wait(Struct, frozen=True):
     """Nothing to do until something new is in the log, or time has passed."""
 
     reason: str
+    excluded: list[types.Exclusion] = []
+    """Who cannot take part now, if it is for too few clients."""
 
 
 Action = (
-    StartEpoch | RefuseLate | EvaluateRelease | DecideRelease | CollectUpdates | ProposeRelease | AbortRound | OpenRound | Wait
+    StartEpoch
+    | RefuseLate
+    | EvaluateRelease
+    | DecideRelease
+    | CollectUpdates
+    | ProposeRelease
+    | AbortRound
+    | RequestRound
+    | OpenRound
+    | Wait
 )
 
 
-def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int, now_ms: int) -> Action:
-    """What a server of `epoch` (0: it has none yet) does next; `now_ms` is the log's own clock."""
+def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int, now_ms: int, wall_s: float) -> Action:
+    """What a server of `epoch` (0: it has none yet) does next; `now_ms` is the log's own clock, `wall_s` the one on the wall."""
     if epoch == 0:
         return StartEpoch()
     rounds, releases = state.rounds, state.releases
@@ -93,10 +113,15 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:
+        if opened.abort_requested is not None:
+            return _abort(opened.round_id, opened.abort_requested)
         return CollectUpdates(opened.round_id)
     if current.evaluation is None:
         return EvaluateRelease(current.release)
-    return _open(state, planner, model, now_ms)
+    config = planner.config
+    if config.schedule != NONE and (due := schedules.due(rounds, config.schedule, config.time_zone, wall_s)) is not None:
+        return RequestRound(due.request_id, due.reason)
+    return _open(state, planner, model, now_ms, wall_s)
 
 
 def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: float) -> Action:
@@ -113,6 +138,8 @@ def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: f
 def _finish(closed: RoundState, current: ReleaseState) -> Action:
     opened, accepted = closed.opened, len(closed.participants)
     assert opened is not None
+    if closed.abort_requested is not None:
+        return _abort(closed.round_id, closed.abort_requested)
     if accepted < opened.quorum:
         detail = f"{accepted} of {len(opened.cohort)} updates were accepted, and the quorum is {opened.quorum}"
         return AbortRound(closed.round_id, "quorum", detail)
@@ -121,10 +148,19 @@ def _finish(closed: RoundState, current: ReleaseState) -> Action:
     return ProposeRelease(closed.round_id)
 
 
-def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Action:
+def _abort(round_id: str, requested: types.RoundAbortRequested) -> AbortRound:
+    return AbortRound(round_id, "operator", requested.reason)
+
+
+def _open(state: ServerState, planner: Planner, model: str, now_ms: int, wall_s: float) -> Action:
     request = state.rounds.pending
     if request is None:
         return Wait("no round is requested")
+    hours, wait_s = planner.config.hours, planner.config.quorum_wait_s
+    if hours is not None and not hours.contain(wall_s):
+        return Wait(
+            f"rounds open in the hours {planner.config.windows}, next at {hours.next_start(wall_s).isoformat(' ', 'minutes')}"
+        )
     number = state.rounds.next_number
     program = planner.next_program(state.rounds, state.releases)
     if program is None:
@@ -139,10 +175,13 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int) -> Acti
     if len(found.clients) >= config.quorum:
         return OpenRound(request.request_id, number, program, found)
     last = state.rounds.last
-    since_ms = max(request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0)
+    wait_ms = wait_s * 1000
+    begun = request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0
+    since_ms = max(each for each in (0, *begun) if each <= now_ms + wait_ms)  # a later one is by a clock that is wrong
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
-    if now_ms - since_ms < config.quorum_wait_s * 1000:
-        return Wait(detail)
+    # A request that has waited for the hours of rounds waits for clients from their beginning.
+    if now_ms - since_ms < wait_ms or (hours is not None and hours.opened_within(wait_s, wall_s)):
+        return Wait(detail, found.excluded)
     return AbortRound(round_id(number), "quorum", detail, found.excluded)
 
 

@@ -23,6 +23,7 @@ from fedloop_server.state import ServerState
 
 Decides = (
     actions.RefuseLate
+    | actions.RequestRound
     | actions.OpenRound
     | actions.AbortRound
     | actions.ProposeRelease
@@ -70,6 +71,8 @@ class Drafting:
         match action:
             case actions.RefuseLate():
                 return self._refused(action)
+            case actions.RequestRound():
+                return self._requested(action)
             case actions.OpenRound():
                 return self._opened(action)
             case actions.AbortRound():
@@ -92,6 +95,12 @@ class Drafting:
         )
         return self._of_run(refused, action.round_id, action.update_id, "refused")
 
+    def _requested(self, action: actions.RequestRound) -> Draft:
+        """The one event for this scheduled time, whichever server appends it."""
+        origin, run_id = self._state.people.origin, self._state.rounds.run_id
+        requested = types.RoundRequested(origin=origin, run_id=run_id, request_id=action.request_id, reason=action.reason)
+        return Draft(requested, (origin, run_id, action.request_id, "requested"))
+
     def _aborted(self, action: actions.AbortRound) -> Draft:
         excluded = scheduler.bounded(action.excluded, scheduler.MAX_ABORT_BYTES)
         aborted = types.RoundAborted(
@@ -103,8 +112,10 @@ class Drafting:
         """Draw the cohort, once: the event that records it decides."""
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
-        drawn = scheduler.draw(action.eligibility, config.cohort_size, self._source)
+        past = scheduler.past(self._state.rounds, len(action.eligibility.clients), config.asked, config.unasked_rounds)
+        drawn = scheduler.draw(action.eligibility, config.asked, self._source, past)
         terms = self._planner.terms(action.program)
+        cohort = [self._state.people.clients[client_id] for client_id in drawn.clients]
         opened = types.RoundOpened(
             **self._run(),
             round_id=actions.round_id(action.number),
@@ -123,6 +134,9 @@ class Drafting:
             mechanism=terms.mechanism,
             hyperparameters=terms.hyperparameters,
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
+            max_weight=scheduler.weight_bound(cohort) if terms.mechanism is None else None,
+            enough=config.cohort_size if len(drawn.clients) > config.cohort_size else None,
+            grace_s=config.grace_s if config.grace_s < config.deadline_s else None,
         )
         return self._of_run(opened, "round", action.number)
 

@@ -32,6 +32,8 @@ from fedloop_server.flower.admission import Admission
 from fedloop_server.flower.grid import LogGrid
 from fedloop_server.flower.instructing import instructions
 from fedloop_server.flower.steps import RunSteps
+from fedloop_server.operations import awaiting
+from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.actions import Action
 from fedloop_server.rounds.drafting import Decides, Drafting
@@ -48,6 +50,10 @@ class StoppedError(Exception):
     """The server was told to stop while a round waited; the round goes on when a server is started again."""
 
 
+class _AbortedError(Exception):
+    """The operator wants the round that is being collected to be aborted."""
+
+
 class _RunInHand(NamedTuple):
     """The run for the grid of one round: `steps` is fed by the server's own reader, which `read` reads on."""
 
@@ -59,9 +65,12 @@ class _RunInHand(NamedTuple):
 class Server:
     """One server process of a deployment.
 
-    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, for a live view. `plan`
-    is a file in which the planner keeps what takes seconds to find, `snapshots` a folder for the states of the folds: both save
-    time and nothing else. `source` decides who takes part.
+    `evaluate` is called with the tensors of a release, `on_event` with each event as it is read, `on_wait` each second or so with
+    what is waited for: for a live view. `plan` is a file in which the planner keeps what takes seconds to find, `snapshots` a
+    folder for the states of the folds: both save time, and know the log again. `source` decides who takes part; `wall` is the
+    clock on the wall, for schedules and hours alone.
+
+    Raises `LogChangedError` if the log has lost events that this server has read, unless told to `accept_loss`.
     """
 
     def __init__(
@@ -73,11 +82,14 @@ class Server:
         *,
         evaluate: Evaluate,
         on_event: OnEvent | None = None,
+        on_wait: OnWait | None = None,
         plan: Path | None = None,
         snapshots: Path | None = None,
         model: str = DEFAULT_MODEL,
         run_id: str = types.DEFAULT_RUN,
         source: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
+        accept_loss: bool = False,
     ) -> None:
         self.config, self.model, self.run_id = config, model, run_id
         self.server_id = f"{os.getpid()}.{secrets.token_hex(8)}"
@@ -85,11 +97,13 @@ class Server:
         self.planner = Planner(config, cache=plan)
         self._log, self._blobs, self._writer, self._evaluate = log, blobs, writer, evaluate
         kept = [Snapshots(snapshots / name) if snapshots else None for name in (IDENTITIES_FILE, STATE_FILE)]
-        self._people = Reader(log, Identities(), snapshots=kept[0])
+        self._people = Reader(log, Identities(), snapshots=kept[0], accept_loss=accept_loss)
         people = self._people.fold
-        self._events = Reader(log, ServerState(run_id, people, on_event), identities=self._people, snapshots=kept[1])
+        state = ServerState(run_id, people, on_event)
+        self._events = Reader(log, state, identities=self._people, snapshots=kept[1], accept_loss=accept_loss)
         self.state = self._events.fold
-        self._source = source or random.SystemRandom()
+        self._on_wait = on_wait
+        self._source, self._wall = source or random.SystemRandom(), wall
         self._clock = (0, 0.0)
         self._stop = threading.Event()
 
@@ -133,6 +147,7 @@ class Server:
         action = self._next()
         match action:
             case actions.Wait():
+                self._show_awaited(action.excluded)
                 self._log.read(after=seen, limit=1, wait_s=wait_s)
             case actions.StartEpoch():
                 self._start()
@@ -146,7 +161,9 @@ class Server:
 
     def _next(self) -> Action:
         self._read()
-        return actions.next_action(self.state, self.planner, model=self.model, epoch=self.epoch, now_ms=self._now_ms())
+        return actions.next_action(
+            self.state, self.planner, model=self.model, epoch=self.epoch, now_ms=self._now_ms(), wall_s=self._wall()
+        )
 
     def _read(self, wait_s: float = 0.0) -> None:
         self._people.catch_up()
@@ -162,6 +179,17 @@ class Server:
         if self._stop.is_set():
             raise StoppedError
         self._read(wait_s)
+        collected = self.state.rounds.open_round
+        if collected is not None and collected.abort_requested is not None:
+            raise _AbortedError
+        self._show_awaited([])
+
+    def _show_awaited(self, excluded: list[types.Exclusion]) -> None:
+        if self._on_wait is None:
+            return
+        state, reasons = self.state, {each.client_id: each.reason for each in excluded}
+        now_ms, clients = self._now_ms(), state.people.clients
+        self._on_wait(awaiting.awaited(state.rounds, state.releases, clients, self.config, now_ms=now_ms, excluded=reasons))
 
     def _now_ms(self) -> int:
         """The log's own clock: what it showed when the server last decided, and what has passed on this machine since."""
@@ -202,7 +230,7 @@ class Server:
         )
 
     def _collect(self, round_id: str) -> None:
-        """Run the round on Flower: instructions out, answers in, until all have come or the deadline is over."""
+        """Run the round on Flower: instructions out, answers in, until the round's terms or the operator end it."""
         opened = self.state.rounds.rounds[round_id].opened
         assert opened is not None
         steps = RunSteps(self.run_id, round_id)
@@ -217,10 +245,12 @@ class Server:
                 run_id=self.run_id,
                 epoch=self.epoch,
                 round=opened,
-                admission=Admission(ledger_check=self._ledger_check),
+                admission=Admission(ledger_check=self._ledger_check, examples_at_least=self._examples_at_least),
                 reads=_RunInHand(self.state.people, steps, self._read_unless_stopped),
             )
             grid.close_round(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
+        except _AbortedError:
+            pass  # What is next is to abort it.
         finally:
             self.state.steps = None
 
@@ -228,3 +258,6 @@ class Server:
         client = self.state.people.clients[client_id]
         refusal = self.state.ledger.check_update(client_id, spend_seq, instruction_id, mechanism, client.epsilon, client.delta)
         return None if refusal is None else refusal.reason
+
+    def _examples_at_least(self, client_id: str) -> int:
+        return self.state.people.clients[client_id].examples_at_least

@@ -7,11 +7,15 @@ import logging
 from pathlib import Path
 
 import msgspec
-from fedloop_events import types
-from fedloop_events.files import write_whole
+from fedloop_events import envelope, types
+from fedloop_events.errors import InvalidEventError, UsageError
+from fedloop_events.files import write_private
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
-from fedloop_tasks.task import Terms
+from fedloop_events.parts import PART_BYTES
+from fedloop_events.types import DEFAULT_MODEL
+from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Arrays, Terms
 from msgspec import Struct
 
 from fedloop_server.config import ServerConfig
@@ -33,10 +37,59 @@ class Planner:
         self._kept: _Kept | None = None
 
     def terms(self, program: str) -> Terms:
-        """The terms of a round of this program. Raises `BudgetTooSmallError` if no noise keeps the configured budget."""
+        """The terms of a round of this program. Raises `UsageError` if no noise keeps the configured budget."""
         if self._kept is None:
             self._kept = self._load() or self._make()
         return self.config.plan.terms(program, self._kept.mechanisms.get(program))
+
+    def check(self, arrays: Arrays) -> None:
+        """Raises `UsageError` if a round of the plan, over a release of these tensors, could not be opened or answered."""
+        programs: list[str] = []
+        while (program := self.config.plan.next_program(programs)) is not None and program not in programs:
+            programs.append(program)
+            upload = program_of(program).upload(list(arrays))
+            self._check_opening(program, upload)
+            size_bytes = sum(arrays[name].nbytes for name in upload if name in arrays)
+            if size_bytes > self.config.max_upload_bytes:
+                raise UsageError(
+                    f"max_upload_bytes = {self.config.max_upload_bytes} is less than an update of this model",
+                    hint=f"an update has {size_bytes} bytes of tensors: allow for twice as much in server.toml",
+                )
+
+    def _check_opening(self, program: str, upload: list[str]) -> None:
+        """Of what stands in the event of a round, only its clients can stand in others (`parts`)."""
+        terms, blob = self.terms(program), types.BlobRef("0" * 64, 1)
+        opened = types.RoundOpened(
+            "x" * 80,
+            1,
+            "x" * 80,
+            "x" * 80,
+            "x" * 80,
+            number=1,
+            model=DEFAULT_MODEL,
+            base_release="x" * 80,
+            base=blob,
+            strategy=terms.program,
+            cohort=[],
+            quorum=self.config.quorum,
+            deadline_s=self.config.deadline_s,
+            upload=upload,
+            max_upload_bytes=self.config.max_upload_bytes,
+            max_update_norm=max(self.config.max_update_norm, terms.least_norm),
+            mechanism=terms.mechanism,
+            hyperparameters=terms.hyperparameters,
+        )
+        if len(msgspec.json.encode(opened)) > envelope.MAX_EVENT_BYTES - PART_BYTES:
+            raise UsageError(
+                f"no event can hold the terms of a round of {program}, which names {len(upload)} tensors",
+                hint="give the model fewer layers or targets that carry an adapter",
+            )
+        try:
+            envelope.expect(envelope.encode(opened, id="0" * 32, time_s=0), types.RoundOpened)
+        except InvalidEventError as error:
+            raise UsageError(
+                f"no event can hold the terms of a round of {program}", cause=str(error), hint="change what the cause names"
+            ) from None
 
     def next_program(self, rounds: RoundsView, releases: ReleasesView) -> str | None:
         """What the next round runs; None if the plan is used up.
@@ -52,6 +105,12 @@ class Planner:
         self._save(made)
         return made
 
+    def keep_in(self, cache: Path) -> None:
+        """Keep what was found so far in that file too."""
+        self._cache = cache
+        if self._kept is not None:
+            self._save(self._kept)
+
     def _key(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self.config.plan)).hexdigest()
 
@@ -66,6 +125,6 @@ class Planner:
         if self._cache is None:
             return
         try:
-            write_whole(self._cache, msgspec.json.encode(made))
+            write_private(self._cache, msgspec.json.encode(made))
         except OSError as error:
             _logger.warning("the plan cannot be kept in %s (%s): it is made again at the next start", self._cache, error.strerror)

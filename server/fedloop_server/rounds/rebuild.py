@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from fedloop_events import topics, types
+from fedloop_events import envelope, topics, types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Record
-from fedloop_events.errors import FedloopError, UsageError
+from fedloop_events.errors import BlobError, FedloopError, InvalidEventError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleaseState, ReleasesView
@@ -78,6 +78,49 @@ class _Updates:
             self.submitted.setdefault(record.id, payload)
 
 
+class _Releases:
+    """Fold: the releases of `model`, and what there is about later ones that does not count."""
+
+    topics = (topics.RELEASES,)
+
+    def __init__(self, model: str) -> None:
+        self.view, self._model = ReleasesView(), model
+        self._published: dict[str, Record] = {}
+        self._refused: list[tuple[str | None, Record, InvalidEventError]] = []
+        """With each the release that was in force then."""
+
+    def apply(self, record: Record, payload: types.Payload) -> None:
+        self.view.apply(record, payload)
+        if isinstance(payload, types.ReleasePublished) and payload.model == self._model:
+            self._published.setdefault(payload.release, record)
+
+    def refuse(self, record: Record, error: InvalidEventError) -> None:
+        self._refused.append((self._current(), record, error))
+
+    def in_force(self) -> str:
+        """The release in force. Raises `RebuildError` if the log has broken events of a later one, `UsageError` if there is none.
+
+        Broken events from before it was published, and those of a release that was decided all the same, change nothing.
+        """
+        for release, record in self._published.items():
+            if not self._is_decided(release):
+                raise _broken(release, record, "it publishes what the log does not propose")
+        candidate = self.view.candidate(self._model)
+        for then, record, error in self._refused:
+            named = _release_of(record)
+            if then == self._current() and not self._is_decided(named):
+                raise _broken(named or (None if candidate is None else candidate.release), record, error.message)
+        return registry.current(self.view, self._model).release
+
+    def _current(self) -> str | None:
+        found = self.view.current(self._model)
+        return None if found is None else found.release
+
+    def _is_decided(self, release: str | None) -> bool:
+        state = self.view.releases.get(release or "")
+        return state is not None and state.status != "proposed"
+
+
 def rebuild(
     log: EventLog,
     blobs: BlobStore,
@@ -90,24 +133,30 @@ def rebuild(
     """Make a release again (by default the one in force): from its base's blob, or with `deep` from release 0 on.
 
     Raises `UsageError` for an unknown release or one that no round made, `RebuildError` if the log does not hold an update that
-    counted as its client signed it, `BlobError` if a blob is gone or its bytes are wrong.
+    counted as its client signed it, if its events about a later release than the one in force are broken, or if the release's
+    stored file is; `BlobError` if another blob is gone or its bytes are wrong.
     """
     identities = Identities()
-    releases = Reader(log, ReleasesView(), identities=identities)
+    found = _Releases(model)
+    releases = Reader(log, found, identities=identities, on_refused=found.refuse)
     rounds = Reader(log, RoundsView(run_id), identities=identities)
     updates = Reader(log, _Updates(), identities=identities)
     for reader in (releases, rounds, updates):
         reader.catch_up()
-    name = registry.current(releases.fold, model).release if release is None else release
-    ancestors = registry.lineage(rounds.fold, releases.fold, name)
-    made = [releases.fold.releases[each.release] for each in ancestors if each.base_release is not None]
+    name = found.in_force() if release is None else registry.find(found.view, release).release
+    try:
+        ancestors = registry.lineage(rounds.fold, found.view, name)
+    except UsageError as error:
+        raise RebuildError(error.message, hint="fedloop log verify says what is broken") from None
+    made = [found.view.releases[each.release] for each in ancestors if each.base_release is not None]
     if not made:
         raise UsageError(f"release {name} was made by no round: there is nothing to rebuild")
     steps: list[RebuiltRelease] = []
     arrays: Mapping[str, Array] | None = None
     for state in reversed(made if deep else made[:1]):
-        step, arrays = _remake(state, arrays, blobs, rounds.fold, updates.fold.submitted, releases.fold)
+        step, arrays = _remake(state, arrays, blobs, rounds.fold, updates.fold.submitted, found.view)
         steps.append(step)
+    _check_stored(made[0], blobs)
     return Rebuilt(name, steps)
 
 
@@ -137,6 +186,35 @@ def _remake(
         digest.update(chunk)
     clients = [each.client_id for each in accepted]
     return RebuiltRelease(state.release, state.blob.sha256, digest.hexdigest(), clients), arrays
+
+
+def _release_of(record: Record) -> str | None:
+    """The release that an event names which counts for nothing."""
+    try:
+        return getattr(envelope.decode(record), "release", None)
+    except InvalidEventError:
+        return None
+
+
+def _broken(release: str | None, record: Record, why: str) -> RebuildError:
+    return RebuildError(
+        f"release {release} is broken in the log" if release else "a later release than the one in force is broken in the log",
+        cause=f"event {record.offset} of stream {record.stream!r}: {why}",
+        hint="fedloop log verify says what is broken; an older release is rebuilt if it is named",
+    )
+
+
+def _check_stored(state: ReleaseState, blobs: BlobStore) -> None:
+    """Raise `RebuildError` unless the store holds the very bytes that were published."""
+    try:
+        for _ in blobs.blocks(state.blob):
+            pass
+    except BlobError as error:
+        raise RebuildError(
+            f"the stored file of release {state.release} is damaged or gone",
+            cause=error.message,
+            hint="restore the blob from a copy",
+        ) from None
 
 
 def _check_submitted(accepted: types.AcceptedUpdate, update: types.UpdateSubmitted | None, opened: types.RoundOpened) -> None:

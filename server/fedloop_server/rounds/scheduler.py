@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
-from collections.abc import Callable, Iterable
-from typing import Final
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 import msgspec
 from fedloop_events.folds.identities import Client
+from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion, Mechanism
 from msgspec import Struct
 
@@ -17,6 +23,16 @@ MAX_OPENING_BYTES: Final = 1 << 20
 """Of the exclusions that a round's opening names: some ten thousand, in some dozens of events."""
 MAX_ABORT_BYTES: Final = 40 * 1024
 """Of those that an abort names, in one event."""
+
+_WEIGHT_ROOM: Final = 2
+"""A device may have twice as many examples as the median one before it weighs no more for them."""
+OUTCOMES: Final = 5
+LOOK_BACK: Final = 20
+"""Rounds after which what a client did no longer matters."""
+DECLINED: Final = 1
+NO_ANSWER: Final = 2
+PATIENCE_CYCLES: Final = 4
+"""How many times the rounds that ask everybody once may leave a client out: by even chance they do so with one in 50."""
 
 BudgetCheck = Callable[[Client, Mechanism], str | None]
 """Why a client cannot pay for a mechanism, as a stable code; None if it can."""
@@ -34,6 +50,9 @@ def eligible(
 ) -> Eligibility:
     """Split enrolled clients. `now_ms` is the log's own clock, by which they were last seen.
 
+    Who was last seen longer ago than `availability_s` is unavailable, and so is who will be seen in a future as far away: its
+    clock is wrong, and would keep it available for as long after it is gone.
+
     Reasons: "revoked", "unavailable", "too-few-examples", "wants-privacy" (a round without differential privacy is not for a
     client that has a budget), and what `budget` says.
     """
@@ -48,16 +67,77 @@ def eligible(
     return Eligibility(chosen, excluded)
 
 
-def draw(eligibility: Eligibility, size: int, source: random.Random) -> Eligibility:
-    """At most `size` of the eligible clients, each set as likely as any other; the others are excluded as "not-drawn".
+class Past(NamedTuple):
+    """What the last rounds say of the clients; one that is not named was in none of them.
 
+    `unasked` counts the rounds since a client was last asked (0: in the last one), among the `seen` that were looked at.
+    """
+
+    unasked: Mapping[str, int] = MappingProxyType({})
+    weights: Mapping[str, float] = MappingProxyType({})
+    patience: int = 1
+    seen: int = 0
+
+    def wait(self, client_id: str) -> int:
+        """Rounds for which a client that could not take part any earlier goes first; 0 if its turn is a matter of chance."""
+        unasked = self.unasked.get(client_id, self.seen)
+        return unasked if unasked >= self.patience else 0
+
+
+NO_PAST: Final = Past()
+
+
+def past(rounds: RoundsView, clients: int, size: int, unasked_rounds: int) -> Past:
+    """Look back as far as matters where cohorts of `size` are drawn from so many clients.
+
+    A weight is 1, and less the more of the last `OUTCOMES` that a client had in the last `LOOK_BACK` rounds were bad: then it
+    is back at 1, for the reasons for a decline pass. A decline costs a round little; silence, or an answer that does not
+    count, makes it wait.
+    """
+    cycle = -(-clients // size)
+    patience = max(unasked_rounds, PATIENCE_CYCLES * cycle)
+    unasked: dict[str, int] = {}
+    outcomes: dict[str, list[int]] = {}
+    opened = (each for each in reversed(rounds.rounds.values()) if each.opened is not None)
+    seen = 0
+    for ago, state in enumerate(islice(opened, max(LOOK_BACK, patience + cycle))):
+        seen += 1
+        counted = {update.client_id for each in state.collected for update in each.accepted}
+        for client_id in state.opened.cohort if state.opened else ():
+            unasked.setdefault(client_id, ago)
+            cost = _cost(state, client_id, counted)
+            if cost is not None and ago < LOOK_BACK and len(found := outcomes.setdefault(client_id, [])) < OUTCOMES:
+                found.append(cost)
+    weights = {client: (1 + costs.count(0)) / (1 + costs.count(0) + sum(costs)) for client, costs in outcomes.items()}
+    return Past(unasked, weights, patience, seen)
+
+
+def draw(eligibility: Eligibility, size: int, source: random.Random, past: Past = NO_PAST) -> Eligibility:
+    """At most `size` of the eligible clients, by their weights; the others are excluded as "not-drawn".
+
+    Whoever waits for `past.patience` rounds goes first, the longest first: so a client that could take part all the time is asked
+    at least once in `patience` rounds and as many more as it takes to ask everybody once. The others are drawn without
+    replacement, each time by weight (Efraimidis and Spirakis, 2006, "Weighted random sampling with a reservoir").
     With the operating system's source nobody can foresee, or repeat until it suits, who is asked: the outcome is recorded once.
     """
     if len(eligibility.clients) <= size:
         return eligibility
-    drawn = set(source.sample(eligibility.clients, size))
+
+    def turn(client_id: str) -> tuple[int, float]:
+        # 1 - random() is never 0; the logarithm of u ** (1 / w) keeps its order where the power would underflow.
+        return past.wait(client_id), math.log(1.0 - source.random()) / past.weights.get(client_id, 1.0)
+
+    drawn = set(heapq.nlargest(size, eligibility.clients, key=turn))
     left = [Exclusion(client, "not-drawn") for client in eligibility.clients if client not in drawn]
     return Eligibility(sorted(drawn), sorted([*eligibility.excluded, *left], key=lambda each: each.client_id))
+
+
+def weight_bound(cohort: Iterable[Client]) -> float:
+    """The most that one update of a round without differential privacy weighs: a small multiple of what the median client of the
+    cohort may have, by heartbeats. It holds as long as fewer than half of the cohort report what is not true.
+    """
+    may_have = [2 * max(client.examples_at_least, 1) for client in cohort]
+    return float(_WEIGHT_ROOM * statistics.median_low(may_have))
 
 
 def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
@@ -72,10 +152,19 @@ def bounded(excluded: list[Exclusion], max_bytes: int) -> list[Exclusion]:
     return sorted(kept, key=lambda each: each.client_id)
 
 
+def _cost(state: RoundState, client_id: str, counted: set[str]) -> int | None:
+    """What a client cost a round that it was asked in; None if the round says nothing of it: it ended before its time."""
+    if client_id in counted:
+        return 0
+    if client_id in state.declined:
+        return DECLINED
+    return None if state.closed is None else NO_ANSWER
+
+
 def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: BudgetCheck) -> str | None:
     if client.revoked:
         return "revoked"
-    if now_ms - client.seen_ms > config.availability_s * 1000:
+    if abs(now_ms - client.seen_ms) > config.availability_s * 1000:
         return "unavailable"
     if client.examples_at_least < config.min_examples:
         return "too-few-examples"

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.nn.functional as F
 from fedloop_events.types import ClassificationSpec
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -153,15 +156,7 @@ def adapt(base: Any, tokenizer: Any, spec: ClassificationSpec) -> tuple[nn.Modul
 
 def _inject(base: Any, spec: ClassificationSpec, paths: Sequence[tuple[int, str]]) -> dict[str, nn.Parameter]:
     """PEFT's LoRA on the modules `paths` (layer, path within it); its factors by their names in a release."""
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number does
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=[f"encoder.layer.{layer}.{path}" for layer, path in paths],
-        layers_to_transform=sorted({layer for layer, _ in paths}),
-        layers_pattern="layer",
-    )
+    config = _lora(spec, [f"encoder.layer.{layer}.{path}" for layer, path in paths])
     inject_adapter_in_model(config, base)
     tensors: dict[str, nn.Parameter] = {}
     for layer, path in paths:
@@ -169,6 +164,28 @@ def _inject(base: Any, spec: ClassificationSpec, paths: Sequence[tuple[int, str]
         for factor, part in (("A", module.lora_A), ("B", module.lora_B)):
             tensors[f"lora.{layer}.{path}.{factor}"] = part["default"].weight
     return tensors
+
+
+def exported_config(spec: ClassificationSpec, modules: Sequence[str]) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter on `modules` (paths in the base), as PEFT writes it."""
+    config = _lora(spec, modules)
+    config.base_model_name_or_path, config.task_type, config.inference_mode = spec.base_model, TaskType.FEATURE_EXTRACTION, True
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        written: dict[str, Any] = json.loads((Path(folder) / CONFIG_NAME).read_bytes())
+    return written | {"target_modules": sorted(modules)}
+
+
+def _lora(spec: ClassificationSpec, modules: Sequence[str]) -> LoraConfig:
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number does
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(modules),
+        layers_to_transform=sorted({int(module.split(".")[2]) for module in modules}),
+        layers_pattern="layer",
+    )
 
 
 def _check_max_tokens(base: Any, tokenizer: Any, spec: ClassificationSpec) -> None:

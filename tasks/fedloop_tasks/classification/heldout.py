@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import UsageError
-from fedloop_events.files import write_whole
+from fedloop_events.files import write_private
 from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
@@ -42,7 +42,7 @@ def keep(folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | 
         else:
             held.texts.append(masked)
             held.labels.append(message.answer)
-    write_whole(folder / FILE, msgspec.json.encode(held))
+    write_private(folder / FILE, msgspec.json.encode(held))
     return {"could not be masked": failed} if failed else {}
 
 

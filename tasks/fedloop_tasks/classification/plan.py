@@ -25,6 +25,13 @@ PLAIN_RATES: Final = {"head_lr": 0.05, "bias_lr": 0.05, "lora_lr": 0.002}
 _Number = Annotated[float, Meta(gt=0, le=1e12)]
 _Share = Annotated[float, Meta(gt=0, le=1)]
 _Many = Annotated[int, Meta(ge=1, le=1_000_000)]
+_MOST_STEPS: Final = 1_000_000
+"""Of a `Mechanism`."""
+_MOST_EPSILON: Final = 1000.0
+"""That is proposed in place of one that is too small."""
+_FINE: Final = 1.05
+"""What is proposed is at most so much more than what would do."""
+_MARGIN: Final = 0.999
 _NORMS_PER_EXAMPLE: Final = 4.0
 """Sums of unit vectors are as long as there are examples of one class; with room for devices that have more than is assumed."""
 
@@ -81,30 +88,68 @@ class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise _wrong("sums_share", self.sums_share, "below 1")
         if self.delta * self.nominal_examples >= 1:
             raise _wrong("delta", self.delta, f"below 1 / nominal_examples, which is {1 / self.nominal_examples:g}")
+        if self.round_steps > _MOST_STEPS:
+            raise _wrong("sampling_rate", self.sampling_rate, f"{1 / _MOST_STEPS:g} or more, or a number of `steps` is given")
 
     def mechanisms(self) -> dict[str, Mechanism]:
         """Noisy sums at `sums_share` of epsilon (sampling rate 1, one step, clip norm and divisor 1); for each of the other
-        rounds DP-SGD whose noise is the least that keeps the whole, jointly composed, within epsilon."""
+        rounds DP-SGD whose noise is the least that keeps the whole, jointly composed, within epsilon.
+
+        Raises `UsageError` that names the least epsilon and the most rounds with which there is such a noise."""
         if self.epsilon is None:
             return {}
-        from fedloop_privacy.dp.accounting import noise_multiplier_for, validate  # imports torch when it is asked
+        from fedloop_privacy.dp.accounting import BudgetTooSmallError, noise_multiplier_for, validate  # imports torch when asked
 
-        sums = Mechanism(
-            sampling_rate=1.0,
-            noise_multiplier=noise_multiplier_for(self.sums_share * self.epsilon, self.delta, 1.0, 1),
-            clip_norm=1.0,
-            steps=1,
-            divisor=1.0,
-        )
         steps = (self.planned_rounds - 1) * self.round_steps
+        try:
+            sums = _sums(self.epsilon * self.sums_share, self.delta)
+            noise = noise_multiplier_for(self.epsilon, self.delta, self.sampling_rate, steps, (sums,))
+        except BudgetTooSmallError as error:
+            raise self._impossible(self.epsilon, error.message) from None
         training = Mechanism(
             sampling_rate=self.sampling_rate,
-            noise_multiplier=noise_multiplier_for(self.epsilon, self.delta, self.sampling_rate, steps, (sums,)),
+            noise_multiplier=noise,
             clip_norm=self.clip_norm,
             steps=self.round_steps,
             divisor=self.divisor,
         )
         return {class_sums.NAME: sums, self.merge: validate(training)}
+
+    def _impossible(self, asked: float, cause: str) -> UsageError:
+        """Why `asked` is no epsilon for this plan, and what would be one."""
+        possible = []
+        enough = asked
+        while enough <= _MOST_EPSILON and not self._fits(enough, self.planned_rounds):
+            enough *= 2
+        if enough <= _MOST_EPSILON:
+            low = enough / 2
+            while enough > low * _FINE:
+                middle = math.sqrt(low * enough)
+                low, enough = (low, middle) if self._fits(middle, self.planned_rounds) else (middle, enough)
+            possible.append(f"epsilon (--epsilon) {_rounded_up(enough)} or more")
+        rounds, too_many = 1, self.planned_rounds
+        while too_many - rounds > 1:
+            between = (rounds + too_many) // 2
+            rounds, too_many = (between, too_many) if self._fits(asked, between) else (rounds, between)
+        if rounds > 1:
+            possible.append(f"planned_rounds (--rounds) {rounds} or fewer")
+        return UsageError(
+            f"epsilon = {asked:g} at delta = {self.delta:g} is too small a budget for planned_rounds = {self.planned_rounds}: "
+            "no noise that is provided for keeps it",
+            cause=cause,
+            hint=f"possible would be {', or '.join(possible)}" if possible else "ask for fewer steps, or a larger delta",
+        )
+
+    def _fits(self, asked: float, rounds: int) -> bool:
+        """Whether the most noise keeps so many rounds within an epsilon."""
+        from fedloop_privacy.dp.accounting import BudgetTooSmallError, epsilon, most_noise
+
+        try:
+            sums = _sums(asked * self.sums_share, self.delta)
+        except BudgetTooSmallError:
+            return False
+        most = Mechanism(self.sampling_rate, most_noise(self.sampling_rate), 1.0, (rounds - 1) * self.round_steps, 1.0)
+        return epsilon([sums, most], self.delta) <= asked * _MARGIN
 
     def next_program(self, made: Sequence[str]) -> str | None:
         if self.epsilon is None:
@@ -148,3 +193,18 @@ class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 def _wrong(key: str, value: object, allowed: str) -> UsageError:
     return UsageError(f"{key} = {value!r} in the server's configuration is not allowed: {allowed}")
+
+
+def _sums(epsilon: float, delta: float) -> Mechanism:
+    """Noisy sums of vectors of norm 1, which take an epsilon."""
+    from fedloop_privacy.dp.accounting import noise_multiplier_for
+
+    return Mechanism(
+        sampling_rate=1.0, noise_multiplier=noise_multiplier_for(epsilon, delta, 1.0, 1), clip_norm=1.0, steps=1, divisor=1.0
+    )
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit) * unit:.2g}"

@@ -16,7 +16,7 @@ from fedloop_tasks.classification import corpus, heldout
 from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
-from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Verdict
+from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
 
 if TYPE_CHECKING:
     from fedloop_tasks.classification.model import EmbeddingClassifier
@@ -62,7 +62,7 @@ class Classification:
     @classmethod
     def _material(cls, labels: list[str], held_out: Messages) -> Material:
         corpus.check_known(held_out, labels)
-        return Material(labels, held_out.rows, held_out.skipped)
+        return Material(labels, held_out.rows, held_out.skipped, corpus.notes(labels))
 
     @classmethod
     def written(cls, messages: Sequence[Message]) -> str:
@@ -112,6 +112,11 @@ class Classification:
         if candidate.score >= incumbent.score - margin:
             return Verdict()
         return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+
+    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+        from fedloop_tasks.classification import export
+
+        return export.files(self.spec, arrays, provenance)
 
     @property
     def words(self) -> Sequence[str]:

@@ -45,6 +45,26 @@ def test_values_are_recognised(masker: Masker, text: str, masked: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("error 0x80070057 again", None),
+        ("error 0X80070057", None),
+        ("stop code 0xc000021a, then 0x0000007B", None),
+        ("(0x80070057)", None),
+        ("error 80070057", "error <ACCOUNT_NUMBER_1>"),
+        ("0x80070057, 80070057", "0x80070057, <ACCOUNT_NUMBER_1>"),
+        ("account 0x80070057", "account <REFERENCE_1>"),
+        ("my card is 0x4111111111111111", "my card is 0x<CREDIT_CARD_1>"),
+        ("10x80070057", "10x<ACCOUNT_NUMBER_1>"),
+        ("0x80070057 1234", "0x<ACCOUNT_NUMBER_1>"),
+        ("0x123456789", "0x<ACCOUNT_NUMBER_1>"),
+    ],
+)
+def test_a_hexadecimal_literal_is_no_account_number_and_hides_none(masker: Masker, text: str, masked: str | None) -> None:
+    assert masker.mask(text).text == (masked or text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Will my Visa or Apple Pay card work in May? I hope the bill is right.",

@@ -77,7 +77,7 @@ def test_a_snapshot_that_is_not_the_logs_state_is_named(world: World) -> None:
     reader.save()
     assert replay(world.log, world.folder).matching == ["rounds.snapshot"]
     kept = Snapshots(world.folder / "rounds.snapshot")
-    kept.save(RoundsView.version, reader.position, RoundsView("other").to_state(), reader.standing)
+    kept.save(RoundsView.version, reader.position, RoundsView("other").to_state(), reader.standing, {})
     found = replay(world.log, world.folder)
     assert (found.matching, found.differing) == ([], ["rounds.snapshot"])
 

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from devices import CONFIG, World
 from fedloop_events import types
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.errors import FedloopError, UnreachableError, UsageError
 from fedloop_server.operations import rounds
 from fedloop_server.operations.followed import Followed
+from fedloop_server.rounds import actions
 
 
 @pytest.fixture
@@ -121,3 +122,33 @@ def test_watching_gives_each_change_of_a_round_until_enough_are_over(world: Worl
     assert all(before != after for before, after in pairwise(seen))
     with pytest.raises(UnreachableError, match="not ended in time"):
         list(rounds.watch(followed, rounds=1, timeout_s=0.0))
+
+
+def test_a_withdrawn_request_leaves_its_open_round_alone_and_ends_with_it(world: World) -> None:
+    request_id = rounds.request(world.writer, 3, "drift")
+    with world.serving():
+        world.server().run(rounds=1)
+    assert rounds.withdraw(world.writer, request_id, "changed my mind") == 2
+    followed = Followed(world.log)
+    assert (rounds.waiting(followed.rounds), followed.rounds.pending) == (0, None)
+    assert [each.round_id for each in rounds.until_ended(followed, request_id, timeout_s=0.0)] == ["r0001"]
+    with pytest.raises(FedloopError, match=r"nothing more is to come of request .*: it is withdrawn"):
+        rounds.withdraw(world.writer, request_id, "again")
+    other = rounds.request(world.writer, 1, "drift")
+    with pytest.raises(UsageError, match="no request 'q'") as raised:
+        rounds.withdraw(world.writer, "q", "operator")
+    assert raised.value.hint == f"pending are {other}"
+    assert len(world.payloads(types.RoundRequestWithdrawn)) == 1
+
+
+def test_requests_withdrawn_just_as_their_round_opens_do_not_keep_the_next_one_from_opening(world: World) -> None:
+    server = world.server()
+    for request_id in ("q1", "q2"):
+        world.request(1, request_id)
+        while not isinstance(action := server._next(), actions.OpenRound):
+            server.step(wait_s=0.0)
+        rounds.withdraw(world.writer, request_id, "too late")
+        server._decide(action)
+    world.request(1, "q3")
+    assert isinstance(server.step(wait_s=0.0), actions.OpenRound)
+    assert {each.request_id for each in world.rounds.rounds.values()} == {"q3"}

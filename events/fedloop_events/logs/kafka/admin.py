@@ -7,10 +7,11 @@ appended to a topic before it is known to keep its promises.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
@@ -41,6 +42,13 @@ PartitionKey = tuple[str, int]
 """A topic's name on the cluster, and the number of a partition."""
 AWAY: Final = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT})
 """What a consumer says while brokers are away: it goes on by itself when they are back."""
+
+
+class Surplus(NamedTuple):
+    """Partitions beyond those that are declared, which no reader reads, and those of them that something was written to."""
+
+    places: Sequence[PartitionKey]
+    used: Sequence[PartitionKey]
 
 
 def stream_of(place: PartitionKey) -> str:
@@ -135,8 +143,9 @@ class Admin:
             shown = 0
             time.sleep(_PAUSE_S)
 
-    def check(self, timeout_s: float) -> None:
-        """Raise `LogError` that names each difference unless the topics are as `topics.py` declares them.
+    def check(self, timeout_s: float) -> Surplus:
+        """Raise `LogError` that names each difference unless the topics are as `topics.py` declares them. They may have more
+        partitions, for Kafka cannot take any away: those are given back, and stay empty.
 
         Topics, and configurations, that this user may not describe are not compared. Raises `UsageError` if there are none.
         """
@@ -149,14 +158,28 @@ class Admin:
         differences = [
             f"{self._settings.topic(name)} has {len(replicas)} partitions, not {topics.DECLARED[name].partitions}"
             for name, replicas in found.items()
-            if len(replicas) != topics.DECLARED[name].partitions
+            if len(replicas) < topics.DECLARED[name].partitions
         ]
+        hint = "use another prefix: partitions that are added now would change where a key belongs" if differences else ""
         differences += self._other_settings(found, timeout_s)
         if differences:
             raise LogError(
                 f"topics of {self._settings.prefix} would break the log's promises: {'; '.join(differences)}",
-                hint="give them what is declared (kafka-configs.sh), or use another prefix",
+                hint=hint or "give them what is declared (kafka-configs.sh), or use another prefix",
             )
+        return self._surplus(found, timeout_s)
+
+    def _surplus(self, found: Mapping[str, list[int]], timeout_s: float) -> Surplus:
+        places = [
+            (self._settings.topic(name), number)
+            for name, replicas in found.items()
+            for number in range(topics.DECLARED[name].partitions, len(replicas))
+        ]
+        used = []
+        for place in places:
+            with suppress(NotAllowedError):
+                used += [place for end in self.ends([place], timeout_s).values() if end]
+        return Surplus(places, used)
 
     def describe(self, names: Collection[str], timeout_s: float) -> dict[str, list[int]]:
         """For each topic that is there and that this user may describe: the number of replicas of each partition."""

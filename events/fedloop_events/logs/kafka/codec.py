@@ -9,9 +9,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
+from zlib import crc32
 
 from fedloop_events.envelope import CONTENT_TYPE, EVENT_ID, MALFORMED, MAX_EVENT_BYTES, SPECVERSION, Event, Record
 from fedloop_events.errors import InvalidEventError
+from fedloop_events.topics import DECLARED
 
 _Header = tuple[str, bytes]
 Headers = list[_Header]
@@ -30,6 +32,12 @@ def check(event: Event) -> None:
                 text.encode()
             except UnicodeEncodeError:
                 raise InvalidEventError(f"event {event.id} has an attribute that is no Unicode text") from None
+
+
+def partition(topic: str, key: bytes) -> int:
+    """Where events of a key stand: of the partitions that are declared, whatever the topic has got since, for order holds within
+    one. It is the one that librdkafka chooses by itself (`consistent_random`, CRC-32)."""
+    return crc32(key) % DECLARED[topic].partitions
 
 
 def headers(event: Event) -> Headers:

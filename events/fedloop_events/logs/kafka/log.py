@@ -83,10 +83,16 @@ class KafkaLog:
         self._closed = False
         if create:
             self._handle.admin.create(timeout_s)
-        self._handle.admin.check(timeout_s)
+        self._strays = self._handle.admin.check(timeout_s).used
 
     def append(self, events: Sequence[Event]) -> None:
-        """See `EventLog.append`."""
+        """See `EventLog.append`. Raises `LogError` where events stand in partitions that no reader reads."""
+        if self._strays:
+            raise LogError(
+                f"something was written to {', '.join(map(stream_of, self._strays))}, which the log does not have: who wrote it "
+                "does not keep the log's order, so nothing is appended",
+                hint="read on, or begin anew under another prefix: fedloop server init DIR --log kafka://HOST:PORT/PREFIX",
+            )
         for event in events:
             envelope.check(event)
             codec.check(event)
@@ -110,8 +116,8 @@ class KafkaLog:
         admin = self._here().admin
         places = [
             (self.settings.topic(name), number)
-            for name, replicas in admin.describe(all_topics.ALL, self._timeout_s).items()
-            for number in range(len(replicas))
+            for name in admin.describe(all_topics.ALL, self._timeout_s)
+            for number in range(all_topics.DECLARED[name].partitions)
         ]
         return Position({stream_of(place): end for place, end in admin.ends(places, self._timeout_s).items()})
 
@@ -173,9 +179,10 @@ class KafkaLog:
 
     def _produce(self, producer: Producer, event: Event, settle: partial[None], deadline: float) -> None:
         topic, key, headers = self._topics[event.topic], event.key.encode(), codec.headers(event)
+        partition = codec.partition(event.topic, key)
         while True:
             try:
-                producer.produce(topic, event.data, key, headers=headers, on_delivery=settle)
+                producer.produce(topic, event.data, key, partition, headers=headers, on_delivery=settle)
                 return
             except BufferError:  # its queue is full
                 if time.monotonic() > deadline:

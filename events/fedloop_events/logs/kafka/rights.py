@@ -126,7 +126,7 @@ class User(Struct, frozen=True):
         if role not in ROLES or _NAME.fullmatch(name) is None:
             raise UsageError(
                 f"{text!r} names no user as ROLE:NAME",
-                hint=f"roles are {', '.join(ROLES)}; a name has letters, digits, - and _, at most 60",
+                hint=f"roles are {', '.join(ROLES)}; a name is 1 to 60 ASCII letters, digits, - or _, the first no - or _",
             )
         return cls(role, name)
 

@@ -63,7 +63,10 @@ class KafkaSettings(Struct, frozen=True):
         hosts = [_host(each, url) for each in parts.netloc.split(",")]
         prefix = parts.path.strip("/") or DEFAULT_PREFIX
         if _PREFIX.fullmatch(prefix) is None:
-            raise UsageError(f"{prefix!r} cannot begin the names of topics", hint="letters, digits, - and _, at most 80")
+            raise UsageError(
+                f"{prefix!r} cannot begin the names of topics",
+                hint="use 1 to 80 ASCII letters, digits, - or _, beginning with a letter or digit",
+            )
         files = query.pop("config", [])
         if query or len(files) > 1:
             raise UsageError(f"{url!r} asks for more than config=FILE")

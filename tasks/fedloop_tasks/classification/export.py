@@ -1,0 +1,131 @@
+"""A release as files that PEFT loads: the adapter, the head beside it, and a model card that says where both come from.
+
+The base is a sentence encoder without a head of its own, so the head is no module that `modules_to_save` could name: it is a
+linear layer over the encoder's pooled states, in a file of its own. The card's program applies both.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from fedloop_events.blobs import tensors
+from fedloop_events.errors import TensorError
+from fedloop_events.types import ClassificationSpec
+
+from fedloop_tasks.classification import encoder
+from fedloop_tasks.programs.class_sums import BIAS, HEAD
+from fedloop_tasks.task import Arrays, Provenance, Step
+
+_PROGRAM: Final = """\
+import json, torch
+from pathlib import Path
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+
+def classify(texts, folder, base):
+    about, head = json.loads(Path(folder, "head.json").read_text("utf-8")), load_file(Path(folder, "head.safetensors"))
+    cut = {"padding": True, "truncation": True, "max_length": about["max_tokens"], "return_tensors": "pt"}
+    tokens = AutoTokenizer.from_pretrained(base)(texts, **cut)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), folder).eval()
+    with torch.no_grad():
+        states, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+    embedded = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+    confidence, best = (embedded @ head["weight"].T + head["bias"]).softmax(1).max(1)
+    return [about["labels"][i] for i in best.tolist()], confidence.tolist()
+"""
+
+
+def files(spec: ClassificationSpec, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+    """The folder's files by name. Raises `TensorError` for tensors that are no release of the model."""
+    head = {"weight": arrays.get(HEAD), "bias": arrays.get(BIAS)}
+    adapter, modules = {}, []
+    for name in arrays:
+        if name.startswith("lora.") and name.endswith((".A", ".B")):
+            _, layer, path = name[:-2].split(".", 2)
+            module = f"encoder.layer.{layer}.{path}"
+            adapter[f"base_model.model.{module}.lora_{name[-1]}.weight"] = arrays[name]
+            modules += [module] if name.endswith(".A") else []
+    given = {name: value for name, value in head.items() if value is not None}
+    if len(given) != len(head) or len(adapter) + len(head) != len(arrays) or len(adapter) != 2 * len(modules):
+        raise TensorError(f"the release's {len(arrays)} tensors are not an adapter and a head of this model")
+    about = {"labels": list(spec.labels), "max_tokens": spec.max_tokens, "pooling": "mean, unit length"}
+    return {
+        "adapter_config.json": _json(encoder.exported_config(spec, modules)),
+        "adapter_model.safetensors": b"".join(map(bytes, tensors.encode(adapter))),
+        "head.safetensors": b"".join(map(bytes, tensors.encode(given))),
+        "head.json": _json(about),
+        "README.md": _card(spec, provenance).encode(),
+    }
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+
+
+def _card(spec: ClassificationSpec, provenance: Provenance) -> str:
+    measured = [f"- {name}: {value:.4f}" for name, value in provenance.metrics.items()] or ["- not evaluated"]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(spec.base_model)}",
+            "library_name: peft",
+            "pipeline_tag: text-classification",
+            "tags: [lora, federated-learning, differential-privacy]",
+            "---",
+            "",
+            f"# Release {provenance.release} of {provenance.model}",
+            "",
+            f"A classifier into {len(spec.labels)} labels: a LoRA adapter on the last layers ({spec.layers}) of",
+            f"`{spec.base_model}`, whose `{encoder.WEIGHTS}` has SHA-256 `{spec.base_sha256}`,",
+            "and a linear head over the mean of its states.",
+            "It was trained on its users' devices from their feedback, on masked text: mask in the same way what you classify.",
+            "",
+            "`classify(texts, folder, base)` gives labels and confidences; `folder` is this one, `base` the base model's.",
+            "",
+            "```python",
+            f"{_PROGRAM}```",
+            "",
+            "## Evaluation on the held-out set",
+            "",
+            *measured,
+            "",
+            "## Privacy",
+            "",
+            _privacy(provenance),
+            "",
+            "## Lineage, newest first",
+            "",
+            f"Tensors of this release: SHA-256 `{provenance.sha256}`.",
+            "",
+            "| release | round | strategy | base release | updates | noise multiplier | sampling rate | steps | clip norm |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(_row(each) for each in provenance.steps),
+            "",
+        ]
+    )
+
+
+def _privacy(provenance: Provenance) -> str:
+    if provenance.unprotected:
+        return f"No bound: {', '.join(provenance.unprotected)} had no differential privacy."
+    if not provenance.steps[0].round_id:
+        return "This is the first release: nothing of a user went in."
+    return (
+        "What the updates that went in can tell about one example of one device is bounded by epsilon "
+        f"{provenance.epsilon:.3f} at delta {provenance.delta:g}: the most of any device, with the mechanisms of all its rounds "
+        "composed. This rests on each device adding its noise. Masked feedback in the log is not covered."
+    )
+
+
+def _row(step: Step) -> str:
+    mechanism = step.mechanism
+    terms = ["", "", "", ""]
+    if mechanism is not None:
+        terms = [
+            f"{value:g}" for value in (mechanism.noise_multiplier, mechanism.sampling_rate, mechanism.steps, mechanism.clip_norm)
+        ]
+    cells = [step.release, step.round_id or "", step.strategy or "", step.base_release or "", str(step.updates), *terms]
+    return f"| {' | '.join(cells)} |"
