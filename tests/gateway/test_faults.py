@@ -88,7 +88,7 @@ def test_kills_of_the_gateway_lose_nothing_that_was_acknowledged_and_double_noth
 
     def append(name: str) -> None:
         log = GatewayLog(command.url, identity=(name, samples.key(name)))
-        number = 0
+        number = 1
         while not stop.is_set():
             events = [samples.signed(samples.feedback(number + part, name)) for part in range(3)]
             log.append(events)
@@ -170,7 +170,7 @@ def test_a_location_that_is_none_is_refused_without_its_secrets(url: str) -> Non
 def test_a_gateway_that_is_away_is_unreachable_in_time() -> None:
     begin = time.monotonic()
     log = GatewayLog("http://127.0.0.1:9", identity=("a", samples.key("a")), timeout_s=0.5)
-    for call in (log.end, log.read, lambda: log.append([samples.signed(samples.feedback())])):
+    for call in (log.end, log.read, lambda: log.append([samples.signed(samples.feedback(1))])):
         with pytest.raises(UnreachableError, match="does not answer"):
             call()
     assert time.monotonic() - begin < 5
@@ -196,13 +196,13 @@ def test_a_stranger_reads_the_deployment_and_nothing_else(shared: Served) -> Non
     assert log.read((topics.ROUNDS,)).records == []
     assert log.end() == batch.position
     with pytest.raises(NotAllowedError, match="may not append to the topic feedback"):
-        log.append([samples.signed(samples.feedback())])
+        log.append([samples.signed(samples.feedback(1))])
 
 
 def test_what_no_log_may_hold_is_refused_before_it_is_sent(shared: Served) -> None:
     import msgspec
 
-    good = samples.signed(samples.feedback())
+    good = samples.signed(samples.feedback(1))
     log = shared.as_client("device-1")
     for change in ({"id": "0"}, {"data": b""}, {"topic": "x"}, {"time_s": -1}):
         with pytest.raises(InvalidEventError):
@@ -261,11 +261,11 @@ def test_a_log_that_is_away_is_waited_for(tmp_path: Path) -> None:
     log = AwayLog(tmp_path / "log.sqlite")
     with before(log, tmp_path) as served:
         log.away = True
-        assert code(served.raw.append("device-1", samples.signed(samples.feedback()))) == "log-away"
+        assert code(served.raw.append("device-1", samples.signed(samples.feedback(1)))) == "log-away"
         _until(lambda: served.raw("GET", "/healthz").status_code == 503)
         assert code(served.raw("GET", "/healthz")) == "log-away"
         threading.Timer(0.5, setattr, (log, "away", False)).start()
-        served.as_client("device-1").append([samples.signed(samples.feedback())])
+        served.as_client("device-1").append([samples.signed(samples.feedback(1))])
         _until(lambda: served.raw("GET", "/healthz").status_code == 200)
         assert [record.topic for record in served.as_client("device-1").read((topics.FEEDBACK,)).records] == [topics.FEEDBACK]
 
@@ -276,7 +276,7 @@ def test_appends_that_wait_together_are_one_and_too_many_are_refused(tmp_path: P
         log.gate, log.appends = threading.Event(), 0
         committer = served.app.state.gateway._committer
         threads = [
-            threading.Thread(target=served.as_client("device-1").append, args=([samples.signed(samples.feedback(number))],))
+            threading.Thread(target=served.as_client("server").append, args=([samples.signed(samples.feedback(number))],))
             for number in range(12)
         ]
         for thread in threads:

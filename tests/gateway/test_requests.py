@@ -184,7 +184,7 @@ def test_only_so_many_requests_of_one_device_wait(tmp_path: Path) -> None:
         assert code(served.raw("GET", f"/v1/events?wait_s=1&after={position}", "device-1")) == "polls"
         assert code(served.raw("GET", "/v1/events", "device-1", headers={"accept": "text/event-stream"})) == "polls"
         assert served.raw("GET", f"/v1/events?after={position}", "device-1").status_code == 200
-        served.as_client("device-1").append([samples.signed(samples.feedback())])
+        served.as_client("device-1").append([samples.signed(samples.feedback(1))])
         for thread in threads:
             thread.join(10)
         _until(lambda: not polls)

@@ -25,7 +25,7 @@ from gateway.harness import Served, code, serving
 ROLES = ("nobody", "stranger", "device-1", "revoked", "server")
 BLOB = b"a new blob"
 NAME = hashlib.sha256(BLOB).hexdigest()
-OWN = cloudevents.encode_batch([samples.signed(samples.seen("device-1", 9))])
+OWN = cloudevents.encode_batch([samples.signed(samples.seen("device-1", 6))])
 
 Statuses = tuple[int, int, int, int, int]
 TABLE: dict[tuple[str, str], tuple[bytes, Statuses]] = {
@@ -204,7 +204,8 @@ def test_naming_a_blob_gives_no_right_to_it_and_sending_it_does(served: Served) 
     secret = served.blobs_of("device-1").put([b"device-1's update"])
     served.log.append([samples.signed(rounds.submitted("device-1", secret))])
     other = served.blobs_of("device-2")
-    served.as_client("device-2").append([samples.signed(rounds.submitted("device-2", secret))])
+    sent = instruct(served, "device-2")
+    served.as_client("device-2").append([samples.signed(answer("device-2", sent, blob=secret))])
     assert not other.exists(secret)
     assert other.put([b"device-1's update"]) == secret
     assert other.get(secret) == b"device-1's update"
@@ -233,6 +234,112 @@ def test_the_range_header_changes_nothing(served: Served) -> None:
 
 
 # --- appends ---
+
+
+def instruct(served: Served, client_id: str) -> str:
+    """The id of an instruction to the client."""
+    if not any(record.type == types.EpochStarted.type_name for record in read_all(served.log)):
+        served.log.append([samples.signed(samples.epoch())])
+    event = samples.signed(rounds.instruction(client_id))
+    served.log.append([event])
+    return event.id
+
+
+def answer(client_id: str, instruction_id: str, seq: int = 1, blob: BlobRef | None = None) -> types.UpdateSubmitted:
+    arrays = {} if blob is None else {"arrays": blob}
+    return types.UpdateSubmitted(
+        origin=samples.ORIGIN,
+        client_id=client_id,
+        seq=seq,
+        run_id="main",
+        instruction_id=instruction_id,
+        content=types.Content(arrays=arrays),
+    )
+
+
+def spend(seq: int, spend_seq: int, previous: str, instruction_id: str) -> types.BudgetSpent:
+    return types.BudgetSpent(
+        origin=samples.ORIGIN,
+        client_id="device-1",
+        seq=seq,
+        spend_seq=spend_seq,
+        previous=previous,
+        run_id="main",
+        instruction_id=instruction_id,
+        mechanism=types.Mechanism(sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1.0, steps=1, divisor=1.0),
+    )
+
+
+def refusal(served: Served, *payloads: types.ClientEvent, by: str = "device-1") -> str:
+    return code(served.raw.append(by, *(samples.signed(payload, by) for payload in payloads)))
+
+
+def test_a_device_continues_its_own_numbers_and_may_send_again(served: Served) -> None:
+    first, second = samples.signed(samples.seen(seq=1)), samples.signed(samples.feedback(2))
+    before = served.log.end()
+    assert refusal(served, samples.seen(seq=10**9)) == "sequence"
+    assert refusal(served, samples.seen(seq=0)) == "sequence"
+    assert refusal(served, samples.seen(seq=1), samples.seen(seq=1)) == "sequence"
+    assert served.log.end() == before
+    assert served.raw.append("device-1", first).status_code == 204
+    assert refusal(served, samples.seen(seq=1)) == "sequence"
+    assert served.raw.append("device-1", first, second).status_code == 204
+    assert len(list(read_all(served.log))) == 5
+
+
+def test_a_gateway_that_starts_or_stands_beside_another_knows_the_numbers(served: Served, tmp_path: Path) -> None:
+    served.as_client("device-1").append([samples.signed(samples.seen(seq=1)), samples.signed(samples.feedback(2))])
+    other = Served(served.log, served.blobs, tmp_path / "other")
+    other.start()
+    try:
+        assert refusal(other, samples.seen(seq=2)) == "sequence"
+        assert other.raw.append("device-1", samples.signed(samples.seen(seq=3))).status_code == 204
+        assert served.raw.append("device-1", samples.signed(samples.seen(seq=4))).status_code == 204
+    finally:
+        other.stop()
+
+
+def test_numbers_of_a_forged_event_in_the_log_are_not_the_clients(served: Served) -> None:
+    served.log.append([samples.signed(samples.seen(seq=7), by="device-2")])
+    served.as_client("device-2").read()
+    assert served.raw.append("device-1", samples.signed(samples.seen(seq=1))).status_code == 204
+
+
+def test_who_is_enrolled_cannot_enrol_its_name_under_another_key(served: Served) -> None:
+    again = samples.enrolled("device-1", "77", by="second")
+    assert refusal(served, again) == "name-taken"
+    assert code(served.raw.append("server", samples.signed(again, by="second"))) == "name-taken"
+    assert code(served.raw.append("new", samples.signed(samples.enrolled("new", "11")))) == "name-taken"
+
+
+def test_an_answer_belongs_to_an_instruction_to_this_client(served: Served) -> None:
+    mine, others = instruct(served, "device-1"), instruct(served, "device-2")
+    assert refusal(served, answer("device-1", "0" * 32)) == "instruction"
+    assert refusal(served, answer("device-1", others)) == "instruction"
+    assert refusal(served, spend(1, 0, "", others)) == "instruction"
+    assert served.raw.append("device-1", samples.signed(answer("device-1", mine))).status_code == 204
+
+
+def test_an_update_that_names_a_blob_is_taken_when_the_blob_is_there(served: Served) -> None:
+    mine, content = instruct(served, "device-1"), b"an update"
+    ref = BlobRef(hashlib.sha256(content).hexdigest(), len(content))
+    event = samples.signed(answer("device-1", mine, blob=ref))
+    assert code(served.raw.append("device-1", event)) == "blob-absent"
+    served.blobs_of("device-1").put([content])
+    assert refusal(served, answer("device-1", mine, blob=BlobRef(ref.sha256, 10**6))) == "blob-absent"
+    assert served.raw.append("device-1", event).status_code == 204
+
+
+def test_a_spend_continues_its_chain(served: Served) -> None:
+    mine = instruct(served, "device-1")
+    first = spend(1, 0, "", mine)
+    head = hashlib.sha256(samples.event(first).data).hexdigest()
+    assert refusal(served, spend(1, 1, "", mine)) == "sequence"
+    assert refusal(served, spend(1, 0, head, mine)) == "sequence"
+    assert served.raw.append("device-1", samples.signed(first)).status_code == 204
+    assert refusal(served, spend(2, 0, "", mine)) == "sequence"
+    assert refusal(served, spend(2, 1, "", mine)) == "sequence"
+    assert served.raw.append("device-1", samples.signed(spend(2, 1, head, mine))).status_code == 204
 
 
 def test_a_device_says_nothing_in_another_name(served: Served) -> None:

@@ -7,13 +7,13 @@ is intact, and the event counts for nothing. Everything else that is wrong may b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
 from msgspec import Struct
 
 from fedloop_events import envelope, signatures, topics, types
+from fedloop_events.blobs.naming import named_blobs
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, FedloopError, InvalidEventError
@@ -155,7 +155,7 @@ class LogCheck:
             self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
         elif not self._admit.standing.counts(payload):
             self.report.stale += 1
-        for ref in _blobs(payload):
+        for ref in named_blobs(payload):
             self.blobs.setdefault(ref, at)
             if not isinstance(payload, types.ClientEvent):
                 self._decided.add(ref)
@@ -206,18 +206,3 @@ def _never_was(store: BlobStore, ref: types.BlobRef) -> bool:
             pass
         return True
     return False
-
-
-def _blobs(value: object) -> Iterator[types.BlobRef]:
-    """Every blob that a payload names, wherever it stands."""
-    if isinstance(value, types.BlobRef):
-        yield value
-    elif isinstance(value, Struct):
-        for field in value.__struct_fields__:
-            yield from _blobs(getattr(value, field))
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _blobs(each)
-    elif isinstance(value, list) and value and not isinstance(value[0], (str, int, float)):
-        for each in value:
-            yield from _blobs(each)

@@ -38,6 +38,8 @@ from fedloop_server.gateway.problems import Problem
 _KEEP_ALIVE_S: Final = 15.0
 _TURN_S: Final = 0.0005
 _BLOCK_BYTES: Final = 1 << 20
+_ENROLMENTS: Final = "server"
+"""One after the other, whoever they are by: no client has this name."""
 _JSON: Final = "application/json"
 _NO_STORE: Final = {"cache-control": "no-store"}
 
@@ -126,13 +128,19 @@ class Gateway:
             caller = await self._callers.known(request, claim)
             body = await self._bodies.read(request, headers, self.limits.body_bytes, claim.content_sha256)
             events = self._appending.decode(body)
-            await self._committer.append(events, partial(self._appending.check, events, caller))
+            check = partial(self._appending.check, events, caller)
+            if caller.is_server:
+                await self._committer.append(events, check)
+            else:
+                await self._appending.ready(events, caller, self._blobs)
+                await self._committer.append(events, check, learn=partial(self._appending.learn, events), by=caller.name)
         else:
             self._callers.stranger(request)
             body = await self._bodies.read(request, headers, self.limits.enrolment_bytes, claim.content_sha256)
             events = self._appending.decode(body)
             self._callers.verify(claim, self._appending.enrolment(events, claim.keyid))
-            await self._committer.append(events, partial(self._appending.check_enrolment, events))
+            check = partial(self._appending.check_enrolment, events)
+            await self._committer.append(events, check, learn=partial(self._appending.learn, events), by=_ENROLMENTS)
         return Response(status_code=204)
 
     async def events(self, request: Request) -> Response:

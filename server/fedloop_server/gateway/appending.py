@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from fedloop_events import envelope, signatures, types
+from fedloop_events.blobs.naming import named_blobs
+from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Event
-from fedloop_events.errors import InvalidEventError, SignatureError
+from fedloop_events.errors import BlobError, FedloopError, InvalidEventError, SignatureError
 from fedloop_events.logs.http import cloudevents
 
 from fedloop_server.gateway.bodies import is_deeper
@@ -14,6 +17,7 @@ from fedloop_server.gateway.callers import Caller
 from fedloop_server.gateway.feed import Feed
 from fedloop_server.gateway.limits import Limits
 from fedloop_server.gateway.problems import Problem
+from fedloop_server.gateway.standing import Pairs
 
 
 class Appending:
@@ -39,6 +43,37 @@ class Appending:
                 raise Problem("too-large", f"event {number} of the batch is nested deeper than {self._limits.depth}")
         return events
 
+    async def ready(self, events: Sequence[Event], caller: Caller, blobs: BlobStore) -> None:
+        """What must be known, or there, before `check` of a device's events. Raises `Problem`."""
+        pairs = _by_client(events, caller)
+        try:
+            self._feed.standing.check(pairs)
+        except Problem:
+            await self._feed.sync()  # another gateway may have taken what lies between
+        new = [each for event, each in pairs if not self._feed.standing.has(each.client_id, each.seq, event.id)]
+        refs = {ref for payload in new for ref in named_blobs(payload)}
+        if len(refs) > self._limits.batch_blobs:
+            raise Problem("too-large", f"the events of a batch name {self._limits.batch_blobs:,} blobs at most")
+        try:
+            there = await asyncio.to_thread(lambda: all(blobs.exists(ref) for ref in refs))
+        except BlobError:
+            there = False
+        except FedloopError:
+            raise Problem("log-away", "the blob store does not answer", retry_after_s=2) from None
+        if not there:
+            raise Problem("blob-absent", "an event names a blob that is not in the store: send the blob first")
+
+    def learn(self, events: Sequence[Event]) -> None:
+        """A device's events are in the log."""
+        for event in events:
+            payload = _decode(event, 0)
+            if isinstance(payload, types.ClientEnrolled):
+                self._feed.enrolled(event, payload)
+            elif isinstance(payload, types.ClientEvent):
+                self._feed.standing.learn(payload.client_id, payload.seq, event.id)
+                if isinstance(payload, types.BudgetSpent):
+                    self._feed.standing.spent(payload)
+
     def check(self, events: Sequence[Event], caller: Caller) -> None:
         """Raises `Problem` unless `caller` may append each of `events`."""
         for number, event in enumerate(events):
@@ -55,6 +90,8 @@ class Appending:
                     f"event {number} of the batch is of another deployment, topic, key or source than it must be, "
                     "or its author is not enrolled",
                 ) from None
+        if not caller.is_server:
+            self._feed.standing.check(_by_client(events, caller))
 
     def enrolment(self, events: Sequence[Event], keyid: str) -> str:
         """The public key of who enrols itself as `keyid`, with which it must have signed the request too. Raises `Problem`."""
@@ -70,8 +107,13 @@ class Appending:
         self._check_enrolment(events[0], payload)
 
     def _authenticate(self, event: Event, payload: types.Payload) -> None:
-        if isinstance(payload, types.ClientEnrolled) and payload.client_id not in self._feed.identities.clients:
-            self._check_enrolment(event, payload)
+        if isinstance(payload, types.ClientEnrolled):
+            if payload.client_id not in self._feed.identities.clients:
+                self._check_enrolment(event, payload)
+            elif not self._feed.standing.has(payload.client_id, payload.seq, event.id):
+                raise Problem("name-taken", "the client is enrolled, and cannot be a second time")
+            else:
+                self._feed.identities.authenticate(event, payload)
         else:
             self._feed.identities.authenticate(event, payload)
 
@@ -79,6 +121,12 @@ class Appending:
         """Before the log holds it for good; of two at the same time, the fold over the log decides."""
         if payload.origin != self._feed.identities.origin:
             raise Problem("event", "the enrolment is of another deployment")
+        if payload.client_id in self._feed.standing:
+            if self._feed.standing.has(payload.client_id, payload.seq, event.id):
+                return  # it is sent again
+            raise Problem("name-taken", "the name of the enrolment is taken")
+        if payload.seq != 0:
+            raise Problem("sequence", "an enrolment is a client's first event: 0 is next")
         if payload.client_id == "server" or {payload.public_key, payload.node_id} & self._feed.taken:
             raise Problem("name-taken", "the name, the key or the node id of the enrolment is taken")
         if not 0 < int(payload.node_id) < 1 << 64 or str(int(payload.node_id)) != payload.node_id:
@@ -89,6 +137,17 @@ class Appending:
             signatures.verify(event, payload.public_key)
         except SignatureError:
             raise Problem("event", "the enrolment is not validly signed by the key in it") from None
+
+
+def _by_client(events: Sequence[Event], caller: Caller) -> Pairs:
+    """Raises `Problem` for an event that `caller` is not the author of."""
+    pairs = []
+    for number, event in enumerate(events):
+        payload = _decode(event, number)
+        if not isinstance(payload, types.ClientEvent) or payload.client_id != caller.name:
+            raise Problem("forbidden", f"event {number} of the batch is not by the client that sends it")
+        pairs.append((event, payload))
+    return pairs
 
 
 def _decode(event: Event, number: int) -> types.Payload:

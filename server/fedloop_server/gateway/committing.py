@@ -20,10 +20,12 @@ _logger = logging.getLogger(__name__)
 class _Waiting:
     """One caller's append, and what became of it."""
 
-    __slots__ = ("check", "done", "events", "failure")
+    __slots__ = ("by", "check", "done", "events", "failure", "learn")
 
-    def __init__(self, events: Sequence[Event], check: Callable[[], None], done: asyncio.Future[None]) -> None:
-        self.events, self.check, self.done = events, check, done
+    def __init__(
+        self, events: Sequence[Event], check: Callable[[], None], learn: Callable[[], None], by: str, done: asyncio.Future[None]
+    ) -> None:
+        self.events, self.check, self.learn, self.by, self.done = events, check, learn, by, done
         self.failure: Problem | None = None
 
 
@@ -36,15 +38,18 @@ class Committer:
         self._queued = 0
         self._running: asyncio.Task[None] | None = None
 
-    async def append(self, events: Sequence[Event], check: Callable[[], None]) -> None:
+    async def append(
+        self, events: Sequence[Event], check: Callable[[], None], *, learn: Callable[[], None] = lambda: None, by: str = ""
+    ) -> None:
         """Return when `events` are durable, all or none. Raises `Problem`: what `check` raises, or "busy" without having tried.
 
-        `check` runs in the committing thread, where verifying signatures keeps nobody else waiting.
+        `check` runs in the committing thread, where verifying signatures keeps nobody else waiting; so does `learn`, once the
+        events are durable. Of those with the same `by`, unless it is "", each is checked when the one before has been learned.
         """
         if self._queued + len(events) > self._most and self._queued:
             raise Problem("busy", "more appends are waiting for the log than can be held", retry_after_s=1)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(events, check, done))
+        self._waiting.append(_Waiting(events, check, learn, by, done))
         self._queued += len(events)
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
@@ -73,11 +78,14 @@ class Committer:
 
     def _next_group(self) -> list[_Waiting]:
         count = size = 0
+        names: set[str] = set()
         for each in self._waiting:
             size += len(each.events)
-            if count and size > self._group:
+            if (count and size > self._group) or each.by in names:
                 break
             count += 1
+            if each.by:
+                names.add(each.by)
         group, self._waiting = self._waiting[:count], self._waiting[count:]
         return group
 
@@ -102,6 +110,9 @@ class Committer:
                 return
             for each in group:
                 each.failure = _problem(error)
+        else:
+            for each in group:
+                each.learn()
 
 
 def _problem(failure: FedloopError) -> Problem:

@@ -14,17 +14,20 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from fedloop_events import topics, types
-from fedloop_events.envelope import Record
+import msgspec
+from fedloop_events import envelope, topics, types
+from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import FedloopError, InvalidEventError, UsageError
 from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import Identities
 from fedloop_events.logs.port import START, Batch, EventLog, Position, read_all
+from fedloop_events.topics import DECLARED
 from msgspec import Struct
 
 from fedloop_server.gateway.limits import Limits
 from fedloop_server.gateway.problems import Problem
 from fedloop_server.gateway.ring import Entry, Ring
+from fedloop_server.gateway.standing import Standing
 from fedloop_server.gateway.visibility import EVERYONE, Visibility, visible
 
 SYNC_TIMEOUT_S: Final = 5.0
@@ -32,6 +35,16 @@ _TAIL_WAIT_S: Final = 0.5
 _TAIL_BATCH: Final = 1_000
 _TELLING: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES)
 """What decides whose events are accepted, and who sees what."""
+
+
+class _Numbered(Struct):
+    """Of an event by a client, of any type."""
+
+    client_id: str
+    seq: int
+
+
+_numbered: Final = msgspec.json.Decoder(_Numbered)
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +61,7 @@ class Feed:
     """`log`, followed. All methods but `start` are for the event loop's thread."""
 
     def __init__(self, log: EventLog, limits: Limits) -> None:
-        self.identities, self.visibility = Identities(), Visibility()
+        self.identities, self.visibility, self.standing = Identities(), Visibility(), Standing()
         self._admit = Admit(self.identities)
         self.taken: set[str] = set()
         """Public keys and node ids of every client."""
@@ -66,15 +79,15 @@ class Feed:
         self._thread: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Read whose events are accepted, and who sees what.
+        """Read whose events are accepted, who sees what, and where each client stands (there the log is believed as it is).
 
         Raises `UsageError` if the log belongs to no deployment, and what the log raises.
         """
         if self._prepared:
             return
         end = self._log.end()
-        for record in read_all(self._log, _TELLING):
-            self._learn(record)
+        for record in read_all(self._log, topics.ALL):
+            self._learn(record, believed=True)
         if self.created is None:
             raise UsageError("the log belongs to no deployment", hint="the server creates one: fedloop server init")
         self._ring = Ring(end, self._limits.ring_events, self._limits.ring_bytes)
@@ -235,9 +248,10 @@ class Feed:
             while not taken.wait(_TAIL_WAIT_S) and not self._stopping.is_set():
                 pass
 
-    def _learn(self, record: Record) -> None:
-        """Take in authentic events of the server and of new clients. Runs in the following thread."""
+    def _learn(self, record: Record, *, believed: bool = False) -> None:
+        """Take in an authentic event. Runs in the following thread."""
         if record.topic not in _TELLING or record.type == types.ClientSeen.type_name:
+            self._learn_standing(record, believed=believed)
             return
         try:
             payload = self._admit(record)
@@ -250,9 +264,34 @@ class Feed:
                 self.created = self.created or record
                 self.taken.add(payload.public_key)
             case types.ClientEnrolled():
-                self.taken |= {payload.public_key, payload.node_id}
+                self.enrolled(record, payload)
             case _:
                 self.visibility.learn(payload)
+                if isinstance(payload, types.InstructionSent):
+                    self.standing.instructed(record.id, payload.client_id)
+
+    def enrolled(self, event: Event, payload: types.ClientEnrolled) -> None:
+        """What the enrolment takes is taken, and the client's events begin."""
+        self.taken |= {payload.public_key, payload.node_id}
+        self.standing.learn(payload.client_id, payload.seq, event.id)
+
+    def _learn_standing(self, record: Record, *, believed: bool) -> None:
+        """Verifying everything a second time would cost a start many minutes, and following what this gateway has appended itself
+        as much as appending it.
+        """
+        try:
+            found = _numbered.decode(record.data)
+            known = self.standing.has(found.client_id, found.seq, record.id)
+            if known or found.client_id != record.key or not DECLARED[record.topic].by_client:
+                return
+            payload = envelope.decode(record) if not believed or record.type == types.BudgetSpent.type_name else None
+            if not believed and payload is not None:
+                self.identities.authenticate(record, payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidEventError, KeyError):
+            return
+        self.standing.learn(found.client_id, found.seq, record.id)
+        if isinstance(payload, types.BudgetSpent):
+            self.standing.spent(payload)
 
     def _take(self, entries: list[Entry], position: Position, taken: threading.Event) -> None:
         self._ring.add(entries, position)

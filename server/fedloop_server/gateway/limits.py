@@ -14,7 +14,8 @@ _BOOKS: Final = 100_000
 class Limits(Struct, frozen=True, kw_only=True):
     """Of one device, unless it says otherwise. The deployment's own key is bound by the sizes alone.
 
-    `body_bytes` and `batch_events` are of one append, `page_events` of one answer, `header_bytes` of all header lines,
+    `body_bytes`, `batch_events` and `batch_blobs` (which they name) are of one append, `page_events` of one answer,
+    `header_bytes` of all header lines,
     `target_bytes` of path and query; `depth` is of nested arrays and objects. `requests_per_s` refills a bucket that holds
     `burst`. `upload_bytes` may be sent to the blob store within `window_s`. A signature may be `skew_s` ahead of the gateway's
     clock and lasts at most `valid_s`; meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
@@ -25,6 +26,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
     body_bytes: int = 16 << 20
     batch_events: int = 2_000
+    batch_blobs: int = 500
     enrolment_bytes: int = 16_384
     blob_bytes: int = 1 << 30
     page_events: int = 500
