@@ -19,7 +19,6 @@ from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.registry import current, task_of_model
 from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds.loop import Server
-from fedloop_server.rounds.planner import Planner
 from fedloop_server.state import OnEvent
 from fedloop_server.telemetry import exposition
 from fedloop_server.telemetry.metrics import MeteredLog, registry
@@ -56,8 +55,6 @@ def serve(
     deployment = open_deployment(directory, place)
     releases = Followed(deployment.log).releases
     task = task_of_model(releases, types.DEFAULT_MODEL)
-    base = deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)
-    Planner(deployment.config, cache=deployment.plan_file).check(tensors.decode(base))
     before = deployment.log.end()
 
     def news(record: Record, payload: types.Payload) -> None:
@@ -81,6 +78,7 @@ def serve(
     except LogChangedError as error:
         error.hint = "restore the whole log; or go on without what is lost: fedloop server run --accept-loss"
         raise
+    server.planner.check(tensors.decode(deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)))
     with _exposed(server, log, metrics):
         return server.run(stop, rounds, until_idle=until_idle)
 

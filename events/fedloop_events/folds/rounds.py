@@ -6,6 +6,7 @@ for reading only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
 import msgspec
@@ -93,6 +94,20 @@ class RoundState(Struct):
         return sum(update.blob.size_bytes for each in self.collected for update in each.accepted if update.blob)
 
 
+def grace_after_quorum(opened: types.RoundOpened, asked_ms: int, came_ms: Iterable[int]) -> tuple[float, int] | None:
+    """Seconds for which a round goes on after its quorum had answered, and when that was, by the log's clock. None if it has not,
+    or the round has no such term.
+
+    It is the round's `grace_s`, or as long as the quorum took, if it took longer: where the fast ones are slow, the others are
+    waited for longer. `came_ms` are the times of the replies.
+    """
+    came = sorted(came_ms)
+    if opened.grace_s is None or len(came) < opened.quorum:
+        return None
+    reached_ms = came[opened.quorum - 1]
+    return max(opened.grace_s, (reached_ms - asked_ms) / 1000), reached_ms
+
+
 class RoundsView(Struct):
     """The epochs, requests and rounds of one run.
 
@@ -129,6 +144,12 @@ class RoundsView(Struct):
     def queued(self) -> list[RoundRequest]:
         """All requests that want a further round, oldest first."""
         return [self.requests[request_id] for request_id in self._queue]
+
+    def waits_since_ms(self, request: RoundRequest, latest_ms: float) -> int:
+        """Since when a request waits for clients: nothing else has stood in its way since. A stamp after `latest_ms` is by a
+        clock that is wrong, and counts for nothing."""
+        begun = request.requested_ms, self.epoch_ms, self.last.ended_ms if self.last else 0
+        return max(each for each in (0, *begun) if each <= latest_ms)
 
     @property
     def open_round(self) -> RoundState | None:

@@ -10,6 +10,7 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import LogError
+from fedloop_events.folds.rounds import grace_after_quorum
 from fedloop_events.types import AcceptedUpdate, Exclusion, InstructionSent, RoundDeclined, RoundOpened, UpdateSubmitted
 from fedloop_tasks.table import program_of
 from numpy.typing import NDArray
@@ -82,17 +83,10 @@ class Collection:
 
     @property
     def grace(self) -> tuple[float, int] | None:
-        """Seconds for which the round goes on after its quorum had answered, and when that was, by the log's clock. None if it
-        has not, or the round has no such term.
-
-        It is the round's `grace_s`, or as long as the quorum took, if it took longer: where the fast ones are slow, the others
-        are waited for longer.
-        """
-        opened = self._opened
-        if opened is None or opened.grace_s is None or len(self._accepted) < opened.quorum:
+        """`grace_after_quorum`, by the replies that are accepted."""
+        if self._opened is None:
             return None
-        reached_ms = sorted(each.appended_ms for each in self._accepted.values())[opened.quorum - 1]
-        return max(opened.grace_s, (reached_ms - self.sent_ms) / 1000), reached_ms
+        return grace_after_quorum(self._opened, self.sent_ms, (each.appended_ms for each in self._accepted.values()))
 
     def close(self, *, final: bool, missing: str = SILENT) -> tuple[list[AcceptedUpdate], list[Exclusion]]:
         """What counts, sorted by step, and what does not. `final` settles what is still open: as `missing`, or as refused."""

@@ -10,10 +10,11 @@ from typing import Final, Literal
 from fedloop_events import types
 from fedloop_events.folds.identities import Client
 from fedloop_events.folds.releases import ReleasesView
-from fedloop_events.folds.rounds import RoundRequest, RoundState, RoundsView
+from fedloop_events.folds.rounds import RoundRequest, RoundState, RoundsView, grace_after_quorum
 from msgspec import Struct, structs
 
 from fedloop_server.config import ServerConfig
+from fedloop_server.operations.clients import absence
 from fedloop_server.operations.followed import Followed
 
 PATIENCE_S: Final = 30.0
@@ -124,7 +125,7 @@ def awaited(
     elif last is not None and _undecided(last, releases):
         found = Awaited("server", round_id=last.round_id)
     elif (request := rounds.pending) is not None:
-        since_ms = max(request.requested_ms, rounds.epoch_ms, last.ended_ms if last else 0)
+        since_ms = rounds.waits_since_ms(request, now_ms + config.quorum_wait_s * 1000)
         found = _clients(request, clients.values(), config, now_ms, since_ms, excluded)
         if found.there >= found.quorum or not rounds.epoch:
             found = structs.replace(found, what="server", left_s=None)
@@ -164,10 +165,10 @@ def _ends_ms(state: RoundState, opened: types.RoundOpened) -> float:
     came_ms = sorted(state.replied_ms.values())
     if opened.enough is not None and len(came_ms) >= opened.enough:
         return came_ms[opened.enough - 1]
-    if opened.grace_s is None or len(came_ms) < opened.quorum:
+    if (grace := grace_after_quorum(opened, state.opened_ms, came_ms)) is None:
         return deadline_ms
-    reached_ms = came_ms[opened.quorum - 1]
-    return min(deadline_ms, reached_ms + max(opened.grace_s * 1000, reached_ms - state.opened_ms))
+    grace_s, reached_ms = grace
+    return min(deadline_ms, reached_ms + grace_s * 1000)
 
 
 def _clients(
@@ -178,7 +179,7 @@ def _clients(
     since_ms: int,
     excluded: Mapping[str, str],
 ) -> Awaited:
-    reasons = [_reason(each, config, now_ms) or excluded.get(each.client_id) for each in clients]
+    reasons = [absence(each, config, now_ms) or excluded.get(each.client_id) for each in clients]
     left_s = config.quorum_wait_s - (now_ms - since_ms) / 1000
     return Awaited(
         "clients",
@@ -188,11 +189,3 @@ def _clients(
         excluded=dict(sorted(Counter(each for each in reasons if each is not None).items())),
         left_s=max(0.0, left_s),
     )
-
-
-def _reason(client: Client, config: ServerConfig, now_ms: int) -> str | None:
-    if client.revoked:
-        return "revoked"
-    if now_ms - client.seen_ms > config.availability_s * 1000:
-        return "unavailable"
-    return "too-few-examples" if client.examples_at_least < config.min_examples else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fedloop_events import types
 from fedloop_events.errors import UsageError
-from fedloop_events.folds.identities import Identities
+from fedloop_events.folds.identities import Client, Identities
 from fedloop_events.writer import EventWriter
 from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
+from fedloop_server.config import ServerConfig
 from fedloop_server.operations import commands
 
 
@@ -23,13 +24,30 @@ class ClientCounts(Struct, frozen=True):
     """Their record of spends was forked or torn."""
 
 
-def count(identities: Identities, ledger: Ledger, seen_since_ms: float) -> ClientCounts:
-    """A client that was seen at `seen_since_ms`, by the log's clock, or later is available."""
+def seen_lately(client: Client, availability_s: float, now_ms: float) -> bool:
+    """Whether a client was last seen at most `availability_s` before `now_ms` of the log's clock.
+
+    Nor may it be seen in a future as far away: its clock is wrong, and would keep it available for as long after it is gone.
+    """
+    return abs(now_ms - client.seen_ms) <= availability_s * 1000
+
+
+def absence(client: Client, config: ServerConfig, now_ms: int) -> str | None:
+    """Why a client cannot be asked now, whatever the round: "revoked", "unavailable", "too-few-examples"; None if it can."""
+    if client.revoked:
+        return "revoked"
+    if not seen_lately(client, config.availability_s, now_ms):
+        return "unavailable"
+    return "too-few-examples" if client.examples_at_least < config.min_examples else None
+
+
+def count(identities: Identities, ledger: Ledger, availability_s: float, now_ms: float) -> ClientCounts:
+    """A client that is not revoked and was `seen_lately` is available."""
     clients = list(identities.clients.values())
     return ClientCounts(
         len(clients),
         sum(each.revoked for each in clients),
-        sum(not each.revoked and each.seen_ms >= seen_since_ms for each in clients),
+        sum(not each.revoked and seen_lately(each, availability_s, now_ms) for each in clients),
         sum(ledger.suspended(each.client_id) is not None for each in clients),
     )
 

@@ -174,10 +174,8 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int, wall_s:
     found = scheduler.eligible(state.people.clients.values(), mechanism, config, now_ms=now_ms, budget=budget)
     if len(found.clients) >= config.quorum:
         return OpenRound(request.request_id, number, program, found)
-    last = state.rounds.last
     wait_ms = wait_s * 1000
-    begun = request.requested_ms, state.rounds.epoch_ms, last.ended_ms if last else 0
-    since_ms = max(each for each in (0, *begun) if each <= now_ms + wait_ms)  # a later one is by a clock that is wrong
+    since_ms = state.rounds.waits_since_ms(request, now_ms + wait_ms)
     detail = f"{len(found.clients)} clients can take part, and the quorum is {config.quorum}"
     # A request that has waited for the hours of rounds waits for clients from their beginning.
     if now_ms - since_ms < wait_ms or (hours is not None and hours.opened_within(wait_s, wall_s)):

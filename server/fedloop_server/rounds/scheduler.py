@@ -18,6 +18,7 @@ from fedloop_events.types import Exclusion, Mechanism
 from msgspec import Struct
 
 from fedloop_server.config import ServerConfig
+from fedloop_server.operations.clients import absence
 
 MAX_OPENING_BYTES: Final = 1 << 20
 """Of the exclusions that a round's opening names: some ten thousand, in some dozens of events."""
@@ -50,10 +51,7 @@ def eligible(
 ) -> Eligibility:
     """Split enrolled clients. `now_ms` is the log's own clock, by which they were last seen.
 
-    Who was last seen longer ago than `availability_s` is unavailable, and so is who will be seen in a future as far away: its
-    clock is wrong, and would keep it available for as long after it is gone.
-
-    Reasons: "revoked", "unavailable", "too-few-examples", "wants-privacy" (a round without differential privacy is not for a
+    Reasons: what `absence` says, "wants-privacy" (a round without differential privacy is not for a
     client that has a budget), and what `budget` says.
     """
     chosen: list[str] = []
@@ -162,12 +160,8 @@ def _cost(state: RoundState, client_id: str, counted: set[str]) -> int | None:
 
 
 def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: BudgetCheck) -> str | None:
-    if client.revoked:
-        return "revoked"
-    if abs(now_ms - client.seen_ms) > config.availability_s * 1000:
-        return "unavailable"
-    if client.examples_at_least < config.min_examples:
-        return "too-few-examples"
+    if (reason := absence(client, config, now_ms)) is not None:
+        return reason
     if mechanism is None:
         return None if client.epsilon is None else "wants-privacy"
     return budget(client, mechanism)

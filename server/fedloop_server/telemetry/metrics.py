@@ -138,8 +138,7 @@ class ServerCollector:
 
     def _clients(self) -> Iterator[Metric]:
         state, config = self._server.state, self._server.config
-        since_ms = (self._clock() - config.availability_s) * 1000
-        counts = clients.count(state.people, state.ledger, since_ms)
+        counts = clients.count(state.people, state.ledger, config.availability_s, self._clock() * 1000)
         yield GaugeMetricFamily("fedloop_clients_enrolled", "Clients that were ever enrolled.", counts.enrolled)
         yield GaugeMetricFamily("fedloop_clients_revoked", "Revoked clients.", counts.revoked)
         meaning = "Clients that were seen lately enough to be asked."

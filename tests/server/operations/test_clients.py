@@ -13,6 +13,9 @@ from fedloop_server.operations.budgets import budgets
 from fedloop_server.operations.clients import ClientCounts
 from fedloop_server.operations.followed import Followed
 
+EVER_S = 1_000_000_000_000
+"""So that now is later than any stamp."""
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
@@ -29,7 +32,7 @@ def world(tmp_path: Path) -> World:
 
 def count(world: World, seen_since_ms: float) -> ClientCounts:
     followed = Followed(world.log)
-    return clients.count(followed.identities, followed.ledger(), seen_since_ms)
+    return clients.count(followed.identities, followed.ledger(), EVER_S, seen_since_ms + EVER_S * 1000)
 
 
 def test_clients_are_counted_by_what_they_are(world: World) -> None:
