@@ -80,9 +80,9 @@ class _State(Struct):
 class DeviceView:
     """The state of the log as far as it concerns the device `client_id` under the server key `server_key`.
 
-    `rounds` are the open ones, of whose cohorts it knows whether this device is in them; `instructions` are those for this device
-    that no closed round and no collected step has made moot, `spent` what was paid for each instruction, `refused` how many
-    events were malformed or not by whom they name.
+    `rounds` are those in which an answer may count, of whose cohorts it knows whether this device is in them; `instructions` are
+    those for this device that no round which is over and no collected step has made moot, `spent` what was paid for each
+    instruction, `refused` how many events were malformed or not by whom they name.
     """
 
     def __init__(self, client_id: str, server_key: str, state: bytes | None = None) -> None:
@@ -246,18 +246,25 @@ class DeviceView:
         match payload:
             case types.RoundOpened():
                 me = [self.client_id] if self.client_id in payload.cohort else []
+                for each in [each for each in kept.rounds.values() if _stale(each, payload)]:
+                    self._over(each.round_id)
                 kept.rounds.setdefault(payload.round_id, replace(payload, cohort=me, excluded=[]))
             case types.InstructionSent(client_id=self.client_id):
                 kept.instructions.setdefault(record.id, Instruction(record, payload))
                 if len(kept.instructions) > MAX_PENDING:
                     del kept.instructions[next(iter(kept.instructions))]
             case types.RoundClosed(round_id=str(round_id)) | types.RoundAborted(round_id=round_id):
-                kept.rounds.pop(round_id, None)
-                self._let_go(round_id)
+                # Whoever is at work for a buffered round goes on: its update counts in a later one.
+                if types.Exclusion(self.client_id, types.AT_WORK) not in payload.excluded:
+                    self._over(round_id)
             case types.StepCollected(round_id=str(round_id)):
                 self._let_go(round_id, payload.step)
             case _:
                 pass
+
+    def _over(self, round_id: str) -> None:
+        self._state.rounds.pop(round_id, None)
+        self._let_go(round_id)
 
     def _let_go(self, round_id: str, step: int | None = None) -> None:
         """Nobody waits any more for an answer to the instructions of a round, or to those before one of its steps."""
@@ -267,6 +274,12 @@ class DeviceView:
             for event_id, each in kept.instructions.items()
             if each.sent.round_id != round_id or (step is not None and each.sent.step > step)
         }
+
+
+def _stale(buffered: types.RoundOpened, opened: types.RoundOpened) -> bool:
+    """Whether an answer to a buffered round cannot count in the one that is opened, nor in later ones."""
+    same = buffered.run_id == opened.run_id and buffered.max_staleness > 0
+    return same and buffered.number + buffered.max_staleness < opened.number
 
 
 def _restored(state: bytes | None) -> _State:

@@ -38,6 +38,8 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     unasked_rounds: _Many = 20
     min_examples: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
     over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0
+    buffer_size: Annotated[int, Meta(ge=0, le=MAX_COHORT)] = 0
+    max_staleness: _Many = 10
     deadline_s: _Number = 600.0
     grace_s: _Number = 60.0
     availability_s: _Number = 120.0
@@ -56,6 +58,9 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if self.asked > MAX_COHORT:
             allowed = f"cohort_size is {self.cohort_size}, and no more than {MAX_COHORT} clients can be asked"
             raise _wrong("over_selection", self.over_selection, allowed)
+        if self.buffer_size and not self.quorum <= self.buffer_size <= self.cohort_size:
+            allowed = f"0, or from quorum ({self.quorum}) to cohort_size ({self.cohort_size})"
+            raise _wrong("buffer_size", self.buffer_size, allowed)
         zone(self.time_zone)
         if self.schedule != NONE:
             schedules.check(self.schedule, self.time_zone)
@@ -79,6 +84,8 @@ _MEANING: Final = {
     "unasked_rounds": "Rounds after which a client that was not asked goes first, or four times those that ask everybody once.",
     "min_examples": "Examples that a client must report at least (it reports a power of two, or 0).",
     "over_selection": "So many times cohort_size are asked, where there are as many: the slowest need not answer.",
+    "buffer_size": "Updates that end a round of training while the others go on for the next one; 0: a round waits for them.",
+    "max_staleness": "Rounds after its own in which an update still counts, with less weight, where buffer_size is not 0.",
     "deadline_s": "Seconds that clients have for a round.",
     "grace_s": "Seconds for which a round goes on once its quorum has answered, or as long as that took, if it took longer.",
     "availability_s": "Seconds for which a client counts as available after it was last seen.",

@@ -26,7 +26,7 @@ class _Kept(Struct, frozen=True):
     releases: bytes
     ledger: bytes
     decided_ms: int
-    round_after: dict[str, int]
+    after: dict[str, dict[str, int]]
     epoch_after: dict[str, int]
     offsets: dict[str, int]
 
@@ -35,17 +35,17 @@ class ServerState:
     """The server's folds, and its clock. `people` are those whose events count; another reader keeps them up to date."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 3
+    version = 4
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()
         self.people = people
         self.decided_ms = 0
         """The log's own clock, as of the last event that the server has signed."""
-        self.round_after = START
-        """Before everything that the open round rests on."""
-        self.steps: RunSteps | None = None
-        """Those of the round that is being collected, which are kept up to date too."""
+        self.steps: list[RunSteps] = []
+        """Those of the round that is being collected, and of the buffered ones before it: they are kept up to date too."""
+        self._after: dict[str, dict[str, int]] = {}
+        """Where the epoch began in which a round was opened, for each round that is not over."""
         self._epoch_after = START
         self._offsets: dict[str, int] = {}
         self._on_event = on_event
@@ -62,13 +62,21 @@ class ServerState:
             self.rounds.apply(record, payload)
             if self.rounds.epoch != epoch:
                 self._epoch_after = Position({**self._offsets, record.stream: record.offset - 1})
-            if self.rounds.open_round is not open_round:
-                self.round_after = self._epoch_after
-            if self.steps is not None:
-                self.steps.apply(record, payload)
+            if (opened := self.rounds.open_round) is not open_round:
+                if opened is not None:
+                    self._after[opened.round_id] = dict(self._epoch_after.offsets)
+                going_on = {each.round_id for each in (*self.rounds.buffered, opened) if each is not None}
+                self._after = {round_id: after for round_id, after in self._after.items() if round_id in going_on}
+            for steps in self.steps:
+                steps.apply(record, payload)
         self._offsets[record.stream] = record.offset
         if self._on_event is not None:
             self._on_event(record, payload)
+
+    @property
+    def rounds_after(self) -> Position:
+        """Before everything that the open round rests on, and the buffered ones before it."""
+        return Position(next(iter(self._after.values()), {}))
 
     def to_state(self) -> bytes:
         kept = _Kept(
@@ -76,7 +84,7 @@ class ServerState:
             self.releases.to_state(),
             self.ledger.to_state(),
             self.decided_ms,
-            dict(self.round_after.offsets),
+            self._after,
             dict(self._epoch_after.offsets),
             self._offsets,
         )
@@ -87,6 +95,6 @@ class ServerState:
         restored = ServerState(self.rounds.run_id, self.people, self._on_event)
         restored.rounds, restored.releases = RoundsView.from_state(kept.rounds), ReleasesView.from_state(kept.releases)
         restored.ledger, restored.decided_ms = Ledger.from_state(kept.ledger), kept.decided_ms
-        restored.round_after, restored._epoch_after = Position(kept.round_after), Position(kept.epoch_after)
+        restored._after, restored._epoch_after = kept.after, Position(kept.epoch_after)
         restored._offsets = kept.offsets
         return restored

@@ -115,7 +115,7 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
 
     followed = where.follow()
     state = rounds.find(followed.rounds, round_id)
-    summary, detail = rounds.summarise(state, followed.releases), rounds.detail(state)
+    summary, detail = rounds.summarise(state, followed.releases), rounds.detail(state, followed.rounds)
     document = documents.round_document(summary) | {
         "mechanism": detail.mechanism,
         "hyperparameters": detail.hyperparameters,
@@ -123,6 +123,8 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
         "deadline_s": detail.deadline_s,
         "enough": detail.enough,
         "grace_s": detail.grace_s,
+        "max_staleness": detail.max_staleness,
+        "stale": detail.stale,
         "declined": detail.declined,
         "refused": [{"client": each.client_id, "reason": each.reason} for each in detail.refused],
         "replies": summary.replies,
@@ -130,10 +132,12 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
     rows = {
         name: ", ".join(value) if isinstance(value, list) else value
         for name, value in msgspec.to_builtins(document).items()
-        if name not in {"excluded", "refused", "declined", "mechanism", "hyperparameters"}
+        if name not in {"stale", "excluded", "refused", "declined", "mechanism", "hyperparameters"}
     }
     terms = (msgspec.to_builtins(detail.mechanism) if detail.mechanism is not None else {}) | detail.hyperparameters
     excluded = [[each.client_id, each.reason, each.detail] for each in summary.excluded]
+    if detail.stale:
+        rows["stale"] = ", ".join(f"{client_id} by {rounds_late}" for client_id, rounds_late in detail.stale.items())
     parts = [console.fields(rows), "", "terms", console.fields(terms) or "none", "", "excluded"]
     parts.append(console.table(["client", "reason", "detail"], excluded, empty="nobody"))
     console.show(document, "\n".join(parts), as_json=json)

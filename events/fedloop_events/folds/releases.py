@@ -89,6 +89,17 @@ class ReleasesView(Struct):
     def next_number(self, model: str) -> int:
         return self._numbers.get(model, -1) + 1
 
+    def comes_from(self, release: str, ancestor: str) -> bool:
+        """Whether a release is `ancestor`, or was made of what was made of it; both must be known."""
+        state, least = self.releases[release], self.releases[ancestor].number
+        while (
+            state.number > least
+            and (base := self.releases.get(state.base_release or "")) is not None
+            and base.number < state.number
+        ):
+            state = base
+        return state.release == ancestor
+
     def apply(self, record: Record, payload: types.Payload) -> None:
         if not isinstance(payload, types.ReleaseEvent):
             return

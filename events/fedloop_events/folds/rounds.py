@@ -7,6 +7,7 @@ for reading only.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import ClassVar, Literal, Self
 
 import msgspec
@@ -65,6 +66,10 @@ class RoundState(Struct):
     """Reason by client."""
     refused: dict[str, types.UpdateRefused] = {}
     """By update."""
+    at_work: dict[str, None] = {}
+    """Clients whose update may count in a later round, once a buffered round is closed."""
+    counted_later: dict[str, str] = {}
+    """Updates that did, by client."""
 
     @property
     def state(self) -> Literal["open", "closed", "aborted"]:
@@ -87,6 +92,11 @@ class RoundState(Struct):
         """By client: why it did not count, the last reason that was given for it."""
         events = (self.opened, *self.collected, self.aborted)
         return {each.client_id: each for event in events if event is not None for each in event.excluded}
+
+    @property
+    def counted(self) -> set[str]:
+        """The updates that were accepted, here or in a later round."""
+        return {*(update.update_id for each in self.collected for update in each.accepted), *self.counted_later.values()}
 
     @property
     def bytes_up(self) -> int:
@@ -116,7 +126,7 @@ class RoundsView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.ROUNDS, topics.UPDATES)
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     run_id: str = types.DEFAULT_RUN
     epoch: int = 0
@@ -127,8 +137,9 @@ class RoundsView(Struct):
     requests: dict[str, RoundRequest] = {}
     rounds: dict[str, RoundState] = {}
     unanswered: dict[str, tuple[str, str]] = {}
-    """Updates to rounds that have ended, neither accepted nor refused yet: round and client by update."""
+    """Updates to rounds that have ended, neither accepted nor refused yet, that can count no more: round and client by update."""
     _open: str = ""
+    _buffered: dict[str, None] = {}  # the closed rounds that clients are at work for, oldest first
     _queue: dict[str, None] = {}  # the pending requests, oldest first
 
     @property
@@ -155,6 +166,22 @@ class RoundsView(Struct):
     def open_round(self) -> RoundState | None:
         """The round that clients are working on."""
         return self.rounds.get(self._open)
+
+    @property
+    def buffered(self) -> list[RoundState]:
+        """The closed rounds that clients are at work for, oldest first."""
+        return [self.rounds[round_id] for round_id in self._buffered]
+
+    def earlier(self, closed: RoundState) -> dict[str, RoundState]:
+        """Of the updates that a round accepted, those of earlier rounds: their round, by update."""
+        found: dict[str, RoundState] = {}
+        for update in closed.closed.accepted if closed.closed is not None else []:
+            if closed.instructed.get(update.client_id) != update.instruction_id:
+                first = closed.number - 1 - (closed.opened.max_staleness if closed.opened is not None else 0)
+                for state in islice(self.rounds.values(), max(first, 0), closed.number - 1):
+                    if state.instructed.get(update.client_id) == update.instruction_id:
+                        found[update.update_id] = state
+        return found
 
     @property
     def last(self) -> RoundState | None:
@@ -196,8 +223,7 @@ class RoundsView(Struct):
             case types.StepCollected(round_id=str(round_id)) if round_id in self.rounds:
                 self._collected(record, payload, self.rounds[round_id])
             case types.UpdateRefused(round_id=str(round_id)) if round_id in self.rounds:
-                self.rounds[round_id].refused.setdefault(payload.update_id, payload)
-                self.unanswered.pop(payload.update_id, None)
+                self._refused(payload, self.rounds[round_id])
 
     def _opened(self, record: Record, opened: types.RoundOpened) -> None:
         request = self.requests.get(opened.request_id)
@@ -225,6 +251,11 @@ class RoundsView(Struct):
             return
         if isinstance(collected, types.RoundClosed):
             state.closed, state.closed_ms = collected, record.appended_ms
+            if state.opened is not None and state.opened.max_staleness:
+                self._counted_late(state)
+                state.at_work = {each.client_id: None for each in collected.excluded if each.reason == types.AT_WORK}
+                if state.at_work:
+                    self._buffered[state.round_id] = None
             self._ended(record, state)
         else:
             state.steps.setdefault(collected.step, collected)
@@ -234,14 +265,52 @@ class RoundsView(Struct):
         if not request.pending:
             del self._queue[request.request_id]
 
+    def _counted_late(self, closed: RoundState) -> None:
+        accepted = {update.update_id: update.client_id for update in closed.closed.accepted} if closed.closed else {}
+        for update_id, state in self.earlier(closed).items():
+            state.counted_later[accepted[update_id]] = update_id
+            self._back(state, accepted[update_id])
+
+    def _refused(self, refused: types.UpdateRefused, state: RoundState) -> None:
+        state.refused.setdefault(refused.update_id, refused)
+        self.unanswered.pop(refused.update_id, None)
+        if state.replies.get(refused.client_id, [])[:1] == [refused.update_id]:
+            self._back(state, refused.client_id)
+
     def _ended(self, record: Record, state: RoundState) -> None:
         state.ended_ms = record.appended_ms
         if self._open == state.round_id:
             self._open = ""
-        accepted = {update.update_id for each in state.collected for update in each.accepted}
-        for client_id, update_id in ((client, each) for client, replies in state.replies.items() for each in replies):
-            if update_id not in accepted and update_id not in state.refused:
-                self.unanswered[update_id] = state.round_id, client_id
+        if state.aborted is not None:
+            self._let_go(state)
+        self._leave(state, state.replies)
+        for each in self.buffered:
+            if each.opened is not None and each.number + each.opened.max_staleness <= state.number:
+                self._let_go(each)
+
+    def _let_go(self, state: RoundState) -> None:
+        """Nobody's update counts for it any more."""
+        self._back(state, *state.at_work)
+
+    def _back(self, state: RoundState, *clients: str) -> None:
+        """Clients that were at work for a buffered round are no longer."""
+        back = [each for each in clients if each in state.at_work]
+        if not back:
+            return
+        for client_id in back:
+            del state.at_work[client_id]
+        self._leave(state, back)
+        if not state.at_work:
+            self._buffered.pop(state.round_id, None)
+
+    def _leave(self, state: RoundState, clients: Iterable[str]) -> None:
+        """A round has ended: what clients that are not at work for it have sent, and nobody has judged, is to be refused."""
+        counted = state.counted
+        for client_id in clients:
+            if client_id not in state.at_work:
+                for update_id in state.replies.get(client_id, []):
+                    if update_id not in counted and update_id not in state.refused:
+                        self.unanswered[update_id] = state.round_id, client_id
 
     def _reply(self, record: Record, payload: types.ClientEvent) -> None:
         state = self.rounds.get(getattr(payload, "round_id", None) or "")
@@ -249,16 +318,15 @@ class RoundsView(Struct):
             return
         if isinstance(payload, types.RoundDeclined):
             state.declined.setdefault(payload.client_id, payload.reason)
+            self._back(state, payload.client_id)
         elif isinstance(payload, types.UpdateSubmitted):
             replies = state.replies.setdefault(payload.client_id, [])
             if len(replies) >= MAX_REPLIES_EACH:
                 return
             replies.append(record.id)
             state.replied_ms.setdefault(payload.client_id, record.appended_ms)
-            if state.state == "open" or record.id in state.refused:
-                return
-            if not any(update.update_id == record.id for each in state.collected for update in each.accepted):
-                self.unanswered[record.id] = state.round_id, payload.client_id
+            if state.state != "open":
+                self._leave(state, [payload.client_id])
 
     def to_state(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -116,6 +116,9 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     The round ends when every instruction is settled, when `enough` updates are accepted (None: all of the cohort), `grace_s`
     after the quorum is reached, or as long as that took if it took longer (None: no sooner for that), or after `deadline_s`. No
     update weighs more than `max_weight`.
+
+    Whoever has not answered a buffered round when it ends, and is still in time, is at work: its update counts in one of the
+    next `max_staleness` rounds, with less weight (Nguyen et al. 2022, arXiv 2106.06639). 0 is a round that is not buffered.
     """
 
     topic = topics.ROUNDS
@@ -143,6 +146,7 @@ class RoundOpened(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_def
     enough: Annotated[int, Meta(ge=1)] | None = None
     grace_s: Positive | None = None
     max_weight: Positive | None = None
+    max_staleness: Count = 0
 
     @property
     def named(self) -> Iterable[str]:
@@ -307,8 +311,16 @@ class StepCollected(ServerEvent, frozen=True, forbid_unknown_fields=True, omit_d
         return [*(each.client_id for each in self.accepted), *(each.client_id for each in self.excluded)]
 
 
+AT_WORK: Final = "at-work"
+"""Why a client is not among those of a buffered round: its update is still to come."""
+
+
 class RoundClosed(StepCollected, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The collecting step with which a round ends: what it accepted is what the round makes a release of."""
+    """The collecting step with which a round ends: what it accepted is what the round makes a release of.
+
+    In a buffered round that may be answers to the instructions of earlier rounds too, which come after its own. Who is excluded
+    as `AT_WORK` may still answer.
+    """
 
     topic = topics.ROUNDS
     type_name = "io.fedloop.round.closed.v2"

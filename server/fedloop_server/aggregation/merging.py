@@ -6,7 +6,9 @@ operations that are the same on every CPU (a fused multiply-add is not) and for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +18,7 @@ from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
 from fedloop_tasks.table import program_of
-from fedloop_tasks.task import Arrays
+from fedloop_tasks.task import Arrays, Program
 from numpy.typing import NDArray
 
 BLOCK_BYTES: Final = 256 * 1024
@@ -51,10 +53,18 @@ def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSp
     return _accumulate(blobs, [(ref, 1.0) for ref in updates], specs)
 
 
-def merge(blobs: BlobStore, opened: RoundOpened, base: Arrays, accepted: Sequence[AcceptedUpdate]) -> dict[str, NDArray[Any]]:
+def merge(
+    blobs: BlobStore,
+    opened: RoundOpened,
+    base: Arrays,
+    accepted: Sequence[AcceptedUpdate],
+    stale: Mapping[str, RoundOpened] = MappingProxyType({}),
+) -> dict[str, NDArray[Any]]:
     """The release that a round makes of its accepted updates: a function of its arguments alone, so that anyone can repeat it.
 
     `base` are the arrays of the round's base release. What is made of the total, or of the mean, is the round's program's.
+    `stale` are the terms of the earlier rounds that some of the updates, by id, were made in: of such a one what counts is its
+    change of its own base, times `staleness_weight`.
 
     Raises MergeError, TensorError and BlobError as `weighted_mean` does, UnknownProgramError for a program that is not there.
     """
@@ -63,11 +73,55 @@ def merge(blobs: BlobStore, opened: RoundOpened, base: Arrays, accepted: Sequenc
     if len(updates) != len(accepted):
         raise MergeError("an accepted update has no tensors")
     specs = program.specs(opened, base)
-    if program.combines == "sum":
+    if stale:
+        combined = _buffered_mean(blobs, opened, base, accepted, stale, specs)
+    elif program.combines == "sum":
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
         combined = weighted_mean(blobs, updates, specs)
     return program.apply(opened, base, combined)
+
+
+def buffers(program: Program) -> bool:
+    """Whether updates of different bases can be merged: what counts of each is how it changed its base."""
+    return program.from_base and program.combines == "mean"
+
+
+def staleness_weight(rounds: int) -> float:
+    """How much an update counts that many rounds after its own (Nguyen et al. 2022, arXiv 2106.06639, appendix D.1)."""
+    return 1.0 / math.sqrt(1.0 + rounds)
+
+
+def _buffered_mean(
+    blobs: BlobStore,
+    opened: RoundOpened,
+    base: Arrays,
+    accepted: Sequence[AcceptedUpdate],
+    stale: Mapping[str, RoundOpened],
+    specs: Sequence[TensorSpec],
+) -> dict[str, NDArray[Any]]:
+    """base + sum of c (update - its base), where c is an update's share of the weights times what its staleness leaves of it."""
+    if not buffers(program_of(opened.strategy)):
+        raise MergeError(f"updates of earlier rounds do not count in a round of {opened.strategy}")
+    weights, whole = [each.weight for each in accepted], sum(each.weight for each in accepted)
+    if not all(weight > 0 for weight in weights) or not np.isfinite(whole):
+        raise MergeError("a mean needs weights that are positive and finite")
+    shares: list[tuple[BlobRef, float]] = []
+    of_base: dict[BlobRef, float] = {}
+    for update in accepted:
+        made_in = stale.get(update.update_id, opened)
+        share = update.weight / whole * staleness_weight(opened.number - made_in.number)
+        assert update.blob is not None
+        shares.append((update.blob, share))
+        of_base[made_in.base] = of_base.get(made_in.base, 0.0) + share
+    result = _accumulate(blobs, shares, specs)
+    left = {ref: -share for ref, share in of_base.items()} | {opened.base: 1.0 - of_base.get(opened.base, 0.0)}
+    for ref, share in left.items():
+        arrays = base if ref == opened.base else tensors.decode(blobs.get(ref))
+        tensors.check(tensors.specs({name: arrays[name] for name in result if name in arrays}), specs)
+        for name, values in result.items():
+            values += arrays[name].astype(values.dtype) * values.dtype.type(share)
+    return result
 
 
 def _accumulate(

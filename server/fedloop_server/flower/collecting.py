@@ -10,7 +10,6 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import LogError
-from fedloop_events.folds.rounds import grace_after_quorum
 from fedloop_events.types import AcceptedUpdate, Exclusion, InstructionSent, RoundDeclined, RoundOpened, UpdateSubmitted
 from fedloop_tasks.table import program_of
 from numpy.typing import NDArray
@@ -70,23 +69,16 @@ class Collection:
         """Whether every instruction is settled."""
         return len(self._accepted) + len(self._excluded) == len(self.sent)
 
+    @property
+    def accepted_ms(self) -> list[int]:
+        """When the replies came that are accepted."""
+        return [each.appended_ms for each in self._accepted.values()]
+
     def judge(self) -> None:
         """Settle what can be settled with the replies that have been read so far."""
         self.waits_for_blobs = False
         for decision, sent in self._open():
             self._judge(decision.id, sent, decision)
-
-    @property
-    def enough(self) -> bool:
-        """Whether the round needs no more."""
-        return self._opened is not None and self._opened.enough is not None and len(self._accepted) >= self._opened.enough
-
-    @property
-    def grace(self) -> tuple[float, int] | None:
-        """`grace_after_quorum`, by the replies that are accepted."""
-        if self._opened is None:
-            return None
-        return grace_after_quorum(self._opened, self.sent_ms, (each.appended_ms for each in self._accepted.values()))
 
     def close(self, *, final: bool, missing: str = SILENT) -> tuple[list[AcceptedUpdate], list[Exclusion]]:
         """What counts, sorted by step, and what does not. `final` settles what is still open: as `missing`, or as refused."""

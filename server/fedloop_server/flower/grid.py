@@ -17,8 +17,8 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Final, NamedTuple
 
 import numpy as np
 from fedloop_events.blobs.reader import TensorReader
@@ -27,8 +27,9 @@ from fedloop_events.errors import UsageError
 from fedloop_events.flower.messages import Run, error_reply, identify_process, new_run, reply, run_number
 from fedloop_events.flower.records import ContentWriter, Unstored, content_sha256, from_content
 from fedloop_events.folds.identities import Client
+from fedloop_events.folds.rounds import grace_after_quorum
 from fedloop_events.logs.port import EventLog
-from fedloop_events.types import InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened, StepCollected
+from fedloop_events.types import AT_WORK, InstructionSent, NodesListed, ResultRecorded, RoundClosed, RoundOpened, StepCollected
 from fedloop_events.writer import EventWriter
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -44,11 +45,19 @@ POLL_S: Final = 60.0
 """How long `get_node_ids` waits for another answer before it gives the same one a third time."""
 
 
+class EarlierRound(NamedTuple):
+    """A buffered round that is closed. What the clients that are `at_work` for it still send may count in the round in hand."""
+
+    opened: RoundOpened
+    reads: ReadsRun
+    at_work: Set[str]
+
+
 class LogGrid(Grid):
     """The grid of one run, or with `round` of that round of it.
 
     `nodes` gives the clients that may be asked (by default all that are enrolled and not revoked). `reads` is what reads the log
-    for it (by default a `RunReader` of its own).
+    for it (by default a `RunReader` of its own). What is read for `earlier` rounds must be up to date whenever `reads` is.
 
     Every method raises FencedError once a later epoch than `epoch` has begun, and ReplayError if the run decides otherwise than
     it did before.
@@ -66,6 +75,7 @@ class LogGrid(Grid):
         round: RoundOpened | None = None,  # noqa: A002 (the field's term)
         admission: Admission | None = None,
         reads: ReadsRun | None = None,
+        earlier: Sequence[EarlierRound] = (),
     ) -> None:
         self.collected: StepCollected | None = None
         """What the last collection decided."""
@@ -73,6 +83,7 @@ class LogGrid(Grid):
         reads = reads or RunReader(log, run_id, None if round is None else round.round_id)
         self._identities, self._nodes = reads.identities, nodes or self._enrolled
         self._journal = Journal(log, writer, reads, epoch=epoch)
+        self._earlier = [(each, Journal(log, writer, each.reads, epoch=epoch)) for each in earlier]
         self._blobs, self._writer, self._checker = blobs, ContentWriter(blobs), ContentWriter(Unstored())
         self._reader = TensorReader(blobs)
         self._listed: list[list[str]] = []
@@ -138,7 +149,8 @@ class LogGrid(Grid):
 
     def close_round(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """`send_and_receive`, as the last step of the round: with what it collects the round is closed. It ends before
-        `timeout` where the round's terms say so: with enough updates, or a grace after its quorum."""
+        `timeout` where the round's terms say so: with enough updates, or a grace after its quorum. What comes for the earlier
+        rounds is collected with it; the replies are those to `messages` alone."""
         return self._collect(self.push_messages(messages), timeout_s=timeout, final=True, kind=RoundClosed)
 
     def record(self, compute: Callable[[], RecordDict]) -> RecordDict:
@@ -210,32 +222,65 @@ class LogGrid(Grid):
         collection = Collection(self._journal.steps, sent, self._round, self._admission, reader, known_specs)
         collected = self._journal.replayed(step, kind)
         if collected is None:
-            missing = self._gather(collection, timeout_s, early=kind is RoundClosed)
+            earlier = self._collections_of_earlier(reader) if kind is RoundClosed else []
+            missing = self._gather(collection, timeout_s, earlier, early=kind is RoundClosed)
             accepted, excluded = collection.close(final=final, missing=missing)
             self._journal.refuse(collection.take_refusals())
+            for journal, each, _ in earlier:
+                accepted += each.close(final=False)[0]
+                journal.refuse(each.take_refusals())
             collected = self._journal.decide(kind(step=step, accepted=accepted, excluded=excluded, **self._journal.common))
         self.collected = collected
         self._seed(step, secret_noise=True)
         return self._replies(collection, collected, reader)
 
-    def _gather(self, collection: Collection, timeout_s: float | None, *, early: bool) -> str:
+    def _collections_of_earlier(self, reader: TensorReader) -> list[tuple[Journal, Collection, float]]:
+        """What is still to come for each earlier round, with the moment from which nobody waits for it."""
+        found = []
+        for each, journal in self._earlier:
+            sent = {
+                instruction_id: decision
+                for instruction_id, decision in journal.instructions().items()
+                if isinstance(decision.payload, InstructionSent) and decision.payload.client_id in each.at_work
+            }
+            collection = Collection(journal.steps, sent, each.opened, self._admission, reader, {})
+            found.append((journal, collection, self._deadline(each.opened.deadline_s, collection.sent_ms)))
+        return found
+
+    def _gather(
+        self,
+        collection: Collection,
+        timeout_s: float | None,
+        earlier: Sequence[tuple[Journal, Collection, float]],
+        *,
+        early: bool,
+    ) -> str:
         """Read and judge replies until every instruction is settled or the time is over; `early`, until the round's terms let it
         end. Why those count as missing who have not answered by then."""
         deadline = math.inf if timeout_s is None else self._deadline(timeout_s, collection.sent_ms)
         grace_ends = math.inf
+        buffered = self._round is not None and self._round.max_staleness > 0
+        all_journals = [(self._journal, collection), *((journal, each) for journal, each, _ in earlier)]
         wait_s = 0.0
         while True:
             self._journal.catch_up(wait_s)
-            collection.judge()
-            self._journal.refuse(collection.take_refusals())
-            if early and grace_ends == math.inf and (grace := collection.grace) is not None:
-                grace_ends = self._deadline(*grace)
-            left_s = min(deadline, grace_ends) - time.monotonic()
-            if early and collection.enough:
-                return NOT_NEEDED
-            if collection.complete or left_s <= 0:
-                return SLOW if grace_ends < deadline else SILENT
-            wait_s = min(left_s, 0.05 if collection.waits_for_blobs else 1.0)
+            for journal, each in all_journals:
+                each.judge()
+                journal.refuse(each.take_refusals())
+            came_ms = [at for _, each in all_journals for at in each.accepted_ms]
+            if early and self._round is not None:
+                if self._round.enough is not None and len(came_ms) >= self._round.enough:
+                    return AT_WORK if buffered else NOT_NEEDED
+                grace = grace_after_quorum(self._round, collection.sent_ms, came_ms)
+                if grace_ends == math.inf and grace is not None:
+                    grace_ends = self._deadline(*grace)
+            now = time.monotonic()
+            left_s = min(deadline, grace_ends) - now
+            complete = collection.complete and all(each.complete or until <= now for _, each, until in earlier)
+            if complete or left_s <= 0:
+                return SILENT if deadline <= grace_ends else AT_WORK if buffered else SLOW
+            waits_for_blobs = any(each.waits_for_blobs for _, each in all_journals)
+            wait_s = min(left_s, 0.05 if waits_for_blobs else 1.0)
 
     def _deadline(self, seconds: float, since_ms: int) -> float:
         """When so many seconds are over since `since_ms` of the log's clock: what passed while no server ran has passed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 from fedloop_events import types
@@ -34,7 +34,7 @@ class Awaited(Struct, frozen=True):
     there: int = 0
     """Clients that can be asked, or that have answered."""
     asked: int = 0
-    """Clients that the round has asked."""
+    """Clients that the round has asked, or that are at work for an earlier one."""
     missing: list[str] = []
     """Who has not answered."""
     excluded: dict[str, int] = {}
@@ -121,7 +121,7 @@ def awaited(
     decided_ms = max([*times, *((release.proposed_ms, release.decided_ms) if release and rounds.epoch else ())])
     found = Awaited("nothing")
     if rounds.open_round is not None:
-        found = _updates(rounds.open_round, now_ms)
+        found = _updates(rounds.open_round, rounds.buffered, now_ms)
     elif last is not None and _undecided(last, releases):
         found = Awaited("server", round_id=last.round_id)
     elif (request := rounds.pending) is not None:
@@ -140,11 +140,16 @@ def _undecided(last: RoundState, releases: ReleasesView) -> bool:
     return release is None or release.status == "proposed"
 
 
-def _updates(state: RoundState, now_ms: int) -> Awaited:
+def _updates(state: RoundState, buffered: Iterable[RoundState], now_ms: int) -> Awaited:
     opened = state.opened
     assert opened is not None
-    missing = [each for each in opened.cohort if each not in state.replies and each not in state.declined]
-    left_s = (_ends_ms(state, opened) - now_ms) / 1000
+    came_ms, missing = dict(state.replied_ms), [each for each in opened.cohort if not _answered(each, state)]
+    for earlier in buffered if opened.max_staleness else ():
+        late = [each for each in earlier.at_work if each not in opened.cohort]
+        came_ms |= {each: earlier.replied_ms[each] for each in late if each in earlier.replied_ms}
+        missing += [each for each in late if not _answered(each, earlier)]
+    asked = len(opened.cohort) + sum(each not in opened.cohort for each in {*came_ms, *missing})
+    left_s = (_ends_ms(state, opened, sorted(came_ms.values())) - now_ms) / 1000
     # Until all are asked, after the deadline, when all have answered, and to abort, it is the server's turn.
     waits = missing and left_s > 0 and len(state.instructed) == len(opened.cohort) and state.abort_requested is None
     return Awaited(
@@ -152,17 +157,20 @@ def _updates(state: RoundState, now_ms: int) -> Awaited:
         request_id=state.request_id,
         round_id=state.round_id,
         quorum=opened.quorum,
-        there=len(opened.cohort) - len(missing),
-        asked=len(state.instructed),
+        there=asked - len(missing),
+        asked=asked if waits else len(state.instructed),
         missing=missing,
         left_s=left_s if waits else None,
     )
 
 
-def _ends_ms(state: RoundState, opened: types.RoundOpened) -> float:
-    """When the round ends at the latest, if the replies that have come are accepted, as in `flower.collecting`."""
+def _answered(client_id: str, state: RoundState) -> bool:
+    return client_id in state.replies or client_id in state.declined
+
+
+def _ends_ms(state: RoundState, opened: types.RoundOpened, came_ms: Sequence[int]) -> float:
+    """When the round ends at the latest, if the replies that have come are accepted, as in `flower.grid`."""
     deadline_ms = state.opened_ms + opened.deadline_s * 1000
-    came_ms = sorted(state.replied_ms.values())
     if opened.enough is not None and len(came_ms) >= opened.enough:
         return came_ms[opened.enough - 1]
     if (grace := grace_after_quorum(opened, state.opened_ms, came_ms)) is None:

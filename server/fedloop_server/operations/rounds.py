@@ -84,6 +84,9 @@ class RoundDetail(Struct, frozen=True):
     deadline_s: float | None
     enough: int | None
     grace_s: float | None
+    max_staleness: int
+    stale: dict[str, int]
+    """How many rounds before this one an update was asked for, by participant, where that was not in this one."""
     declined: dict[str, str]
     """Reason by client."""
     refused: list[RefusedUpdate]
@@ -128,8 +131,9 @@ def summaries(followed: Followed) -> list[RoundSummary]:
     return [summarise(each, followed.releases) for each in followed.rounds.rounds.values()]
 
 
-def detail(state: RoundState) -> RoundDetail:
-    opened = state.opened
+def detail(state: RoundState, rounds: RoundsView) -> RoundDetail:
+    opened, earlier = state.opened, rounds.earlier(state)
+    accepted = state.closed.accepted if state.closed is not None else []
     return RoundDetail(
         opened.mechanism if opened is not None else None,
         opened.hyperparameters if opened is not None else {},
@@ -137,6 +141,8 @@ def detail(state: RoundState) -> RoundDetail:
         opened.deadline_s if opened is not None else None,
         opened.enough if opened is not None else None,
         opened.grace_s if opened is not None else None,
+        opened.max_staleness if opened is not None else 0,
+        {each.client_id: state.number - earlier[each.update_id].number for each in accepted if each.update_id in earlier},
         state.declined,
         [RefusedUpdate(each.client_id, each.update_id, each.reason) for each in state.refused.values()],
     )

@@ -171,8 +171,9 @@ def _open(state: ServerState, planner: Planner, model: str, now_ms: int, wall_s:
         refusal = state.ledger.check(client.client_id, mechanism, client.epsilon, client.delta)
         return None if refusal is None else refusal.reason
 
-    found = scheduler.eligible(state.people.clients.values(), mechanism, config, now_ms=now_ms, budget=budget)
-    if len(found.clients) >= config.quorum:
+    clients, at_work = state.people.clients.values(), scheduler.at_work(state.rounds, now_ms)
+    found = scheduler.eligible(clients, mechanism, config, now_ms=now_ms, budget=budget, at_work=at_work)
+    if found.clients and len(found.clients) + found.at_work >= config.quorum:
         return OpenRound(request.request_id, number, program, found)
     wait_ms = wait_s * 1000
     since_ms = state.rounds.waits_since_ms(request, now_ms + wait_ms)

@@ -12,13 +12,14 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Evaluate, Verdict
+from msgspec.structs import replace
 
 from fedloop_server.aggregation.merging import MergeError, merge
 from fedloop_server.deciding import Draft
 from fedloop_server.deployment import release_id
 from fedloop_server.operations import registry
 from fedloop_server.rounds import actions, scheduler
-from fedloop_server.rounds.planner import Planner
+from fedloop_server.rounds.planner import About, Planner
 from fedloop_server.state import ServerState
 
 Decides = (
@@ -112,11 +113,11 @@ class Drafting:
         """Draw the cohort, once: the event that records it decides."""
         config = self._planner.config
         current = registry.current(self._state.releases, self._model)
+        size = max(config.asked - action.eligibility.at_work, 1)
         past = scheduler.past(self._state.rounds, len(action.eligibility.clients), config.asked, config.unasked_rounds)
-        drawn = scheduler.draw(action.eligibility, config.asked, self._source, past)
-        terms = self._planner.terms(action.program)
-        cohort = [self._state.people.clients[client_id] for client_id in drawn.clients]
-        opened = types.RoundOpened(
+        drawn = scheduler.draw(action.eligibility, size, self._source, past)
+        upload = program_of(action.program).upload(list(self._arrays(current.blob)))
+        about = About(
             **self._run(),
             round_id=actions.round_id(action.number),
             request_id=action.request_id,
@@ -124,19 +125,11 @@ class Drafting:
             model=self._model,
             base_release=current.release,
             base=current.blob,
-            strategy=terms.program,
-            cohort=drawn.clients,
-            quorum=config.quorum,
-            deadline_s=config.deadline_s,
-            upload=program_of(terms.program).upload(list(self._arrays(current.blob))),
-            max_upload_bytes=config.max_upload_bytes,
-            max_update_norm=max(config.max_update_norm, terms.least_norm),
-            mechanism=terms.mechanism,
-            hyperparameters=terms.hyperparameters,
+        )
+        cohort = [self._state.people.clients[client_id] for client_id in drawn.clients]
+        opened = replace(
+            self._planner.opening(action.program, upload, cohort, about),
             excluded=scheduler.bounded(drawn.excluded, scheduler.MAX_OPENING_BYTES),
-            max_weight=scheduler.weight_bound(cohort) if terms.mechanism is None else None,
-            enough=config.cohort_size if len(drawn.clients) > config.cohort_size else None,
-            grace_s=config.grace_s if config.grace_s < config.deadline_s else None,
         )
         return self._of_run(opened, "round", action.number)
 
@@ -146,8 +139,11 @@ class Drafting:
         opened, closed = state.opened, state.closed
         assert opened is not None
         assert closed is not None
+        earlier = self._state.rounds.earlier(state)
+        stale = {update_id: each.opened for update_id, each in earlier.items() if each.opened is not None}
         try:
-            blob = self._blobs.put(tensors.encode(merge(self._blobs, opened, self._arrays(opened.base), closed.accepted)))
+            merged = merge(self._blobs, opened, self._arrays(opened.base), closed.accepted, stale)
+            blob = self._blobs.put(tensors.encode(merged))
         except (BlobError, TensorError, MergeError) as error:
             return self._aborted(actions.AbortRound(round_id, "unmergeable", type(error).__name__))
         number = self._state.releases.next_number(self._model)

@@ -29,12 +29,12 @@ from fedloop_tasks.task import Evaluate
 from fedloop_server.config import ServerConfig
 from fedloop_server.deciding import begin_epoch, decide
 from fedloop_server.flower.admission import Admission
-from fedloop_server.flower.grid import LogGrid
+from fedloop_server.flower.grid import EarlierRound, LogGrid
 from fedloop_server.flower.instructing import instructions
 from fedloop_server.flower.steps import RunSteps
 from fedloop_server.operations import awaiting
 from fedloop_server.operations.rounds import OnWait
-from fedloop_server.rounds import actions
+from fedloop_server.rounds import actions, scheduler
 from fedloop_server.rounds.actions import Action
 from fedloop_server.rounds.drafting import Decides, Drafting
 from fedloop_server.rounds.planner import Planner
@@ -233,10 +233,14 @@ class Server:
         """Run the round on Flower: instructions out, answers in, until the round's terms or the operator end it."""
         opened = self.state.rounds.rounds[round_id].opened
         assert opened is not None
-        steps = RunSteps(self.run_id, round_id)
-        # What there is of the round already; from there on, this server's own reader reads for both.
-        Reader(self._log, steps, identities=self._people, after=self.state.round_after).catch_up()
-        self.state.steps = steps
+        earlier = self._earlier(opened)
+        runs = [
+            _RunInHand(self.state.people, RunSteps(self.run_id, each), self._read_unless_stopped) for each in (round_id, *earlier)
+        ]
+        # What there is of the rounds already; from there on, this server's own reader reads for all.
+        for run in runs:
+            Reader(self._log, run.steps, identities=self._people, after=self.state.rounds_after).catch_up()
+        self.state.steps = [run.steps for run in runs]
         try:
             grid = LogGrid(
                 self._log,
@@ -246,13 +250,26 @@ class Server:
                 epoch=self.epoch,
                 round=opened,
                 admission=Admission(ledger_check=self._ledger_check, examples_at_least=self._examples_at_least),
-                reads=_RunInHand(self.state.people, steps, self._read_unless_stopped),
+                reads=runs[0],
+                earlier=[EarlierRound(terms, run, who) for run, (terms, who) in zip(runs[1:], earlier.values(), strict=True)],
             )
             grid.close_round(instructions(grid, opened, self._blobs), timeout=opened.deadline_s)
         except _AbortedError:
             pass  # What is next is to abort it.
         finally:
-            self.state.steps = None
+            self.state.steps = []
+
+    def _earlier(self, opened: types.RoundOpened) -> dict[str, tuple[types.RoundOpened, set[str]]]:
+        """The rounds whose updates may count in this one, and who is at work for them: as long as they compute the same, and this
+        one's base has come from theirs, which a rollback takes back."""
+        found = {}
+        for state in scheduler.in_time(self.state.rounds, self._now_ms()):
+            terms, releases = state.opened, self.state.releases
+            if terms is None or not opened.max_staleness or _computes(terms) != _computes(opened):
+                continue
+            if releases.comes_from(opened.base_release, terms.base_release):
+                found[state.round_id] = terms, {*state.at_work} - {*opened.cohort}
+        return found
 
     def _ledger_check(self, client_id: str, spend_seq: int, mechanism: types.Mechanism, instruction_id: str) -> str | None:
         client = self.state.people.clients[client_id]
@@ -261,3 +278,8 @@ class Server:
 
     def _examples_at_least(self, client_id: str) -> int:
         return self.state.people.clients[client_id].examples_at_least
+
+
+def _computes(opened: types.RoundOpened) -> tuple[object, ...]:
+    """What a round's updates are."""
+    return opened.model, opened.strategy, opened.mechanism, opened.upload, opened.hyperparameters

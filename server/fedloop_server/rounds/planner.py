@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 from fedloop_events import envelope, types
 from fedloop_events.errors import InvalidEventError, UsageError
 from fedloop_events.files import write_private
+from fedloop_events.folds.identities import Client
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.parts import PART_BYTES
@@ -18,7 +21,9 @@ from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Arrays, Terms
 from msgspec import Struct
 
+from fedloop_server.aggregation.merging import buffers
 from fedloop_server.config import ServerConfig
+from fedloop_server.rounds import scheduler
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +31,20 @@ _logger = logging.getLogger(__name__)
 class _Kept(Struct, frozen=True, forbid_unknown_fields=True):
     config_sha256: str
     mechanisms: dict[str, types.Mechanism]
+
+
+class About(TypedDict):
+    """What tells one round from the next."""
+
+    origin: str
+    epoch: int
+    run_id: str
+    round_id: str
+    request_id: str
+    number: int
+    model: str
+    base_release: str
+    base: types.BlobRef
 
 
 class Planner:
@@ -56,29 +75,41 @@ class Planner:
                     hint=f"an update has {size_bytes} bytes of tensors: allow for twice as much in server.toml",
                 )
 
+    def opening(self, program: str, upload: list[str], cohort: Sequence[Client], about: About) -> types.RoundOpened:
+        """The terms of a round of this program, by what is configured. Raises what `terms` raises."""
+        config, terms = self.config, self.terms(program)
+        buffered = config.buffer_size > 0 and buffers(program_of(terms.program))
+        return types.RoundOpened(
+            **about,
+            strategy=terms.program,
+            cohort=[each.client_id for each in cohort],
+            quorum=config.quorum,
+            deadline_s=config.deadline_s,
+            upload=upload,
+            max_upload_bytes=config.max_upload_bytes,
+            max_update_norm=max(config.max_update_norm, terms.least_norm),
+            mechanism=terms.mechanism,
+            hyperparameters=terms.hyperparameters,
+            enough=config.buffer_size if buffered else config.cohort_size if len(cohort) > config.cohort_size else None,
+            grace_s=config.grace_s if config.grace_s < config.deadline_s else None,
+            max_weight=scheduler.weight_bound(cohort) if terms.mechanism is None and cohort else None,
+            max_staleness=config.max_staleness if buffered else 0,
+        )
+
     def _check_opening(self, program: str, upload: list[str]) -> None:
         """Of what stands in the event of a round, only its clients can stand in others (`parts`)."""
-        terms, blob = self.terms(program), types.BlobRef("0" * 64, 1)
-        opened = types.RoundOpened(
-            "x" * 80,
-            1,
-            "x" * 80,
-            "x" * 80,
-            "x" * 80,
+        about = About(
+            origin="x" * 80,
+            epoch=1,
+            run_id="x" * 80,
+            round_id="x" * 80,
+            request_id="x" * 80,
             number=1,
             model=DEFAULT_MODEL,
             base_release="x" * 80,
-            base=blob,
-            strategy=terms.program,
-            cohort=[],
-            quorum=self.config.quorum,
-            deadline_s=self.config.deadline_s,
-            upload=upload,
-            max_upload_bytes=self.config.max_upload_bytes,
-            max_update_norm=max(self.config.max_update_norm, terms.least_norm),
-            mechanism=terms.mechanism,
-            hyperparameters=terms.hyperparameters,
+            base=types.BlobRef("0" * 64, 1),
         )
+        opened = self.opening(program, upload, [], about)
         if len(msgspec.json.encode(opened)) > envelope.MAX_EVENT_BYTES - PART_BYTES:
             raise UsageError(
                 f"no event can hold the terms of a round of {program}, which names {len(upload)} tensors",

@@ -8,7 +8,7 @@ names that very blob.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fedloop_events import envelope, topics, types
 from fedloop_events.blobs import tensors
@@ -178,9 +178,11 @@ def _remake(
         raise RebuildError(f"release {state.release} names another base than its round {opened.round_id}")
     if state.updates != [each.update_id for each in accepted] or len(accepted) < opened.quorum:
         raise RebuildError(f"release {state.release} names other updates than its round {opened.round_id} accepted")
+    stale = {update_id: each.opened for update_id, each in rounds.earlier(made).items() if each.opened is not None}
     for each in accepted:
-        _check_submitted(each, submitted.get(each.update_id), opened)
-    arrays = merge(blobs, opened, tensors.decode(blobs.get(opened.base)) if base is None else base, accepted)
+        _check_submitted(each, submitted.get(each.update_id), stale.get(each.update_id, opened))
+    _check_bases(state, stale.values(), releases)
+    arrays = merge(blobs, opened, tensors.decode(blobs.get(opened.base)) if base is None else base, accepted, stale)
     digest = hashlib.sha256()
     for chunk in tensors.encode(arrays):
         digest.update(chunk)
@@ -215,6 +217,16 @@ def _check_stored(state: ReleaseState, blobs: BlobStore) -> None:
             cause=error.message,
             hint="restore the blob from a copy",
         ) from None
+
+
+def _check_bases(state: ReleaseState, stale: Iterable[types.RoundOpened], releases: ReleasesView) -> None:
+    """Raise `RebuildError` unless the earlier rounds started from releases that this one comes from."""
+    for each in stale:
+        known = releases.releases.get(each.base_release)
+        if known is None or known.blob != each.base or not releases.comes_from(state.release, each.base_release):
+            raise RebuildError(
+                f"release {state.release} counts an update of round {each.round_id}, whose base is none of its ancestors"
+            )
 
 
 def _check_submitted(accepted: types.AcceptedUpdate, update: types.UpdateSubmitted | None, opened: types.RoundOpened) -> None:

@@ -6,7 +6,7 @@ import heapq
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 from fedloop_events.folds.identities import Client
 from fedloop_events.folds.rounds import RoundState, RoundsView
-from fedloop_events.types import Exclusion, Mechanism
+from fedloop_events.types import AT_WORK, Exclusion, Mechanism
 from msgspec import Struct
 
 from fedloop_server.config import ServerConfig
@@ -45,24 +45,46 @@ class Eligibility(Struct, frozen=True):
     clients: list[str]
     excluded: list[Exclusion]
 
+    @property
+    def at_work(self) -> int:
+        """How many are still to send an update, which this round may get though it does not ask them."""
+        return sum(each.reason == AT_WORK for each in self.excluded)
+
 
 def eligible(
-    clients: Iterable[Client], mechanism: Mechanism | None, config: ServerConfig, *, now_ms: int, budget: BudgetCheck
+    clients: Iterable[Client],
+    mechanism: Mechanism | None,
+    config: ServerConfig,
+    *,
+    now_ms: int,
+    budget: BudgetCheck,
+    at_work: Collection[str] = (),
 ) -> Eligibility:
     """Split enrolled clients. `now_ms` is the log's own clock, by which they were last seen.
 
-    Reasons: what `absence` says, "wants-privacy" (a round without differential privacy is not for a
-    client that has a budget), and what `budget` says.
+    Reasons: what `absence` says, `AT_WORK` for those whose update is still to come, "wants-privacy" (a round without differential
+    privacy is not for a client that has a budget), and what `budget` says.
     """
     chosen: list[str] = []
     excluded: list[Exclusion] = []
     for client in sorted(clients, key=lambda client: client.client_id):
-        reason = _reason(client, mechanism, config, now_ms, budget)
+        reason = absence(client, config, now_ms) or (AT_WORK if client.client_id in at_work else None)
+        reason = reason or _unfit(client, mechanism, budget)
         if reason is None:
             chosen.append(client.client_id)
         else:
             excluded.append(Exclusion(client.client_id, reason))
     return Eligibility(chosen, excluded)
+
+
+def at_work(rounds: RoundsView, now_ms: int) -> set[str]:
+    """The clients that are at work for an earlier, buffered round, and in time."""
+    return {client_id for state in in_time(rounds, now_ms) for client_id in state.at_work}
+
+
+def in_time(rounds: RoundsView, now_ms: int) -> list[RoundState]:
+    """The closed rounds that clients are at work for and that are not past their deadline by now."""
+    return [each for each in rounds.buffered if each.opened and now_ms - each.opened_ms <= each.opened.deadline_s * 1000]
 
 
 class Past(NamedTuple):
@@ -100,7 +122,7 @@ def past(rounds: RoundsView, clients: int, size: int, unasked_rounds: int) -> Pa
     seen = 0
     for ago, state in enumerate(islice(opened, max(LOOK_BACK, patience + cycle))):
         seen += 1
-        counted = {update.client_id for each in state.collected for update in each.accepted}
+        counted = {*(update.client_id for each in state.collected for update in each.accepted), *state.counted_later}
         for client_id in state.opened.cohort if state.opened else ():
             unasked.setdefault(client_id, ago)
             cost = _cost(state, client_id, counted)
@@ -156,12 +178,10 @@ def _cost(state: RoundState, client_id: str, counted: set[str]) -> int | None:
         return 0
     if client_id in state.declined:
         return DECLINED
-    return None if state.closed is None else NO_ANSWER
+    return None if state.closed is None or client_id in state.at_work else NO_ANSWER
 
 
-def _reason(client: Client, mechanism: Mechanism | None, config: ServerConfig, now_ms: int, budget: BudgetCheck) -> str | None:
-    if (reason := absence(client, config, now_ms)) is not None:
-        return reason
+def _unfit(client: Client, mechanism: Mechanism | None, budget: BudgetCheck) -> str | None:
     if mechanism is None:
         return None if client.epsilon is None else "wants-privacy"
     return budget(client, mechanism)

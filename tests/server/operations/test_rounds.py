@@ -51,7 +51,7 @@ def test_the_detail_of_a_round_is_its_terms_and_who_declined_them(world: World) 
     with world.serving():
         world.server().run(rounds=1)
     (opened,) = world.payloads(types.RoundOpened)
-    detail = rounds.detail(rounds.find(world.rounds, "r0001"))
+    detail = rounds.detail(rounds.find(world.rounds, "r0001"), world.rounds)
     assert (detail.mechanism, detail.hyperparameters) == (opened.mechanism, opened.hyperparameters)
     assert (detail.quorum, detail.deadline_s) == (2, 30.0)
     assert (detail.declined, detail.refused) == ({"cem": "busy"}, [])
@@ -69,7 +69,7 @@ def test_a_round_that_was_given_up_has_a_reason_and_no_terms(tmp_path: Path) -> 
     (given_up,) = rounds.summaries(followed)
     assert (given_up.state, given_up.reason, given_up.over) == ("aborted", "quorum", True)
     assert (given_up.kind, given_up.cohort, given_up.took_ms) == (None, [], None)
-    assert rounds.detail(followed.rounds.rounds["r0001"]).mechanism is None
+    assert rounds.detail(followed.rounds.rounds["r0001"], followed.rounds).mechanism is None
 
 
 def test_a_request_is_signed_by_the_server_and_waits_until_its_rounds_open(world: World) -> None:
