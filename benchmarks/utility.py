@@ -79,13 +79,17 @@ class Federation:
         opened = self._opened(number, release, terms, upload or program_of(terms.program).upload(list(release)))
         accepted = []
         for client, share in enumerate(self.shares):
-            self.model.load(release)
-            examples = [Example(text, label) for text, label in zip(share.texts, share.labels, strict=True)]
-            update = program_of(terms.program).compute(self.model, examples, opened)
-            blob = self._blobs.put(tensors.encode(update))
+            blob = self._blobs.put(tensors.encode(self.update(client, release, opened)))
             weight = 1.0 if terms.mechanism else float(len(share.texts))
             accepted.append(AcceptedUpdate(f"c{client}", f"{client:032x}", f"{client:032x}", blob, weight))
         return merge(self._blobs, opened, release, accepted)
+
+    def update(self, client: int, release: Arrays, opened: RoundOpened) -> Arrays:
+        """What one device makes of `release`, the round's base."""
+        self.model.load(release)
+        share = self.shares[client]
+        examples = [Example(text, label) for text, label in zip(share.texts, share.labels, strict=True)]
+        return program_of(opened.strategy).compute(self.model, examples, opened)
 
     def rounds(self, first: int, last: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
         for number in range(first, last + 1):

@@ -13,6 +13,7 @@ from fedloop_events.logs.port import START
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.parts import split
 from fedloop_events.writer import EventWriter
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +53,44 @@ def test_a_step_that_was_collected_leaves_the_round_open_for_the_next(deployment
     view.catch_up(deployment.log)
     assert (list(view.instructions), list(view.rounds)) == ([second], [opened.round_id])
     deployment.server.append(types.RoundClosed(**said, step=3))  # type: ignore[arg-type]
+    view.catch_up(deployment.log)
+    assert (view.instructions, view.rounds) == ({}, {})
+
+
+def closed(opened: types.RoundOpened, **reasons: str) -> types.RoundClosed:
+    excluded = [types.Exclusion(client_id, reason) for client_id, reason in reasons.items()]
+    return types.RoundClosed("test.example", 1, "main", 1, [], excluded, opened.round_id)
+
+
+def test_who_is_at_work_for_a_buffered_round_goes_on_until_it_is_too_stale(deployment: Deployment) -> None:
+    rounds = [replace(deployment.opened("phone"), max_staleness=1) for _ in range(4)]
+    at_work, silent, *later = rounds
+    deployment.server.append(at_work)
+    instruction = deployment.instruct("phone", at_work)
+    deployment.server.append(closed(at_work, phone=types.AT_WORK), silent)
+    deployment.instruct("phone", silent)
+    deployment.server.append(closed(silent, phone="silent", tablet=types.AT_WORK))
+    view = view_of(deployment)
+    view.catch_up(deployment.log)
+    assert (list(view.instructions), list(view.rounds)) == ([instruction], [at_work.round_id])
+    # A round of another run has numbers of its own.
+    deployment.server.append(types.EpochStarted("test.example", 1, "other", "s1"))
+    deployment.server.append(replace(later[1], run_id="other", round_id="o1", number=9))
+    again = view_of(deployment, view.to_state())
+    again.catch_up(deployment.log)
+    assert list(again.instructions) == [instruction]
+    deployment.server.append(later[0])
+    again.catch_up(deployment.log)
+    assert (again.instructions, list(again.rounds)) == ({}, ["o1", later[0].round_id])
+
+
+def test_an_aborted_round_is_over_for_whoever_is_at_work_for_it(deployment: Deployment) -> None:
+    opened = replace(deployment.opened("phone"), max_staleness=5)
+    deployment.server.append(opened)
+    deployment.instruct("phone", opened)
+    deployment.server.append(closed(opened, phone=types.AT_WORK))
+    deployment.server.append(types.RoundAborted("test.example", 1, "main", opened.round_id, "unmergeable"))
+    view = view_of(deployment)
     view.catch_up(deployment.log)
     assert (view.instructions, view.rounds) == ({}, {})
 
