@@ -55,6 +55,7 @@ def test_every_key_has_a_meaning_in_the_file_that_is_written() -> None:
         ("cohort_size = 10000", ["cohort_size = 10000", "1500"]),
         ("over_selection = 0.5", ["over_selection = 0.5", ">= 1.0"]),
         ("cohort_size = 1000\nover_selection = 1.6", ["over_selection = 1.6", "cohort_size is 1000", "1500"]),
+        ("buffer_size = 1", ["buffer_size = 1", "quorum (2)", "cohort_size (64)"]),
         ("[quorum]\na = 1", ["quorum = {'a': 1}", "int"]),
     ],
 )
