@@ -26,7 +26,9 @@ BY_NAME_ONLY = ("stragglers", "utility", "masking")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last three")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last three"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {*TABLE, *BY_NAME_ONLY}
     if unknown:

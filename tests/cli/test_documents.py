@@ -70,7 +70,10 @@ def test_rounds(folder: Path, document: Document) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each["opened"])
     assert 0 <= each["seconds"] < 60
     shown = document("round", "show", folder, "r0001")
-    assert keys(shown) == f"{ROUND} mechanism hyperparameters quorum deadline_s enough grace_s max_staleness stale declined refused replies"
+    assert (
+        keys(shown)
+        == f"{ROUND} mechanism hyperparameters quorum deadline_s enough grace_s max_staleness stale declined refused replies"
+    )
     assert {name: shown[name] for name in each} == each
     assert (shown["declined"], shown["refused"], shown["replies"]) == ({"cem": "busy"}, [], 2)
     asked = document("round", "start", folder)

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clients.conftest import clock_ahead
 from devices import CONFIG, OPEN_CONFIG, World, evaluation
 from fedloop_events import types
 from fedloop_events.blobs import tensors
+from fedloop_events.folds.releases import ReleasesView
 from fedloop_server.aggregation.merging import staleness_weight
 from fedloop_server.config import ServerConfig
-from fedloop_server.operations import registry
+from fedloop_server.operations import clients, registry
 from fedloop_server.operations.awaiting import Awaited
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
-from fedloop_server.rounds.rebuild import rebuild
+from fedloop_server.rounds.rebuild import RebuildError, rebuild
+from fedloop_server.rounds.scheduler import past
 from msgspec.structs import replace
 
 NAMES = ("ann", "bob", "cem")
@@ -63,6 +66,12 @@ def world_of(folder: Path, config: ServerConfig = BUFFERED, rounds: int = 2, nam
 def run(server: Server) -> None:
     while not isinstance(server.step(wait_s=0.0), actions.Wait):
         pass
+
+
+def until_closed(world: World, script: Script) -> None:
+    server = world.server(on_wait=script)
+    while not world.payloads(types.RoundClosed):
+        server.step(wait_s=0.0)
 
 
 def accepted(world: World, number: int) -> list[str]:
@@ -192,32 +201,27 @@ def test_a_stale_update_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_stale_update_that_is_not_acceptable_is_refused_for_its_own_round(tmp_path: Path) -> None:
-    world = world_of(tmp_path)
-    script = Script(world, {**STALE, 2: [("cem", 1), ("ann", 2), ("bob", 2)]})
+    world = world_of(tmp_path, rounds=3)
+    script = Script(world, {**STALE, 2: [("cem", 1), ("ann", 2), ("bob", 2)], 3: [("ann", 3), ("bob", 3)]})
     cem = world.devices["cem"]
     honest = cem.trained
     cem.trained = lambda opened: {name: values * np.nan for name, values in honest(opened).items()}  # type: ignore[method-assign]
     run(world.server(on_wait=script))
     assert refused(world) == [(script.updates["cem", 1], "r0001", "not-finite")]
     assert accepted(world, 2) == ["ann", "bob"]
+    assert world.payloads(types.RoundOpened)[2].cohort == [*NAMES]
 
 
 def test_whoever_declines_late_is_asked_again(tmp_path: Path) -> None:
     world = world_of(tmp_path, rounds=2)
     script = Script(world, {1: [("ann", 1), ("bob", 1)], 2: [("ann", 2), ("bob", 2), ("cem", 2)]})
-    run_until_closed(world, script)
+    until_closed(world, script)
     state, cem = world.rounds.rounds["r0001"], world.devices["cem"]
     cem.writer.append(
         types.RoundDeclined(cem.origin, "cem", cem.seq(), "main", state.instructed["cem"], "client-error", round_id="r0001")
     )
     run(world.server(on_wait=script))
     assert world.payloads(types.RoundOpened)[1].cohort == [*NAMES]
-
-
-def run_until_closed(world: World, script: Script) -> None:
-    server = world.server(on_wait=script)
-    while not world.payloads(types.RoundClosed):
-        server.step(wait_s=0.0)
 
 
 def test_after_a_rollback_nothing_counts_that_was_made_of_the_withdrawn_release(tmp_path: Path) -> None:
@@ -230,6 +234,87 @@ def test_after_a_rollback_nothing_counts_that_was_made_of_the_withdrawn_release(
     run(world.server(on_wait=script))
     assert accepted(world, 3) == ["ann", "cem"]
     assert world.payloads(types.ReleaseProposed)[-1].base_release == first
+
+
+def test_a_server_that_counts_an_update_of_a_withdrawn_release_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(tmp_path)
+    script = Script(world, {**STALE, 3: [("bob", 2), ("ann", 3), ("cem", 3)]})
+    run(world.server(on_wait=script))
+    registry.roll_back(world.writer, release=next(iter(world.releases.releases)), reason="it is worse")
+    world.request(1, "q2")
+    with monkeypatch.context() as dishonest:
+        dishonest.setattr(ReleasesView, "comes_from", lambda *_: True)
+        run(world.server(on_wait=script))
+        assert accepted(world, 3) == ["ann", "bob"]
+    with pytest.raises(RebuildError, match="none of its ancestors"):
+        rebuild(world.log, world.blobs)
+
+
+def test_updates_that_were_made_under_other_terms_do_not_mix(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    script = Script(world, {**STALE, 2: [("cem", 1), ("ann", 2), ("bob", 2)]})
+    until_closed(world, script)
+    other = replace(BUFFERED, plan=replace(BUFFERED.plan, lora_lr=0.001))  # type: ignore[type-var]
+    run(world.server(on_wait=script, config=other))
+    assert accepted(world, 2) == ["ann", "bob"]
+
+
+def test_a_round_waits_for_those_at_work_where_its_own_are_too_few(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    script = Script(world, {**STALE, 2: [("bob", 2), ("cem", 1)]})
+    until_closed(world, script)
+    clients.revoke(world.writer, "ann", "lost")
+    run(world.server(on_wait=script))
+    assert world.payloads(types.RoundOpened)[1].cohort == ["bob"]
+    assert accepted(world, 2) == ["bob", "cem"]
+
+
+def test_no_more_are_at_work_at_the_same_time_than_a_cohort_has(tmp_path: Path) -> None:
+    world = world_of(tmp_path, names=(*NAMES, "dan"))
+
+    def fast(awaited: Awaited) -> None:
+        opened = world.rounds.open_round
+        if opened is not None and opened.opened is not None and len(opened.instructed) == len(opened.opened.cohort):
+            for client_id in {*opened.opened.cohort[:2]} - {*opened.replies}:
+                Script(world, {}).answer(client_id, opened.number)
+
+    run(world.server(on_wait=fast))
+    assert [len(each.cohort) for each in world.payloads(types.RoundOpened)] == [3, 2]
+
+
+def test_whoever_is_slow_and_counts_is_asked_as_often_as_others(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    run(world.server(on_wait=Script(world, STALE)))
+    assert past(world.rounds, 3, 3, 20).weights == dict.fromkeys(NAMES, 1.0)
+
+
+def test_what_is_at_work_for_a_round_that_is_aborted_is_refused(tmp_path: Path) -> None:
+    world = world_of(tmp_path, rounds=1)
+    script = Script(world, STALE)
+    until_closed(world, script)
+    world.writer.append(types.RoundAbortRequested(world.devices["ann"].origin, "main", "r0001"))
+    run(world.server(on_wait=script))
+    late = script.answer("cem", 1)
+    run(world.server(on_wait=script))
+    assert refused(world)[-1] == (late, "r0001", "late")
+
+
+def test_a_client_that_is_at_work_has_as_long_as_its_own_round_gave_it(tmp_path: Path) -> None:
+    """The second round waits for it no longer, though its own deadline is far, and the third asks it again."""
+    with clock_ahead(-597.0):
+        world = world_of(tmp_path, replace(BUFFERED, deadline_s=600.0))
+        script = Script(world, {**STALE, 2: [("bob", 2)], 3: [("bob", 3), ("cem", 3)]})
+        until_closed(world, script)
+    for device in world.devices.values():
+        device.seen()
+    world.request(1, "q2")
+    clients.revoke(world.writer, "ann", "lost")
+    run(world.server(on_wait=script))
+    assert world.payloads(types.RoundOpened)[1].cohort == ["bob"]
+    assert world.payloads(types.RoundAborted)[0].reason == "quorum"
+    assert world.payloads(types.RoundOpened)[2].cohort == ["bob", "cem"]
 
 
 def test_a_round_of_sums_waits_for_everybody(tmp_path: Path) -> None:

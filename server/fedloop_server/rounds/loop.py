@@ -268,7 +268,7 @@ class Server:
             if terms is None or not opened.max_staleness or _computes(terms) != _computes(opened):
                 continue
             if releases.comes_from(opened.base_release, terms.base_release):
-                found[state.round_id] = terms, {*state.at_work} - {*opened.cohort}
+                found[state.round_id] = terms, {*state.at_work}
         return found
 
     def _ledger_check(self, client_id: str, spend_seq: int, mechanism: types.Mechanism, instruction_id: str) -> str | None:
