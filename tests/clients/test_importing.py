@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from clients.classified import Classified, enrol
 from fedloop_clients import Agent
+from fedloop_clients.feedback import MAX_TEXT_CHARS, Response
 from fedloop_clients.importing import Imported, take_in
 from fedloop_events.errors import UsageError
 from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.task import Message, Messages
 from row_files import FORMATS
 
 pytestmark = pytest.mark.slow
@@ -79,6 +81,31 @@ def test_the_same_text_with_another_label_is_another_message(agent: Agent, path:
 
 def test_what_the_model_answered_rightly_is_counted(agent: Agent, path: Path) -> None:
     assert given(agent, path, "my card is lost,card-lost", "can I have a loan please,loan", "my card is lost,transfer").right == 2
+
+
+def test_two_processes_that_take_in_the_same_file_count_each_message_once(
+    agent: Agent, classified: Classified, store_dir: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(FORMATS["csv"](PAIRS))
+    messages, predict, others = DEFAULT.read(path), agent.predict, list[Imported]()
+    with enrol(classified, store_dir) as other:
+
+        def overtaken(text: str) -> Response:
+            others.append(take_in(other, messages))
+            return predict(text)
+
+        monkeypatch.setattr(agent, "predict", overtaken)
+        found = take_in(agent, messages)
+    assert (found.recorded, found.known) == (0, 4)
+    assert (others[0].recorded, others[0].known) == (4, 0)
+    assert learnt(agent) == sorted(PAIRS)
+
+
+def test_a_text_that_the_device_refuses_refuses_the_file_whatever_its_reader_let_pass(agent: Agent, path: Path) -> None:
+    for text in ("half \ud83d", "x" * (MAX_TEXT_CHARS + 1), "\u200b"):
+        with pytest.raises(UsageError, match="line 3: text "):
+            take_in(agent, Messages(path, [Message(*PAIRS[0]), Message(text, "loan")], [2, 3]))
+    assert learnt(agent) == []
 
 
 def test_the_same_message_has_another_id_on_another_device(

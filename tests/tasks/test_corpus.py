@@ -10,7 +10,7 @@ from fedloop_events.errors import UsageError
 from fedloop_tasks.classification import corpus
 from fedloop_tasks.classification.corpus import Columns
 from fedloop_tasks.task import Message
-from row_files import FORMATS, parquet_of
+from row_files import FORMATS, parquet, parquet_of
 
 SAME = ("caf\u00e9 bar", "cafe\u0301 bar", " caf\u00e9\u200b  bar\ufeff", "caf\u00e9\u00a0bar\ufe0f")
 """One label, as four programs write it."""
@@ -32,14 +32,29 @@ def test_columns_are_found_by_name(tmp_path: Path, head: str) -> None:
 
 
 def test_a_bad_row_is_skipped_and_counted_and_nothing_else_is_lost(tmp_path: Path) -> None:
-    long = "x" * (corpus.MAX_TEXT_CHARS + 1)
+    most, long = "x" * corpus.MAX_TEXT_CHARS, "x" * (corpus.MAX_TEXT_CHARS + 1)
     huge = "y" * 1_000_000
-    rows = ["good,a", f"{long},a", f"{huge},a", ",a", "text,", "one", "1,2,3", f"text,{'l' * 101}", "", "also good,b"]
+    rows = [
+        "good,a",
+        f"{most},{'l' * 100}",
+        "\u200b \ufeff,a",
+        f"{long},a",
+        f"{huge},a",
+        ",a",
+        "text,",
+        "one",
+        "1,2,3",
+        f"text,{'l' * 101}",
+        "",
+        "also good,b",
+    ]
     table = corpus.read(write(tmp_path, "text,label\n" + "\n".join(rows) + "\n"))
-    assert table.rows == [Message("good", "a"), Message("also good", "b")]
-    assert sum(table.skipped.values()) == 7
+    assert table.rows == [Message("good", "a"), Message(most, "l" * 100), Message("also good", "b")]
+    assert (table.lines, [each.line for each in table.bad]) == ([2, 3, 13], [*range(4, 12)])
+    assert sum(table.skipped.values()) == 8
     assert table.skipped["text longer than 10,000 characters"] == 2
-    assert corpus.labels_of(table) == ["a", "b"]
+    assert table.skipped["empty text"] == 2
+    assert corpus.labels_of(table) == ["a", "b", "l" * 100]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +85,9 @@ def test_a_bad_file_is_an_error_that_says_what(tmp_path: Path, data: bytes, said
         ("utterance,answer,note\nhello,a,x\n", Columns("utterance", "answer")),
         ("Utterance ;\u00c4nswer;note\nhello;a;x\n", Columns("utterance", "a\u0308nswer")),
         ("text,label,intent\nhello,x,a\n", Columns(label="intent")),
+        ("A\u0308ndern,text,note\na,hello,x\n", Columns(label="\u00e4ndern")),
+        ("text,note,intent\nhello,x,a\n", Columns()),
+        ("category,intent,text,label\nx,y,hello,a\n", Columns()),
         ("text,label,words\nx,a,hello\n", Columns("words")),
         ("label,text\nhello,a\n", Columns("label")),
         ("text,category\na,hello\n", Columns("category")),
@@ -117,7 +135,7 @@ def test_messages_are_the_same_from_every_format(tmp_path: Path, kind: str) -> N
     table = corpus.read(write(tmp_path, FORMATS[kind](pairs)))
     assert table.rows == [Message("hello, you", "card lost"), Message("two\nlines", "b"), Message("42", "7")]
     assert table.skipped == {"empty text": 1, "no label": 1}
-    assert len(table.lines) == 3
+    assert table.lines == {"csv": [2, 4, 7], "JSON Lines": [1, 3, 5], "Parquet": [1, 3, 5]}.get(kind, table.lines)
     assert table.unit == ("row" if kind == "Parquet" else "line")
 
 
@@ -172,6 +190,10 @@ def test_one_label_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to tell apart"):
         corpus.read_labels(path)
     assert corpus.read_labels(write(tmp_path, "a\n\n b \n")) == ["a", "b"]
+    with pytest.raises(UsageError, match="line 2: a label of 101 characters"):
+        corpus.read_labels(write(tmp_path, f"a\n{'l' * 101}\nb\n"))
+    with pytest.raises(UsageError, match="is a Parquet file"):
+        corpus.read_labels(write(tmp_path, parquet([("x", "a")])))
     with pytest.raises(UsageError, match="line 3: the label 'a' is there twice"):
         corpus.read_labels(write(tmp_path, "a\n\n a\u200b\n"))
 

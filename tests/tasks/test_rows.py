@@ -21,7 +21,7 @@ from fedloop_tasks.rows.rows import Row
 from row_files import FORMATS, delimited, json_lines, parquet_of
 from row_files import parquet as as_parquet
 
-PAIRS = [("hell\u00f6, you", "a"), ('two\nlines, "quoted"; and\u2028more', "b"), ("\U0001f600", "a b")]
+PAIRS = [("hell\u00f6, you", "a"), ('two\r\nlines, "quoted"; and\u2028more', "b"), ("\U0001f600", "a b")]
 
 
 @pytest.fixture
@@ -115,9 +115,15 @@ def test_a_workbook_is_refused_as_what_it_is(path: Path) -> None:
     assert "CSV in UTF-8" in error.hint
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32", "utf-8-sig"])
-def test_unicode_is_recognised_with_a_mark_and_utf_16_without(path: Path, encoding: str) -> None:
-    assert found(path, "text,label\nhell\u00f6,a\n".encode(encoding)) == [Row(2, ["hell\u00f6", "a"])]
+@pytest.mark.parametrize(
+    ("encoding", "mark"),
+    [
+        *((encoding, "\ufeff") for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")),
+        *((encoding, "") for encoding in ("utf-8", "utf-16-le", "utf-16-be")),
+    ],
+)
+def test_unicode_is_recognised_with_a_mark_and_utf_16_without(path: Path, encoding: str, mark: str) -> None:
+    assert found(path, f"{mark}text,label\nhell\u00f6,a\n".encode(encoding)) == [Row(2, ["hell\u00f6", "a"])]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,12 @@ def test_the_hint_for_the_encoding_of_windows_makes_a_file_that_can_be_read(
     _, _, command = error.hint.partition(": ")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert [row.cells for row in rows_of(tmp_path / "NEW.csv").cells([0, 1])] == [["\u20ac 5", "a"]]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        rows_of(tmp_path / name)
 
 
 # --- bounds ---
@@ -197,6 +209,7 @@ def test_blank_rows_are_left_out_also_before_the_header(path: Path, blank: str) 
     ("head", "row"),
     [
         ("text,label,,,", "hello,a,,,"),
+        ("text , label, ,", "hello,a, ,"),
         ("text,label,,,", "hello,a"),
         ("text,label", "hello,a,, "),
         ("text,,label,", "hello,,a,"),
@@ -229,7 +242,9 @@ def test_a_value_where_no_name_is_costs_its_row(path: Path, head: str, row: str,
     [
         ('"text; or what was said",label\n"hello, you",a\n', "text; or what was said"),
         ('"a,b,c";label\nhello;a\n', "a,b,c"),
-        ("sep=;\r\na,b;label\r\nhello;a\r\n", "a,b"),
+        ("sep=;\r\na,b,c;label\r\nhello;a\r\n", "a,b,c"),
+        ("sep=^\ntext^label\nhello^a\n", "text"),
+        ("text; or what was said,label\nhello,a\n", "text; or what was said"),
         ("text|label\rhello, you; there|a\r", "text"),
         ("text\tlabel\nI said; no, no, no\ta\n", "text"),
     ],
@@ -270,6 +285,7 @@ def test_a_json_text_may_hold_what_divides_lines_elsewhere(path: Path) -> None:
     [
         ('[\n{"text": "x", "label": "a"},\n{"text": "y",', "line 3 cannot be read"),
         ('[\n{"text": "x", "label": "a"}\n', "line 3 cannot be read"),
+        ('[\n{"text": "x",\n\n"label": a}]', "line 4 cannot be read"),
         ('[\n{"text": "x", "label": "a"}]\n]', "something follows the array's end in line 2"),
         ("[[" + "[" * 100_000, "line 1 cannot be read"),
     ],
@@ -279,8 +295,8 @@ def test_an_array_that_cannot_be_read_is_an_error_with_its_line(path: Path, text
 
 
 def test_an_element_that_is_no_object_costs_that_row(path: Path) -> None:
-    data = '[{"text": "x",\n "label": "a"}, ["x", "b"],\n{"text": "y", "label": "b"}]'
-    assert found(path, data) == [Row(1, ["x", "a"]), Row(2, wrong="no JSON object"), Row(3, ["y", "b"])]
+    data = '\n\n[{"text": "x",\n "label": "a"}, ["x", "b"], {},\n{"text": "y", "label": "b"}]'
+    assert found(path, data) == [Row(3, ["x", "a"]), Row(4, wrong="no JSON object"), Row(5, ["y", "b"])]
 
 
 @pytest.mark.parametrize("head", ["[text],label", "{text},label", '"[text]",label'])

@@ -120,7 +120,7 @@ def _columns(path: Path, heads: Sequence[str], columns: Columns) -> tuple[int, i
     said = f"its columns are {', '.join(filter(None, heads))}"[:300]
     text_at = _given(path, heads, columns.text, said)
     label_at = _given(path, heads, columns.label, said)
-    if text_at is None and (text_at := _usual(path, heads, TEXT_COLUMNS, label_at)) is None:
+    if text_at is None and (text_at := _usual(path, heads, TEXT_COLUMNS, None)) is None:
         raise UsageError(f"{path} has no column `{TEXT_COLUMNS[0]}`", cause=said, hint="--text-column NAME says which one it is")
     if label_at is None and (label_at := _usual(path, heads, LABEL_COLUMNS, text_at)) is None:
         others = [at for at, head in enumerate(heads) if head and at != text_at]

@@ -25,11 +25,10 @@ class ObjectRows:
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._text, self._array = path, text, text.lstrip().startswith("[")
-        self._keys = list(dict.fromkeys(key for _, found in self._objects() for key in found or ()))
-        self.heads = [key.strip() for key in self._keys]
+        self.heads = list(dict.fromkeys(key for _, found in self._objects() for key in found or ()))
 
     def cells(self, wanted: Sequence[int]) -> Iterator[Row]:
-        keys = [self._keys[at] for at in wanted]
+        keys = [self.heads[at] for at in wanted]
         for line, found in self._objects():
             if found is None:
                 yield Row(line, wrong="no JSON object" if self._array else "no JSON object on one line")

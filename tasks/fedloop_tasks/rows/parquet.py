@@ -41,11 +41,10 @@ class ParquetRows:
             ) from None
         self._error = duckdb.Error
         self._connection: DuckDBPyConnection = duckdb.connect(":memory:", config=_SETTINGS)
-        self._names = [str(name) for (name,) in self._rows(f"SELECT column_name FROM (DESCRIBE SELECT * {_FROM})")]
-        self.heads = [name.strip() for name in self._names]
+        self.heads = [str(name) for (name,) in self._rows(f"SELECT column_name FROM (DESCRIBE SELECT * {_FROM})")]
 
     def cells(self, wanted: Sequence[int]) -> Iterator[Row]:
-        names = ", ".join('"' + self._names[at].replace('"', '""') + '"' for at in wanted)
+        names = ", ".join('"' + self.heads[at].replace('"', '""') + '"' for at in wanted)
         size = 0
         for number, cells in enumerate(self._rows(f"SELECT {names} {_FROM}"), 1):
             size += sum(len(each) for each in cells if isinstance(each, str | bytes))
