@@ -37,11 +37,11 @@ def parquet(pairs: Pairs) -> bytes:
         return parquet_of(database, "FROM pairs")
 
 
-def parquet_of(database: duckdb.DuckDBPyConnection, query: str) -> bytes:
+def parquet_of(database: duckdb.DuckDBPyConnection, query: str, options: str = "COMPRESSION snappy") -> bytes:
     """What a query finds, as a Parquet file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.parquet"
-        database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet)")
+        database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, {options})")
         return path.read_bytes()
 
 

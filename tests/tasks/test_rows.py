@@ -335,6 +335,15 @@ def test_parquet_that_is_damaged_is_an_error(path: Path, damage: str) -> None:
     assert "is a Parquet file that cannot be read" in refused(path, bytes(data)).message
 
 
+def test_an_error_quotes_nothing_of_what_the_file_holds(path: Path) -> None:
+    with duckdb.connect() as database:
+        data = parquet_of(database, "SELECT 'my secret' AS text, 'a' AS label", "COMPRESSION uncompressed")
+    assert b"secret" in data
+    for each in (data.replace(b"secret", b"secre\xff"), b'text,label\n"my secret"s,a\n', b"text,label\nmy secret\xff,a\n"):
+        error = refused(path, each)
+        assert "secre" not in error.message + error.cause + error.hint
+
+
 def test_without_the_extra_a_parquet_file_says_what_to_install_and_all_else_is_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,8 @@ class ParquetRows:
             result = self._connection.execute(query, [str(self._path.absolute())])
             while rows := result.fetchmany(_BATCH_ROWS):
                 yield from rows
-        except self._error as error:
-            first = str(error).strip().partition("\n")[0]
+        except self._error:
+            # DuckDB's own words quote the values that it cannot read.
             raise UsageError(
-                f"{self._path} is a Parquet file that cannot be read", cause=first, hint="is it cut off? copy it again"
+                f"{self._path} is a Parquet file that cannot be read", hint="is it cut off or damaged? copy it again"
             ) from None
