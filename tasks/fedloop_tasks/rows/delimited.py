@@ -13,7 +13,7 @@ from fedloop_events.errors import UsageError
 from fedloop_tasks.rows.rows import MAX_FILE_BYTES, Row
 
 SEPARATORS: Final = ",;\t|"
-_STATED: Final = re.compile(r"sep=(.)\r?\n")
+_STATED: Final = re.compile(r"sep=([^\"\r])\r?\n")
 # As csv counts lines. StringIO would divide them too, at four bytes a character.
 _LINE: Final = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 _HEAD_CHARS: Final = 1 << 16
