@@ -21,7 +21,7 @@ from fedloop_cli.commands import agent, audit, demo, doctor, gateway, init, log,
 INTERRUPTED: Final = 130
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
-app.command(cls=options.Command)(demo.demo)
+app.command(cls=options.MessagesCommand)(demo.demo)
 app.command(cls=options.Command)(doctor.doctor)
 app.add_typer(init.app, name="init")
 app.add_typer(server.app, name="server")

@@ -210,7 +210,7 @@ class TaskCommand(Command):
                 required=each.required,
                 help=each.help,
                 expose_value=False,
-                callback=_keep_of_task,
+                callback=partial(_keep_of_task, each.name),
             )
             for each in self.declared()
         ]
@@ -222,7 +222,7 @@ class FilesCommand(TaskCommand):
     def declared(self) -> Sequence[Option]:
         from fedloop_tasks.table import DEFAULT
 
-        return DEFAULT.files
+        return [*DEFAULT.files, *DEFAULT.columns]
 
 
 class RemarksCommand(TaskCommand):
@@ -231,12 +231,31 @@ class RemarksCommand(TaskCommand):
     def declared(self) -> Sequence[Option]:
         from fedloop_tasks.table import DEFAULT
 
-        return DEFAULT.remarks
+        return [*DEFAULT.remarks, *DEFAULT.columns]
 
 
-def of_task() -> dict[str, Any]:
-    """The values of the options that the task declares, by name; None for one that is not given."""
+class MessagesCommand(TaskCommand):
+    """Takes files of messages."""
+
+    def declared(self) -> Sequence[Option]:
+        from fedloop_tasks.table import DEFAULT
+
+        return DEFAULT.columns
+
+
+def of_task(declared: Sequence[Option]) -> dict[str, Any]:
+    """The values of these options, which the task declares, by name; None for one that is not given."""
     found: dict[str, Any] = click.get_current_context().meta.get(_TASK, {})
+    return {each.name: found.get(each.name) for each in declared}
+
+
+def columns_of(data: object) -> dict[str, str | None]:
+    """What the columns of a file of messages are called. Raises `UsageError` if something is, and there is no `data`."""
+    from fedloop_tasks.table import DEFAULT
+
+    found = of_task(DEFAULT.columns)
+    if data is None and (idle := [name for name, value in found.items() if value is not None]):
+        raise UsageError(f"--{idle[0]} is about a file of messages, and there is none", hint="give the file with --data")
     return found
 
 
@@ -258,8 +277,8 @@ def _keep(name: str, context: click.Context, parameter: click.Parameter, value: 
     context.meta[name] = value
 
 
-def _keep_of_task(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    context.meta.setdefault(_TASK, {})[parameter.name] = value
+def _keep_of_task(name: str, context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    context.meta.setdefault(_TASK, {})[name] = value
 
 
 def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:

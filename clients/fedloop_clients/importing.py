@@ -30,13 +30,13 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
 
     A message is known by this device, its text, its answer, and how many equal ones came before it in the file, so that the file
     may grow, change its order or its line ends: texts are compared as `fedloop_tasks.words.normalised`. Every row is checked
-    before the first is recorded. Raises `UsageError` for one that cannot be used, with its line, unless `skip_bad`.
+    before the first is recorded. Raises `UsageError` for one that cannot be used, with its line or number, unless `skip_bad`.
     """
     good, bad = _checked(messages, agent.words)
     if bad and not skip_bad:
         first = min(bad, key=lambda each: each.line)
         raise UsageError(
-            f"{messages.path}, line {first.line}: {first.reason}",
+            f"{messages.path}, {messages.unit} {first.line}: {first.reason}",
             cause=f"{len(bad)} of its rows cannot be used, so none was recorded",
             hint="mend the file, or leave such rows out with --skip-bad",
         )

@@ -65,19 +65,23 @@ class Message(Struct, frozen=True):
 
 
 class BadRow(Struct, frozen=True):
-    """A row that cannot be used: the line of the file that it begins in, and why, without a word of it."""
+    """A row that cannot be used: the line of the file that it begins in, or its number, and why, without a word of it."""
 
     line: int
     reason: str
 
 
 class Messages(Struct, frozen=True):
-    """The messages of the file at `path` that can be used, the lines that they begin in, and the rows that cannot be used."""
+    """The messages of the file at `path` that can be used, where they begin, and the rows that cannot be used.
+
+    What `lines` counts is the `unit`: rows in a file that has no lines.
+    """
 
     path: Path
     rows: list[Message]
     lines: list[int]
     bad: list[BadRow] = []
+    unit: Literal["line", "row"] = "line"
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -247,19 +251,19 @@ class Task(Protocol):
     """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
     metrics: ClassVar[Sequence[str]]
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
-    columns: ClassVar[str]
-    """What a file of messages holds, in words."""
+    columns: ClassVar[Sequence[Option]]
+    """What the command line takes to read files of messages whose columns have names of their own."""
 
     def __init__(self, spec: Any) -> None: ...
 
     # --- making a model ---
 
     @classmethod
-    def read(cls, path: Path) -> Messages:
-        """A file of messages. Raises `UsageError`."""
+    def read(cls, path: Path, columns: Mapping[str, str | None] = {}) -> Messages:
+        """A file of messages; `columns` are given by the names of the options. Raises `UsageError`."""
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None]) -> Material:
+    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
         """What the `files` hold, by the names of the options. Raises `UsageError`."""
 
     @classmethod

@@ -44,6 +44,8 @@ from .conftest import Fedloop, deploy
         (["agent", "run", "--store", "/nowhere", "--time-zone", "UTC"], 2, "give --hours as well"),
         (["agent", "run", "--store", "/nowhere", "--hours", "22-6", "--time-zone", "Mars"], 2, "no time zone"),
         (["agent", "feedback", "--store", "/nowhere"], 2, "--response, --text or --data"),
+        (["agent", "feedback", "--store", "/nowhere", "--text", "x", "--text-column", "y"], 2, "--text-column is about a file"),
+        (["demo", "--label-column", "y"], 2, "--label-column is about a file"),
         (["demo", "--data", "x.csv"], 2, "--data and --test go together"),
         (["demo", "--data", "x.csv", "--test", "y.csv"], 2, "x.csv cannot be read"),
         (["demo", "--clients", "0"], 2, "invalid value for '--clients'"),

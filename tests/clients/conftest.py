@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pytest
+from fedloop_clients import Agent
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.envelope import decode
@@ -22,6 +23,9 @@ from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef, Content, Mechanism, RoundOpened
 from fedloop_events.writer import EventWriter
 from fedloop_privacy.masking import MaskingError
+
+if TYPE_CHECKING:
+    from clients.classified import Classified
 
 P = TypeVar("P", bound=types.Payload)
 ORIGIN = "test.example"
@@ -163,3 +167,24 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 @pytest.fixture
 def masker() -> DigitMasker:
     return DigitMasker()
+
+
+@pytest.fixture
+def store_dir(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
+    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
+        yield agent
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Classified]:
+    """A deployment with a real model."""
+    from clients.classified import classified_in  # imports torch
+
+    made = classified_in(tmp_path_factory.mktemp("classified"))
+    yield made
+    made.log.close()

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +48,6 @@ def signalling(event: threading.Event) -> Callable[[Status], bool]:
         return False
 
     return until
-
-
-@pytest.fixture
-def store_dir(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
-    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
-        yield agent
 
 
 def give(agent: Agent, text: str = "my card is lost", **given: str) -> str:

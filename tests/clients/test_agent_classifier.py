@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from clients.conftest import ORIGIN, Deployment, DigitMasker
+from clients.classified import TEXTS, Classified, enrol
+from clients.conftest import ORIGIN
 from fedloop_clients import Agent
 from fedloop_clients.device import Settings
-from fedloop_clients.models import Held
 from fedloop_events import types
 from fedloop_events.blobs import tensors
-from fedloop_events.types import BlobRef, Mechanism, RoundOpened
-from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_events.types import Mechanism, RoundOpened
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from msgspec.structs import replace
 
 pytestmark = pytest.mark.slow
 
 MECHANISM = Mechanism(sampling_rate=0.5, noise_multiplier=1.0, clip_norm=1.0, steps=2, divisor=4.0)
-TEXTS = {"card-lost": "my card is lost", "loan": "can I have a loan, please", "transfer": "where is the money that I sent"}
-
-
-class Classified(Deployment):
-    """A deployment whose releases are real."""
-
-    arrays: Arrays
-
-    def register(self) -> None:
-        self.model = EmbeddingClassifier(describe(list(TEXTS)), device="cpu")
-        self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=self.model.spec))
-        self.server.append(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
-
-    def put(self) -> BlobRef:
-        return self.blobs.put(tensors.encode(self.arrays))
-
-
-@pytest.fixture(scope="module")
-def classified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Classified]:
-    made = Classified(tmp_path_factory.mktemp("classified"))
-    made.register()
-    made.arrays = made.model.initial_arrays(0)
-    made.arrays["head.weight"] = made.model.embed(list(TEXTS.values()))
-    made.release()
-    yield made
-    made.log.close()
 
 
 def test_a_device_predicts_learns_and_contributes(classified: Classified, tmp_path: Path) -> None:
@@ -104,13 +76,6 @@ def contribute(classified: Classified, agent: Agent, terms: RoundOpened) -> type
     answers += classified.appended(types.RoundDeclined)
     (answer,) = [each for each in answers if each.instruction_id == instruction]
     return answer
-
-
-def enrol(classified: Classified, store_dir: Path, **terms: Any) -> Agent:
-    """A device that has loaded its model already."""
-    agent = Agent.enrol(classified.folder, store_dir, key_from="file", masker=DigitMasker(), **terms)
-    agent._device.models._idle.append(Held(classified.model))
-    return agent
 
 
 def teach(agent: Agent) -> None:

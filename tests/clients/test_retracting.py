@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,17 +29,6 @@ RECORDED = Path(__file__).parent / "recorded" / "store_v2"
 
 def settled(status: Status) -> bool:
     return status.settled
-
-
-@pytest.fixture
-def store_dir(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
-    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
-        yield agent
 
 
 def give(agent: Agent, feedback_id: str, text: str = "my card is lost") -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Status
     from fedloop_clients.eligibility import Eligibility
+    from fedloop_tasks.task import Messages
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -81,7 +82,7 @@ def feedback(
     feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Many at once: answer each text, then say what is right."),
+        typer.Option(metavar="FILE", help="Many at once (CSV, JSON Lines, Parquet): answer each text, then say what is right."),
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out rows of --data that cannot be used; else one of them refuses the file.")
@@ -93,12 +94,14 @@ def feedback(
     made now (--text alone). It is on disk when this returns; `fedloop agent run` publishes it, masked.
     """
     from fedloop_events.errors import UsageError
+    from fedloop_tasks.table import DEFAULT
 
     if sum(each is not None for each in (response, text, data)) != 1:
         raise UsageError("feedback is about one of --response, --text or --data")
+    columns = options.columns_of(data)
     with _open(store, model_dir) as agent:
         if data is not None:
-            _take_in(agent, data, skip_bad, json)
+            _take_in(agent, DEFAULT.read(data, columns), skip_bad, json)
             return
         if response is None:
             shown = _given(text)
@@ -111,7 +114,7 @@ def feedback(
             correction=correction,
             comment=comment,
             feedback_id=feedback_id,
-            **options.of_task(),
+            **options.of_task(DEFAULT.remarks),
         )
     document = {name: getattr(recorded, name) for name in recorded.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
@@ -214,12 +217,11 @@ def _given(text: str | None) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _take_in(agent: Agent, path: Path, skip_bad: bool, json: bool) -> None:
+def _take_in(agent: Agent, messages: Messages, skip_bad: bool, json: bool) -> None:
     """Feedback on each row of a file; a message that was taken in before counts once."""
     from fedloop_clients.importing import take_in
-    from fedloop_tasks.table import DEFAULT
 
-    found = take_in(agent, DEFAULT.read(path), skip_bad=skip_bad)
+    found = take_in(agent, messages, skip_bad=skip_bad)
     for what, count in found.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")
     document = {name: getattr(found, name) for name in found.__struct_fields__}

@@ -11,8 +11,11 @@ from fedloop_cli import console, options
 
 
 def demo(
-    data: Annotated[Path | None, typer.Option(metavar="CSV", help="Messages of the users, each with the right answer.")] = None,
-    test: Annotated[Path | None, typer.Option(metavar="CSV", help="Held-out messages, with --data.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Messages of the users, each with the right answer: CSV, JSON Lines or Parquet."),
+    ] = None,
+    test: Annotated[Path | None, typer.Option(metavar="FILE", help="Held-out messages, with --data.")] = None,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Devices, each a process.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds.")] = 3,
     epsilon: Annotated[float, typer.Option(help="Privacy budget of each device for its whole life.")] = 8.0,
@@ -34,14 +37,20 @@ def demo(
     and shown.
     """
     from fedloop_events.errors import UsageError
+    from fedloop_tasks.table import DEFAULT
 
     if (data is None) != (test is None):
         raise UsageError("--data and --test go together", hint="one file of messages to learn from, one to measure with")
 
+    columns = options.columns_of(data)
+
     from fedloop_cli.demo import live, play, report, users
 
     chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed, gateway)
-    given = users.invented(clients, seed) if data is None or test is None else users.from_files(data, test, clients, seed)
+    if data is None or test is None:
+        given = users.invented(clients, seed)
+    else:
+        given = users.from_files(DEFAULT.read(data, columns), DEFAULT.read(test, columns), clients, seed)
     for note in given.material.notes:
         console.note(f"warning: {console.printable(note)}")
     for what, count in given.skipped.items():

@@ -64,7 +64,7 @@ def init(
         "cohort_size": min(max(quorum, ServerConfig().cohort_size), MAX_COHORT),
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
-    material = DEFAULT.material(options.of_task())
+    material = DEFAULT.material(options.of_task(DEFAULT.files), options.of_task(DEFAULT.columns))
     made = deploying.deploy(
         home.directory, home.place, material, settings, base_model=model or DEFAULT.base_model, seed=seed, as_is=as_is
     )

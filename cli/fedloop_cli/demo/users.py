@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from fedloop_events.errors import UsageError
 from fedloop_tasks.table import DEFAULT
-from fedloop_tasks.task import Material, Message
+from fedloop_tasks.task import Material, Message, Messages
 from msgspec import Struct
 
 from fedloop_cli import corpus
@@ -40,15 +39,14 @@ def invented(devices: int, seed: int) -> Users:
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
 
 
-def from_files(data: Path, test: Path, devices: int, seed: int) -> Users:
-    """Any files of messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
-    train, held_out = DEFAULT.read(data), DEFAULT.read(test)
+def from_files(train: Messages, held_out: Messages, devices: int, seed: int) -> Users:
+    """Any messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
     material = DEFAULT.material_of(train, held_out)
     if len(train.rows) < 2 * devices:
-        raise UsageError(f"{data} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
+        raise UsageError(f"{train.path} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
     spread_out = spread(train.rows, devices, seed)
-    skipped = {f"{data.name}: {what}": count for what, count in train.skipped.items()}
-    skipped |= {f"{test.name}: {what}": count for what, count in held_out.skipped.items()}
+    skipped = {f"{train.path.name}: {what}": count for what, count in train.skipped.items()}
+    skipped |= {f"{held_out.path.name}: {what}": count for what, count in held_out.skipped.items()}
     return Users(spread_out, material, set(), set(), skipped)
 
 

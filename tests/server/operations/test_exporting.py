@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from clients.classified import TEXTS, Classified
 from clients.conftest import ORIGIN, DigitMasker
-from clients.test_agent_classifier import TEXTS, Classified
 from devices import World
 from fedloop_cli.main import app
 from fedloop_clients import Agent
