@@ -252,12 +252,13 @@ def test_a_server_that_counts_an_update_of_a_withdrawn_release_is_found_out(
         rebuild(world.log, world.blobs)
 
 
-def test_updates_that_were_made_under_other_terms_do_not_mix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["rate", "synchronous"])
+def test_updates_that_were_made_under_other_terms_do_not_mix(tmp_path: Path, change: str) -> None:
     world = world_of(tmp_path)
     script = Script(world, {**STALE, 2: [("cem", 1), ("ann", 2), ("bob", 2)]})
     until_closed(world, script)
-    other = replace(BUFFERED, plan=replace(BUFFERED.plan, lora_lr=0.001))  # type: ignore[type-var]
-    run(world.server(on_wait=script, config=other))
+    rate = replace(BUFFERED, plan=replace(BUFFERED.plan, lora_lr=0.001))  # type: ignore[type-var]
+    run(world.server(on_wait=script, config=rate if change == "rate" else replace(BUFFERED, buffer_size=0)))
     assert accepted(world, 2) == ["ann", "bob"]
 
 
