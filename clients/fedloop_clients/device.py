@@ -24,6 +24,7 @@ from fedloop_clients.places import Lazy, LazyLog
 from fedloop_clients.releases import KeptReleases
 from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
+from fedloop_clients.store_file import cannot_write
 
 VIEW: Final = "following"
 """Name of the view's state in the store."""
@@ -49,7 +50,7 @@ class Status(Struct, frozen=True):
 
     `waiting` pieces of feedback are not published yet, `failed` (by reason) could not be and stay on the device until the next
     run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `problem` is why the loop cannot go on
-    now.
+    now, a disk that is full or read-only before all.
     """
 
     client_id: str
@@ -141,7 +142,7 @@ class Device:
         """Where the device stands, as of what was read of the log."""
         me, counts, ledger = self.identity.client_id, self.interactions.counts(), self.view.ledger
         suspended, release = ledger.suspended(me), self.view.releases.current(self.settings.model)
-        spends = len(ledger.spends(me))
+        spends, unwritable = len(ledger.spends(me)), cannot_write(self.store.path)
         return Status(
             client_id=me,
             release=release.release if release else None,
@@ -156,5 +157,5 @@ class Device:
             epsilon=self.identity.epsilon,
             delta=self.identity.delta,
             suspended=suspended.reason if suspended else None,
-            problem=problem,
+            problem=unwritable.message if unwritable else problem,
         )

@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from fedloop_events import types
 from fedloop_events.errors import BlobError, PolicyError, UnreachableError
+from fedloop_events.files import reason
 from fedloop_events.masked import MaskedText
 
 from fedloop_clients.device import Device, Status
@@ -25,6 +26,7 @@ from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
+from fedloop_clients.store_file import NotWritableError, StoreError, cannot_write
 
 IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
@@ -52,7 +54,7 @@ class Loop:
         """See `Agent.run`."""
         handler = InstructionHandler(self._device, self._apps, self._catch_up)
         with _alone(self._device.store.path.with_name("agent.lock")):
-            begun = False
+            begun, first = False, True
             while not stop.is_set():
                 try:
                     begun = begun or self._begin()
@@ -61,6 +63,11 @@ class Loop:
                     self._backoff.succeeded()
                 except UnreachableError as error:
                     self._problem = error.message
+                except NotWritableError as error:
+                    if first:
+                        raise
+                    self._problem = error.message
+                first = False
                 if until is not None and until(self._device.status(self._problem)):
                     return
                 self._wait(stop)
@@ -153,7 +160,11 @@ def _accelerator() -> Literal["cpu", "cuda", "mps"]:
 def _alone(path: Path) -> Iterator[None]:
     """Hold the lock in `path`, which the kernel releases when the process ends, however it ends."""
     deadline = time.monotonic() + ALONE_TIMEOUT_S
-    with path.open("a") as file:
+    try:
+        opened = path.open("a")
+    except OSError as error:
+        raise cannot_write(path) or StoreError(f"the lock {path} cannot be made", cause=reason(error, path)) from None
+    with opened as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

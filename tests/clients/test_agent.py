@@ -19,7 +19,7 @@ from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError,
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
-from fedloop_clients.store import StoreError
+from fedloop_clients.store_file import StoreError
 from fedloop_events import types
 from fedloop_events.errors import LogChangedError, UnreachableError, UsageError
 from fedloop_events.folds.identities import Identities
