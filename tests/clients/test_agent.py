@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fedloop_clients import Agent, loop
+from fedloop_clients import Agent, alone, loop
 from fedloop_clients.device import Settings, Status
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
 from fedloop_clients.interactions import Interactions
@@ -316,7 +316,7 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
 
 
 def test_only_one_process_runs_a_device(agent: Agent, store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "ALONE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(alone, "TIMEOUT_S", 0.1)
     stop, started = threading.Event(), threading.Event()
     running = threading.Thread(target=agent.run, args=(stop, signalling(started)))
     running.start()
