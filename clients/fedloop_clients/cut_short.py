@@ -9,9 +9,9 @@ from fedloop_privacy.dp import accounting
 from msgspec import Struct
 
 from fedloop_clients.device_view import DeviceView
+from fedloop_clients.eligibility import DAY_S
 from fedloop_clients.enrolment import Identity
 
-DAY_S: Final = 24 * 3600.0
 _SUBMITTED: Final = "submitted"
 
 

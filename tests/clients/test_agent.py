@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from clients.conftest import settled
 from fedloop_clients import Agent, alone, loop
 from fedloop_clients.device import Settings, Status
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
@@ -36,10 +37,6 @@ CANARY = "Wilhelmina-"
 NUMBER = "4711471147"
 
 
-def settled(status: Status) -> bool:
-    return status.settled
-
-
 def signalling(event: threading.Event) -> Callable[[Status], bool]:
     """Never the end, but the sign that a pass is over."""
 
@@ -48,17 +45,6 @@ def signalling(event: threading.Event) -> Callable[[Status], bool]:
         return False
 
     return until
-
-
-@pytest.fixture
-def store_dir(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
-    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
-        yield agent
 
 
 def give(agent: Agent, text: str = "my card is lost", **given: str) -> str:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from clients.conftest import ORIGIN, clock_ahead
+from clients.conftest import ORIGIN, answered, clock_ahead, settled
 from fedloop_clients import Agent
 from fedloop_clients.cut_short import CutShort
-from fedloop_clients.device import Status
 from fedloop_events import types
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
@@ -35,16 +34,12 @@ def die(message: Message, context: Context) -> Message:
     raise AssertionError
 
 
-def answered(count: int = 1) -> Callable[[Status], bool]:
-    return lambda status: sum(status.answers.values()) >= count and status.settled
-
-
 @pytest.fixture
 def store(deployment: Deployment, tmp_path: Path, in_child: InChild) -> Path:
     """Of a device that was killed between the spend and the answer of its only round."""
     store = tmp_path / "store"
     with Agent.enrol(deployment.folder, store, client_id="phone", epsilon=2.5, key_from="file") as agent:
-        agent.run(until=lambda status: status.settled)
+        agent.run(until=settled)
     deployment.ask("phone")
 
     def work() -> None:

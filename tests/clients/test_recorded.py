@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from clients.conftest import unpack
 from fedloop_clients import Agent, keys
 from fedloop_clients.enrolment import open_store
 from fedloop_clients.feedback import ConflictingFeedbackError
@@ -32,9 +33,7 @@ InChild = Callable[[Callable[[], object]], int]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("device", "deployment"):
-        shutil.copytree(RECORDED / name, tmp_path / name)
-    (tmp_path / "device" / keys.KEY_FILE).chmod(0o600)
+    unpack(RECORDED, tmp_path)
     return tmp_path
 
 
