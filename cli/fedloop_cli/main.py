@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Final
 
 import click
 import typer
 from fedloop_events.errors import FedloopError, UsageError
+from fedloop_events.files import is_full, reason
 
 from fedloop_cli import console, options
 from fedloop_cli.commands import agent, audit, demo, doctor, gateway, init, log, release, rounds, server
@@ -83,6 +85,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("FEDLOOP_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and is_full(error):
+            where = Path(error.filename or ".")
+            return _fail(FedloopError(f"{where.parent} cannot be written: {reason(error, where)}"), arguments)
         return _fail(
             FedloopError(
                 f"an internal error ({type(error).__name__})",

@@ -41,6 +41,7 @@ from fedloop_clients.refreshing import Refresher, refresh_now
 from fedloop_clients.releases import KeptRelease
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
+from fedloop_clients.store_file import NotWritableError, cannot_write
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -171,7 +172,8 @@ class Agent:
         """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
         It needs no connection: the newest release whose tensors the device has answers, and only a device that has none waits.
-        The model sees the masked text, as it does when it trains. Raises `UsageError` for a text that is empty, longer than
+        The model sees the masked text, as it does when it trains. On a disk that is full it answers as well, and the response's
+        `note` says that it could not be kept. Raises `UsageError` for a text that is empty, longer than
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
         had.
         """
@@ -181,8 +183,12 @@ class Agent:
         with self._device.models.borrowed(release.spec) as held:
             model = held.load(release.blob, self._device.releases.tensors)
             answers, confidences = model.predict([masked.text if masked else text])
-        response_id = self._device.interactions.respond(text, masked, answers[0], release.release, task_of(release.spec).words)
-        return Response(response_id, answers[0], confidences[0], release.release)
+        response_id, note, words = "", "", task_of(release.spec).words
+        try:
+            response_id = self._device.interactions.respond(text, masked, answers[0], release.release, words)
+        except NotWritableError as error:
+            note = f"{error.message}, so no feedback can name this response"
+        return Response(response_id, answers[0], confidences[0], release.release, note)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
         """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
@@ -222,6 +228,10 @@ class Agent:
         Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
         `UsageError` for what cannot be meant.
         """
+        if not (response_id and preferred_over != ""):
+            raise cannot_write(self._device.store.path) or UsageError(
+                "this response was not kept, because the disk was full", hint="predict again, now that there is room"
+            )
         worse = self._own_id("response", preferred_over)
         given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse))
         if self._device.spec is None:
@@ -261,7 +271,8 @@ class Agent:
     def run(self, stop: threading.Event | None = None, until: Callable[[Status], bool] | None = None) -> None:
         """Mask and publish feedback, and take part in rounds, until `stop` is set or `until` is true of the status.
 
-        Goes on where a process that was killed has stopped. An unreachable log is waited for; what is due stays in the store.
+        Goes on where a process that was killed has stopped. An unreachable log is waited for, and so is room on a disk that fills
+        up meanwhile; what is due stays in the store. On a disk that is full from the start it raises `NotWritableError`.
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,8 @@ from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
 
+from fedloop_clients.alone import runs
+from fedloop_clients.cut_short import CutShort, cut_short
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.eligibility import HERE, Eligibility, Joined, Surroundings
 from fedloop_clients.enrolment import Identity
@@ -24,6 +27,7 @@ from fedloop_clients.places import Lazy, LazyLog
 from fedloop_clients.releases import KeptReleases
 from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
+from fedloop_clients.store_file import cannot_write
 
 VIEW: Final = "following"
 """Name of the view's state in the store."""
@@ -48,8 +52,9 @@ class Status(Struct, frozen=True):
     """Where a device stands.
 
     `waiting` pieces of feedback are not published yet, `failed` (by reason) could not be and stay on the device until the next
-    run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `problem` is why the loop cannot go on
-    now.
+    run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `cut_short` are rounds that were
+    paid for and not answered, as long as they hold the device up; `problem` is why the loop cannot go on
+    now, a disk that is full or read-only before all.
     """
 
     client_id: str
@@ -65,6 +70,7 @@ class Status(Struct, frozen=True):
     epsilon: float | None
     delta: float
     suspended: str | None
+    cut_short: list[CutShort] = []
     problem: str = ""
 
     @property
@@ -141,7 +147,8 @@ class Device:
         """Where the device stands, as of what was read of the log."""
         me, counts, ledger = self.identity.client_id, self.interactions.counts(), self.view.ledger
         suspended, release = ledger.suspended(me), self.view.releases.current(self.settings.model)
-        spends = len(ledger.spends(me))
+        outcomes: dict[str, str] = dict(self.store.rows("SELECT instruction_id, outcome FROM answers"))
+        spends, unwritable = len(ledger.spends(me)), cannot_write(self.store.path)
         return Status(
             client_id=me,
             release=release.release if release else None,
@@ -150,11 +157,12 @@ class Device:
             failed=self.interactions.failures(),
             unsent=self.outbox.unsent() + len(self.retractions.due()),
             examples=self.count_examples(),
-            answers=dict(self.store.rows("SELECT outcome, count(*) FROM answers GROUP BY outcome")),
+            answers=dict(Counter(outcomes.values())),
             spends=spends,
             epsilon_spent=ledger.epsilon(me, self.identity.delta) if spends else 0.0,
             epsilon=self.identity.epsilon,
             delta=self.identity.delta,
             suspended=suspended.reason if suspended else None,
-            problem=problem,
+            cut_short=cut_short(self.view, self.identity, outcomes, runs=runs(self.store.path)),
+            problem=unwritable.message if unwritable else problem,
         )

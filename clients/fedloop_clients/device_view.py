@@ -46,14 +46,17 @@ class Instruction(Struct, frozen=True):
 
 
 class Spent(Struct, frozen=True):
-    """What the log has as paid for one instruction. `spent_ms` is what `DeviceView.now_ms` was then."""
+    """What the log has as paid for one instruction. `spent_ms` is what `DeviceView.now_ms` was then; `answered`: the log, as far
+    as this device may read it, has the update."""
 
     spend_seq: int
     event_id: str
     spent_ms: int
+    round_id: str | None = None
+    answered: bool = False
 
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 
 
 class _Version(Struct):
@@ -235,9 +238,13 @@ class DeviceView:
                 self.retracted.append(payload.feedback_id)
             case types.UpdateSubmitted() | types.RoundDeclined():
                 self._state.instructions.pop(payload.instruction_id, None)
+                paid = self._state.spent.get(payload.instruction_id)
+                if paid is not None and isinstance(payload, types.UpdateSubmitted):
+                    self._state.spent[payload.instruction_id] = replace(paid, answered=True)
             case types.BudgetSpent():
                 self.ledger.apply(record, payload)
-                self._state.spent.setdefault(payload.instruction_id, Spent(payload.spend_seq, record.id, self.now_ms))
+                spent = Spent(payload.spend_seq, record.id, self.now_ms, payload.round_id)
+                self._state.spent.setdefault(payload.instruction_id, spent)
             case _:
                 pass
 

@@ -17,7 +17,7 @@ from fedloop_clients.store import Store
 MAX_JOINED: Final = 1_000
 """Rounds that are kept for the owner's terms: the oldest give way."""
 _JOINED: Final = "joined"
-_DAY_S: Final = 24 * 3600
+DAY_S: Final = 24 * 3600.0
 _IDLE_LOAD: Final = 0.5
 """Share of the cores that may be busy, on average over the last minute, on a machine that counts as idle."""
 
@@ -35,6 +35,14 @@ class Surroundings(NamedTuple):
 
     conditions: Callable[[], Conditions]
     clock: Callable[[], float] = time.time
+
+
+class _Required(NamedTuple):
+    """A condition that has to hold: whether it does, the code if it does not, and what it is in words."""
+
+    holds: bool | None
+    code: str
+    what: str
 
 
 class Eligibility(Struct, frozen=True, kw_only=True):
@@ -62,37 +70,39 @@ class Eligibility(Struct, frozen=True, kw_only=True):
     def unmet(self, around: Surroundings) -> str | None:
         """The code of the first term that does not hold around the device now; None if all hold."""
         now = _known(around) if self.only_charging or self.only_unmetered or self.only_idle else Conditions()
-        for required, holds, code in (
-            (self.only_charging, now.charging, "not-charging"),
-            (self.only_unmetered, now.unmetered, "metered-network"),
-            (self.only_idle, now.idle, "not-idle"),
-        ):
-            if required and not holds:
-                return code
+        for required in self._required(now):
+            if not required.holds:
+                return required.code
         return None if self.hours is None or self.hours.contain(around.clock()) else "outside-hours"
 
     def too_often(self, rounds: Mapping[str, int], asked_ms: int) -> str | None:
         """The code if a round asked at `asked_ms` comes too early after those `rounds`, which were asked at these times.
 
-        A round that was asked later than this one, by a clock that was wrong for a while, holds nothing up.
+        All steps of a round are one: what they make the device spend in a day `Gate._over_budget` bounds. A round that was asked
+        later than this one, by a clock that was wrong for a while, holds nothing up.
         """
         ages_s = [(asked_ms - each_ms) / 1000 for each_ms in rounds.values() if each_ms <= asked_ms]
         if any(age_s < self.min_gap_s for age_s in ages_s):
             return "too-soon"
-        return "too-many-rounds" if sum(age_s < _DAY_S for age_s in ages_s) >= self.rounds_per_day else None
+        return "too-many-rounds" if sum(age_s < DAY_S for age_s in ages_s) >= self.rounds_per_day else None
 
     def check_known(self, conditions: Conditions) -> None:
         """Raise `UsageError` if a term rests on what the device cannot tell: it would never take part."""
-        for required, holds, what in (
-            (self.only_charging, conditions.charging, "whether it is charging"),
-            (self.only_unmetered, conditions.unmetered, "whether its network is metered"),
-            (self.only_idle, conditions.idle, "whether it is idle"),
-        ):
-            if required and holds is None:
+        for required in self._required(conditions):
+            if required.holds is None:
                 raise UsageError(
-                    f"this machine does not tell {what}, so it would never take part",
+                    f"this machine does not tell {required.what}, so it would never take part",
                     hint="leave that option out, or run the agent in an application that knows: Agent(conditions=...)",
                 )
+
+    def _required(self, now: Conditions) -> list[_Required]:
+        """The terms of the owner that rest on what surrounds the device."""
+        terms = (
+            (self.only_charging, _Required(now.charging, "not-charging", "whether it is charging")),
+            (self.only_unmetered, _Required(now.unmetered, "metered-network", "whether its network is metered")),
+            (self.only_idle, _Required(now.idle, "not-idle", "whether it is idle")),
+        )
+        return [term for required, term in terms if required]
 
 
 class Joined:

@@ -13,6 +13,7 @@ import msgspec
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore, Identifiable
 from fedloop_events.errors import NotAllowedError, UsageError
+from fedloop_events.files import reason
 from fedloop_events.folds.identities import Client, Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.locations import DeploymentLocation, check_log, is_url, locate
@@ -24,7 +25,8 @@ from msgspec import Struct
 from fedloop_clients import keys
 from fedloop_clients.keys import KeySource
 from fedloop_clients.outbox import Outbox
-from fedloop_clients.store import FILE_NAME, Store, StoreError
+from fedloop_clients.store import FILE_NAME, Store
+from fedloop_clients.store_file import StoreError
 
 _IDENTITY: Final = "identity"
 P = TypeVar("P", bound=EventLog | BlobStore)
@@ -205,5 +207,5 @@ def _private(folder: Path) -> Path:
         if not any(folder.iterdir()):
             folder.chmod(0o700)
     except OSError as error:
-        raise StoreError(f"the store folder {folder} cannot be made", cause=error.strerror or "") from None
+        raise StoreError(f"the store folder {folder} cannot be made", cause=reason(error, folder)) from None
     return folder

@@ -30,12 +30,16 @@ class ConflictingFeedbackError(UsageError):
 
 
 class Response(Struct, frozen=True):
-    """One answer of the model; `response_id` is the handle for feedback. `confidence` is in [0, 1]."""
+    """One answer of the model; `response_id` is the handle for feedback. `confidence` is in [0, 1].
+
+    On a disk that is full the response cannot be kept: then its id is "", no feedback can name it, and `note` says why.
+    """
 
     response_id: str
     label: str
     confidence: float
     release: str
+    note: str = ""
 
     @property
     def answer(self) -> str:

@@ -15,12 +15,12 @@ from fedloop_tasks.task import ModelError
 
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
+from fedloop_clients.eligibility import DAY_S
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
 
 MAX_DOWNLOAD_BYTES: Final = 4 << 30
-_DAY_MS: Final = 24 * 3600 * 1000
 
 Opened = types.RoundOpened | None
 
@@ -119,7 +119,10 @@ class Gate:
         return None if same and release.status == "published" and release.model == opened.model else "wrong-base"
 
     def _over_budget(self, mechanism: types.Mechanism) -> Decline | None:
-        me, since_ms = self._device.identity, self._device.view.now_ms - _DAY_MS
+        # A second bound, beside `Eligibility.too_often`. That one counts rounds, by the store and the stamps of the instructions.
+        # This one counts spends, so that many steps of one round drain no budget; by the log, for a store that was restored from
+        # a backup has forgotten its rounds; and by a time that no single stamp moves.
+        me, since_ms = self._device.identity, self._device.view.now_ms - DAY_S * 1000
         most = self._device.settings.eligibility.rounds_per_day
         if sum(each.spent_ms > since_ms for each in self._device.view.spent.values()) >= most:
             return Decline("too-many-rounds", f"at most {most} a day")

@@ -25,6 +25,7 @@ from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
 from fedloop_clients.gate import Apps, Decline, Gate, NotYet, Opened
 from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.store_file import NotWritableError
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -81,6 +82,7 @@ class InstructionHandler:
             self._decline(instruction, refused)
 
     def _serve(self, instruction: Instruction, opened: Opened) -> Decline | None:
+        self._device.store.check_writable()  # an answer that could not be kept would have been paid for in vain
         if opened is not None:
             self._device.joined.add(opened, instruction.record.appended_ms)
         spend_seq = self._spend(instruction, opened, opened.mechanism) if opened and opened.mechanism else None
@@ -94,7 +96,7 @@ class InstructionHandler:
             if isinstance(work, Decline):
                 return work
             self._submit(instruction, opened, work, spend_seq)
-        except UnreachableError:
+        except (UnreachableError, NotWritableError):
             raise
         except Exception as error:  # whatever an app gives back that is no answer; its text could hold anything
             return Decline("client-error", type(error).__name__)

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import FedloopError
-from fedloop_events.files import write_private
+from fedloop_events.files import reason, write_private
 from msgspec import Struct
 
 KeySource = Literal["auto", "keyring", "file"]
@@ -55,7 +55,14 @@ def create(folder: Path, source: KeySource = "auto") -> bytes:
                 f"the operating system's keyring cannot keep the key: {problem}",
                 hint="unlock or install a keyring, or keep the key in a file (key_from='file')",
             )
-    write_private(path, msgspec.json.encode(locator))
+    try:
+        write_private(path, msgspec.json.encode(locator))
+    except OSError as error:
+        raise KeyUnavailableError(
+            f"the key of the store cannot be kept in {folder}",
+            cause=reason(error, path),
+            hint="then enrol again: nothing was made",
+        ) from None
     return key
 
 

@@ -5,32 +5,31 @@ Every step is safe to repeat: what is due stands in the store, and what was done
 
 from __future__ import annotations
 
-import fcntl
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Literal
 
 from fedloop_events import types
 from fedloop_events.errors import BlobError, PolicyError, UnreachableError
 from fedloop_events.masked import MaskedText
 
+from fedloop_clients.alone import alone
 from fedloop_clients.device import Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
 from fedloop_clients.outbox import SuspendedError
 from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
+from fedloop_clients.store_file import NotWritableError
 
 IDLE_S: Final = 0.25
 """How soon an idle loop sees what another process has captured, and that it should stop; new events wake it at once."""
 RETRY_S: Final = 2.0
 """Longest wait after the first try that fails; `Backoff` says how it goes on."""
-ALONE_TIMEOUT_S: Final = 5.0
 
 
 class RevokedError(PolicyError):
@@ -51,8 +50,8 @@ class Loop:
     def run(self, stop: threading.Event, until: Callable[[Status], bool] | None) -> None:
         """See `Agent.run`."""
         handler = InstructionHandler(self._device, self._apps, self._catch_up)
-        with _alone(self._device.store.path.with_name("agent.lock")):
-            begun = False
+        with alone(self._device.store.path):
+            begun, first = False, True
             while not stop.is_set():
                 try:
                     begun = begun or self._begin()
@@ -61,6 +60,11 @@ class Loop:
                     self._backoff.succeeded()
                 except UnreachableError as error:
                     self._problem = error.message
+                except NotWritableError as error:
+                    if first:
+                        raise
+                    self._problem = error.message
+                first = False
                 if until is not None and until(self._device.status(self._problem)):
                     return
                 self._wait(stop)
@@ -147,21 +151,3 @@ def _accelerator() -> Literal["cpu", "cuda", "mps"]:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock in `path`, which the kernel releases when the process ends, however it ends."""
-    deadline = time.monotonic() + ALONE_TIMEOUT_S
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UnreachableError(
-                        f"another process runs the device in {path.parent}", hint="stop it first; feedback needs no second one"
-                    ) from None
-                time.sleep(0.05)
-        yield

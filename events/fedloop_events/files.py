@@ -16,6 +16,36 @@ PRIVATE: Final = 0o600
 """For its owner alone."""
 SHARED: Final = 0o666
 """For whom the process's umask allows."""
+_LEAST_FREE_BYTES: Final = 64 * 1024
+"""With less, SQLite cannot make the 32 KiB that connections to one file share, and calls that an I/O error."""
+
+
+def free_bytes(path: Path) -> int | None:
+    """How many bytes are free on the disk of a file; None if nobody knows."""
+    try:
+        found = os.statvfs(path.absolute().parent)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def free_bytes_if_full(path: Path) -> int | None:
+    """How many bytes are free on the disk of a file that has no room to work with; None if there is room, or nobody knows."""
+    free = free_bytes(path)
+    return free if free is not None and free < _LEAST_FREE_BYTES else None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room, on the disk or in its user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def reason(error: OSError, path: Path) -> str:
+    """Why a file cannot be written, in words: of a disk that is full also how much is free, and what to do."""
+    if not is_full(error):
+        return error.strerror or str(error)
+    free = free_bytes(path)
+    return f"the disk is full{'' if free is None else f' ({free:,} bytes are free)'}: make room, then try again"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -52,6 +82,10 @@ def new_file(folder: Path, prefix: str, *, mode: int = SHARED) -> Iterator[NewFi
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
             yield NewFile(path, file)
+    except OSError as error:
+        if error.filename is None:  # writing names no file
+            error.filename = str(path)
+        raise
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pytest
-from fedloop_clients import Agent
+from fedloop_clients import Agent, keys
+from fedloop_clients.device import Status
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.envelope import decode
@@ -53,6 +55,27 @@ def clock_ahead(seconds: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as wrong:
         wrong.setattr(time, "time_ns", lambda: right() + int(seconds * 1e9))
         yield
+
+
+def settled(status: Status) -> bool:
+    return status.settled
+
+
+def answered(count: int = 1) -> Callable[[Status], bool]:
+    return lambda status: sum(status.answers.values()) >= count and status.unsent == 0
+
+
+def back_up(agent: Agent, folder: Path) -> None:
+    """Copy the store of an agent that is open, whole."""
+    agent._device.store._writable().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copytree(agent._device.store.path.parent, folder)
+
+
+def unpack(recorded: Path, folder: Path) -> None:
+    """Copy a recorded device and its deployment to where they may be changed."""
+    for name in ("device", "deployment"):
+        shutil.copytree(recorded / name, folder / name)
+    (folder / "device" / keys.KEY_FILE).chmod(0o600)
 
 
 class Deployment:
@@ -162,6 +185,17 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
     made.release()
     yield made
     made.log.close()
+
+
+@pytest.fixture
+def store_dir(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
+    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
+        yield agent
 
 
 @pytest.fixture

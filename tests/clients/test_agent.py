@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fedloop_clients import Agent, loop
+from clients.conftest import settled
+from fedloop_clients import Agent, alone, loop
 from fedloop_clients.device import Settings, Status
 from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
-from fedloop_clients.store import StoreError
+from fedloop_clients.store_file import StoreError
 from fedloop_events import types
 from fedloop_events.errors import LogChangedError, UnreachableError, UsageError
 from fedloop_events.folds.identities import Identities
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 InChild = Callable[[Callable[[], object]], int]
 CANARY = "Wilhelmina-"
 NUMBER = "4711471147"
-
-
-def settled(status: Status) -> bool:
-    return status.settled
 
 
 def signalling(event: threading.Event) -> Callable[[Status], bool]:
@@ -305,7 +302,7 @@ def test_another_process_can_take_feedback_while_the_agent_runs(deployment: Depl
 
 
 def test_only_one_process_runs_a_device(agent: Agent, store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "ALONE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(alone, "TIMEOUT_S", 0.1)
     stop, started = threading.Event(), threading.Event()
     running = threading.Thread(target=agent.run, args=(stop, signalling(started)))
     running.start()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from clients.conftest import answered
 from fedloop_clients import Agent
-from fedloop_clients.device import Settings, Status
+from fedloop_clients.device import Settings
 from fedloop_clients.eligibility import Conditions, Eligibility, Surroundings, of_platform
 from fedloop_events import types
 from fedloop_events.errors import UsageError
@@ -80,10 +81,6 @@ def enrol(deployment: Deployment, tmp_path: Path, masker: DigitMasker, place: Pl
     yield enrol
     for agent in agents:
         agent.close()
-
-
-def answered(count: int = 1) -> Callable[[Status], bool]:
-    return lambda status: sum(status.answers.values()) >= count and status.unsent == 0
 
 
 def reasons(deployment: Deployment) -> list[str]:

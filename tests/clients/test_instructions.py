@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from clients.conftest import answered, back_up, clock_ahead
 from fedloop_clients import Agent
 from fedloop_clients.device import Settings, Status
 from fedloop_clients.eligibility import Eligibility
@@ -88,10 +89,6 @@ def enrol(deployment: Deployment, tmp_path: Path, trainer: Trainer, masker: Digi
     yield enrol
     for agent in agents:
         agent.close()
-
-
-def answered(count: int = 1) -> Callable[[Status], bool]:
-    return lambda status: sum(status.answers.values()) >= count and status.unsent == 0
 
 
 def passes(count: int) -> Callable[[Status], bool]:
@@ -272,6 +269,30 @@ def test_a_server_cannot_drain_the_budget_in_a_day(deployment: Deployment, enrol
     assert (declined(deployment), trainer.count()) == (["too-many-rounds"] * 2, 2)
 
 
+def test_nor_with_the_steps_of_one_round(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
+    agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
+    opened = deployment.opened("phone")
+    deployment.server.append(opened)
+    for step in range(4):
+        deployment.instruct("phone", opened, step=step)
+    agent.run(until=answered(4))
+    assert (declined(deployment), trainer.count()) == (["too-many-rounds"] * 2, 2)
+
+
+def test_nor_of_a_device_whose_restored_store_has_forgotten_its_rounds(
+    deployment: Deployment, enrol: Enrol, trainer: Trainer, tmp_path: Path
+) -> None:
+    settings = Settings(eligibility=Eligibility(rounds_per_day=1))
+    with enrol(epsilon=1000.0) as agent:
+        back_up(agent, tmp_path / "backup")
+        deployment.ask("phone")
+        agent.run(until=answered())
+    with Agent.open(tmp_path / "backup", apps={"main": trainer.app}, settings=settings) as restored:
+        deployment.ask("phone")
+        restored.run(until=answered())
+    assert (declined(deployment), trainer.count()) == (["too-many-rounds"], 1)
+
+
 def test_only_a_release_of_the_log_is_trained_on(deployment: Deployment, enrol: Enrol, trainer: Trainer) -> None:
     agent = enrol()
     crafted = deployment.blobs.put(tensors.encode({"head.weight": np.ones((3, 2), np.float32)}))
@@ -352,8 +373,6 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
 def test_one_stamp_of_the_future_makes_no_instruction_late(
     deployment: Deployment, enrol: Enrol, trainer: Trainer, author: str
 ) -> None:
-    from clients.conftest import clock_ahead
-
     agent = enrol()
     deployment.ask("phone")
     with clock_ahead(3 * DAY_S):
@@ -371,8 +390,6 @@ def test_one_stamp_of_the_future_makes_no_instruction_late(
 def test_what_the_server_decided_long_after_an_instruction_makes_it_late(
     deployment: Deployment, enrol: Enrol, trainer: Trainer
 ) -> None:
-    from clients.conftest import clock_ahead
-
     agent = enrol()
     deployment.ask("phone")
     with clock_ahead(601):
@@ -384,8 +401,6 @@ def test_what_the_server_decided_long_after_an_instruction_makes_it_late(
 def test_a_stamp_of_the_future_opens_no_second_day_and_closes_none(
     deployment: Deployment, enrol: Enrol, trainer: Trainer
 ) -> None:
-    from clients.conftest import clock_ahead
-
     agent = enrol(epsilon=1000.0, settings=Settings(eligibility=Eligibility(rounds_per_day=2)))
     deployment.ask("phone")
     with clock_ahead(3 * DAY_S):

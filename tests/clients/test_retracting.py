@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from clients.conftest import back_up, settled, unpack
 from clients.test_recorded import InChild, traced
-from fedloop_clients import Agent, keys
-from fedloop_clients.device import Status
+from fedloop_clients import Agent
 from fedloop_clients.feedback import UnknownResponseError
 from fedloop_clients.publishing import Publisher
 from fedloop_clients.retracting import RetractedFeedbackError, UnknownFeedbackError
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 Row = tuple[object, ...]
 RECORDED = Path(__file__).parent / "recorded" / "store_v2"
-
-
-def settled(status: Status) -> bool:
-    return status.settled
 
 
 def give(agent: Agent, feedback_id: str, text: str = "my card is lost") -> str:
@@ -185,17 +181,13 @@ def test_an_agent_that_runs_appends_what_another_process_retracts(
 def test_a_store_restored_from_a_backup_deletes_again_what_the_log_retracts(
     deployment: Deployment, agent: Agent, store_dir: Path, tmp_path: Path, masker: DigitMasker, saved: str, again: bool
 ) -> None:
-    def save() -> None:
-        agent._device.store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        shutil.copytree(store_dir, tmp_path / "backup")
-
     agent.run(until=settled)
     give(agent, "mine")
     if saved == "captured":
-        save()
+        back_up(agent, tmp_path / "backup")
     agent.run(until=settled)
     if saved == "published":
-        save()
+        back_up(agent, tmp_path / "backup")
     agent.retract("mine")
     agent.run(until=settled)
     agent.close()
@@ -214,8 +206,7 @@ def test_a_restored_store_that_retracts_what_it_does_not_know_to_be_published_re
 ) -> None:
     agent.run(until=settled)
     give(agent, "mine")
-    agent._device.store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    shutil.copytree(store_dir, tmp_path / "backup")
+    back_up(agent, tmp_path / "backup")
     agent.run(until=settled)
     agent.close()
     with Agent.open(tmp_path / "backup", masker=masker) as restored:
@@ -296,9 +287,7 @@ def test_a_process_killed_while_it_appends_a_retraction_appends_it_once(
 
 
 def test_a_store_of_version_2_opens_loses_nothing_and_can_take_back(tmp_path: Path, masker: DigitMasker) -> None:
-    for name in ("device", "deployment"):
-        shutil.copytree(RECORDED / name, tmp_path / name)
-    (tmp_path / "device" / keys.KEY_FILE).chmod(0o600)
+    unpack(RECORDED, tmp_path)
     with Agent.open(tmp_path / "device", tmp_path / "deployment", masker=masker) as agent:
         rows = agent._device.store.rows
         assert rows("SELECT feedback_id, state FROM feedback ORDER BY number") == [

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fedloop_clients import store as store_module
 from fedloop_clients.migrations import STEPS
-from fedloop_clients.store import Store, StoreError, WrongKeyError
+from fedloop_clients.store import Store
+from fedloop_clients.store_file import StoreError, WrongKeyError
 from fedloop_events.errors import UnreachableError
 
 KEY = bytes(range(32))

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import samples
 from fedloop_events import locations
 from fedloop_events.errors import LogError
+from fedloop_events.files import reason, write_whole
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.verify.log import verify
@@ -64,6 +66,11 @@ def main(folder: Path, how: str) -> None:
     for command in ("verify", "tail", "replay"):
         done = subprocess.run([sys.executable, "-m", "fedloop_cli.main", "log", command, folder], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    with pytest.raises(LogError, match="is full \\(0 bytes are free\\): nothing was appended"):
+        SqliteLog(folder / "another.sqlite")
+    with pytest.raises(OSError, match="another") as refused:
+        write_whole(folder / "another", bytes(100_000))
+    assert reason(refused.value, folder / "another") == "the disk is full (0 bytes are free): make room, then try again"
     (folder / "fill").unlink()
     assert append(one, 8) == append(other, 9) == ""
     assert [len(log.read().records) for log in (one, other)] == [count + 2] * 2

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import typer
 from msgspec.structs import replace
 
@@ -186,8 +187,8 @@ def run(
             return (until_settled and status.settled) or (rounds is not None and answered >= rounds)
 
         agent.run(stop.event, enough)
-        document = _document(agent.status())
-    console.show(document, lambda: console.fields(document), as_json=json)
+        status = agent.status()
+    console.show(_document(status), lambda: _text(status), as_json=json)
     if stop.interrupted:
         raise typer.Exit(130)
 
@@ -196,8 +197,8 @@ def run(
 def status(store: options.StoreFolder, json: options.Json = False) -> None:
     """Say where the device stands: feedback, examples, answers, budget."""
     with _open(store, None) as agent:
-        document = _document(agent.status())
-    console.show(document, lambda: console.fields(document), as_json=json)
+        status = agent.status()
+    console.show(_document(status), lambda: _text(status), as_json=json)
 
 
 def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
@@ -230,7 +231,14 @@ def _take_in(agent: Agent, messages: Messages, skip_bad: bool, json: bool) -> No
 
 
 def _document(status: Status) -> dict[str, object]:
-    return {name: getattr(status, name) for name in status.__struct_fields__} | {"settled": status.settled}
+    cut_short = [msgspec.to_builtins(each) | {"sentence": each.sentence} for each in status.cut_short]
+    found = {name: getattr(status, name) for name in status.__struct_fields__}
+    return found | {"cut_short": cut_short, "settled": status.settled}
+
+
+def _text(status: Status) -> str:
+    fields = _document(status) | {"cut_short": len(status.cut_short)}
+    return "\n".join([console.fields(fields), *(console.printable(each.sentence) for each in status.cut_short)])
 
 
 def _summary(status: Status) -> str:

@@ -101,7 +101,7 @@ def export(
         files.write_folder(out, exported.files)
     except OSError as error:
         raise UsageError(
-            f"the folder {out} cannot be made", cause=error.strerror or "", hint="name one that is new or empty"
+            f"the folder {out} cannot be made", cause=files.reason(error, out), hint="name one that is new or empty"
         ) from None
     document = {"release": exported.release, "folder": str(out), "files": sorted(exported.files)}
     console.show(document, f"release {exported.release} is in {out}: README.md says how to use it", as_json=json)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedloop_events.errors import UsageError
-from fedloop_events.files import write_private
+from fedloop_events.files import reason, write_private
 
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 365
@@ -197,4 +197,4 @@ def _write(folder: Path, files: dict[Path, bytes], *, mode: int = 0o600) -> None
             write_private(path, data)
             path.chmod(mode)
     except OSError as error:
-        raise UsageError(f"the certificates in {folder} cannot be written", cause=error.strerror or "") from error
+        raise UsageError(f"the certificates in {folder} cannot be written", cause=reason(error, folder / "x")) from error

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
-from fedloop_events.files import write_private
+from fedloop_events.files import reason, write_private
 from fedloop_tasks.table import DEFAULT
 from msgspec import Struct
 
@@ -88,7 +88,7 @@ def compose(directory: Path) -> Composed:
         _add_messages(folder)
         _add_settings(folder, {"FEDLOOP_SECRETS": str(kept), "FEDLOOP_DEMO": str(demo), "KAFKA_CLUSTER_ID": chosen.cluster_id})
     except OSError as error:
-        raise UsageError(f"{directory} cannot be used", cause=error.strerror or "") from None
+        raise UsageError(f"{directory} cannot be used", cause=reason(error, root / ".env")) from None
     return Composed(root / ".env", kept, demo, folder.made)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol, runtime_checkable
 
 from fedloop_events.errors import BlobError, FedloopError, UnreachableError, UsageError
-from fedloop_events.files import fsync_folder, new_file
+from fedloop_events.files import fsync_folder, new_file, reason
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import BlobRef
 
@@ -166,7 +166,9 @@ class _Folder:
                     new.publish(self._shard(ref.sha256) / ref.sha256[2:])
         except OSError as error:
             raise UnreachableError(
-                f"a blob cannot be written to {self.root}", cause=str(error), hint="check the disk's space and the permissions"
+                f"a blob cannot be written to {self.root}",
+                cause=reason(error, self.root),
+                hint="check the disk's space and the permissions",
             ) from error
         return ref
 

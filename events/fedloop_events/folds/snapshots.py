@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from fedloop_events.files import PRIVATE, write_whole
+from fedloop_events.files import PRIVATE, reason, write_whole
 from fedloop_events.folds.admit import Standing
 from fedloop_events.folds.marks import Marks
 from fedloop_events.logs.port import Position
@@ -47,7 +47,9 @@ class Snapshots:
         except FileNotFoundError:
             return None
         except OSError as error:
-            _logger.warning("the snapshot %s cannot be read (%s): it is rebuilt from the log", self.path, error.strerror)
+            _logger.warning(
+                "the snapshot %s cannot be read (%s): it is rebuilt from the log", self.path, reason(error, self.path)
+            )
             return None
         try:
             if hashlib.sha256(data[32:]).digest() != data[:32]:
@@ -71,4 +73,4 @@ class Snapshots:
         try:
             write_whole(self.path, hashlib.sha256(data).digest() + data, mode=PRIVATE)
         except OSError as error:
-            _logger.warning("the snapshot %s cannot be written (%s)", self.path, error.strerror)
+            _logger.warning("the snapshot %s cannot be written (%s)", self.path, reason(error, self.path))

@@ -21,8 +21,9 @@ from fedloop_events import envelope
 from fedloop_events import topics as all_topics
 from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import LogError
+from fedloop_events.files import free_bytes_if_full
 from fedloop_events.logs.port import START, Batch, Position
-from fedloop_events.logs.sqlite_file import free_bytes_if_full, open_connection, pragma, transaction, translated_errors
+from fedloop_events.logs.sqlite_file import open_connection, pragma, transaction, translated_errors
 
 STREAM: Final = "log"
 _LONGEST_PAUSE_S: Final = 0.02

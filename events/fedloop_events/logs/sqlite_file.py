@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,15 +11,12 @@ from typing import Final
 import apsw
 
 from fedloop_events.errors import FedloopError, LogError, UnreachableError
-from fedloop_events.files import create_private, fsync_folder
+from fedloop_events.files import create_private, free_bytes_if_full, fsync_folder
 
 APPLICATION_ID: Final = 0x46644C67
 FORMAT: Final = 1
 PAGE_BYTES: Final = 8192
 _NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs"})
-
-_LEAST_FREE_BYTES: Final = 64 * 1024
-"""With less, SQLite cannot make the 32 KiB that connections to one log share, and calls that an I/O error."""
 
 # Feedback is most of a log: its events are found by scanning, and pay for no index but the one of their ids.
 _SCHEMA: Final = f"""
@@ -74,16 +70,6 @@ def keep_to_itself(connection: apsw.Connection) -> None:
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     connection.execute("PRAGMA locking_mode=EXCLUSIVE")
     connection.execute("PRAGMA query_only=ON")
-
-
-def free_bytes_if_full(path: Path) -> int | None:
-    """How many bytes are free on the disk of a file that has no room to work with; None if there is room, or nobody knows."""
-    try:
-        found = os.statvfs(path.absolute().parent)
-    except OSError:
-        return None
-    free_bytes = found.f_bavail * found.f_frsize
-    return free_bytes if free_bytes < _LEAST_FREE_BYTES else None
 
 
 def _configure(path: Path, connection: apsw.Connection) -> None:
@@ -164,11 +150,11 @@ def translated_errors(path: Path) -> Iterator[None]:
         raise _full(path, error) from error
     except apsw.NotADBError as error:
         raise LogError(f"{path} is no Fedloop log", cause=str(error)) from error
-    except (apsw.IOError, apsw.CantOpenError) as error:
+    except (apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError) as error:  # read-only: a log that cannot be made either
         if free_bytes_if_full(path) is not None:
             raise _full(path, error) from error
         raise _unusable(path, error) from error
-    except (apsw.CorruptError, apsw.ReadOnlyError) as error:
+    except apsw.CorruptError as error:
         raise _unusable(path, error) from error
 
 

@@ -13,8 +13,9 @@ import apsw
 
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogError, UsageError
+from fedloop_events.files import free_bytes_if_full
 from fedloop_events.logs.sqlite import STREAM
-from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT, free_bytes_if_full, keep_to_itself
+from fedloop_events.logs.sqlite_file import APPLICATION_ID, FORMAT, keep_to_itself
 from fedloop_events.verify.checks import LogCheck
 from fedloop_events.verify.sequences import At
 
