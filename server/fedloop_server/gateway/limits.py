@@ -20,6 +20,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     `burst`. `upload_bytes` may be sent to the blob store within `window_s`. A signature may be `skew_s` ahead of the gateway's
     clock and lasts at most `valid_s`; meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
 
+    Of one address `connections_each` are held, of all `connections`, and idle ones give way to new ones.
+
     Of the whole gateway: `strangers_per_s` and `strangers_burst` (by address, of who is not enrolled), `bodies_bytes` (requests
     being read), `queued_events` (appends that wait for the log), `ring_events` and `ring_bytes` (the newest events, in memory).
     """
@@ -48,6 +50,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     all_nonces: int = 1_000_000
     strangers_per_s: float = 50.0
     strangers_burst: float = 500.0
+    connections: int = 4_096
+    connections_each: int = 512
     bodies_bytes: int = 256 << 20
     queued_events: int = 20_000
     group_events: int = 5_000
