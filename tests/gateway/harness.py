@@ -7,7 +7,7 @@ import hashlib
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,13 +21,21 @@ from fedloop_events.logs.http import GatewayLog, cloudevents, signing
 from fedloop_events.logs.port import EventLog
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server.gateway import Limits, create_app, problems
+from fedloop_server.gateway.connections import Connections, Network
 from fedloop_server.gateway.listening import GatewayServer, listen, settings
 
 
 class Served:
     """A gateway that answers at `url`; `app` is its application."""
 
-    def __init__(self, log: EventLog, blobs: BlobStore, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        blobs: BlobStore,
+        folder: Path,
+        limits: Limits | None = None,
+        proxies: Collection[Network] = (),
+    ) -> None:
         self.log, self.blobs = log, blobs
         ca = make_ca(folder / "tls")
         issued = ca.issue("gateway", ["localhost", "127.0.0.1"], folder / "tls")
@@ -39,8 +47,10 @@ class Served:
         self.url = f"{self.address}?ca={quote(str(self.ca))}"
         self._ready = threading.Event()
         self._raw: Raw | None = None
-        config = uvicorn.Config(self.app, **settings((issued.certificate, issued.key)))
-        self._server = GatewayServer(config, self.app, lambda address: self._ready.set())
+        config = uvicorn.Config(self.app, **settings((issued.certificate, issued.key), proxies))
+        bounds = limits or Limits()
+        self.connections = Connections(bounds.connections, bounds.connections_each, proxies)
+        self._server = GatewayServer(config, self.app, lambda address: self._ready.set(), self.connections)
         self._thread = threading.Thread(target=self._server.run, args=([self._listening],), daemon=True)
 
     def start(self) -> None:
@@ -138,11 +148,17 @@ def provision(log: EventLog, *clients: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *clients: str, log: EventLog | None = None, limits: Limits | None = None) -> Iterator[Served]:
+def serving(
+    folder: Path,
+    *clients: str,
+    log: EventLog | None = None,
+    limits: Limits | None = None,
+    proxies: Collection[Network] = (),
+) -> Iterator[Served]:
     """A gateway over a deployment of the samples, with `clients` enrolled."""
     held = log if log is not None else SqliteLog(folder / "log.sqlite")
     provision(held, *clients)
-    served = Served(held, BlobStore(folder / "blobs"), folder, limits)
+    served = Served(held, BlobStore(folder / "blobs"), folder, limits, proxies)
     served.start()
     try:
         yield served

@@ -7,7 +7,7 @@ from typing import Any
 import samples
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.logs.port import EventLog
+from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import AcceptedUpdate, BlobRef, Content, Exclusion
 
 SHA = "a" * 64
@@ -35,7 +35,7 @@ def opened(*cohort: str, round_id: str = "r0001", base: BlobRef = SOME) -> types
     )
 
 
-def instruction(client_id: str, blob: BlobRef = SOME) -> types.InstructionSent:
+def instruction(client_id: str, blob: BlobRef = SOME, round_id: str | None = "r0001") -> types.InstructionSent:
     return types.InstructionSent(
         **COMMON,
         step=0,
@@ -43,8 +43,19 @@ def instruction(client_id: str, blob: BlobRef = SOME) -> types.InstructionSent:
         message_type="train",
         content=Content(arrays={"arrays": blob}),
         content_sha256=SHA,
-        round_id="r0001",
+        round_id=round_id,
     )
+
+
+def ask(log: EventLog, client_id: str, round_id: str | None = None) -> str:
+    """The id of a new instruction to the client, of a round that is opened for it (None: of no round)."""
+    if not any(record.type == types.EpochStarted.type_name for record in read_all(log)):
+        log.append([samples.signed(samples.epoch())])
+    if round_id is not None:
+        log.append([samples.signed(opened(client_id, round_id=round_id))])
+    event = samples.signed(instruction(client_id, round_id=round_id))
+    log.append([event])
+    return event.id
 
 
 def submitted(client_id: str, blob: BlobRef, seq: int = 5) -> types.UpdateSubmitted:

@@ -102,6 +102,19 @@ def test_a_round_is_answered_paid_for_once_and_its_terms_are_kept(deployment: De
     assert deployment.blobs.exists(update.content.arrays["arrays"])
 
 
+def test_a_run_that_belongs_to_no_round_goes_on_from_instruction_to_instruction(
+    deployment: Deployment, served: Served, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with Agent.enrol(served.url, store, client_id="phone", epsilon=None, key_from="file", app=adding_one()) as agent:
+        for step in range(4):
+            deployment.instruct("phone", None, step=step)
+            agent.run(until=lambda status: status.answers.get("submitted") == step + 1)  # noqa: B023
+    updates = deployment.appended(types.UpdateSubmitted)
+    assert len(updates) == 4
+    assert all(deployment.blobs.exists(update.content.arrays["arrays"]) for update in updates)
+
+
 def test_a_store_that_was_restored_learns_from_the_log_what_it_has_appended(
     deployment: Deployment, served: Served, tmp_path: Path
 ) -> None:

@@ -201,12 +201,14 @@ def test_a_device_reads_the_blobs_that_it_is_told_to(
 
 
 def test_naming_a_blob_gives_no_right_to_it_and_sending_it_does(served: Served) -> None:
+    instruct(served, "device-1")
     secret = served.blobs_of("device-1").put([b"device-1's update"])
     served.log.append([samples.signed(rounds.submitted("device-1", secret))])
     other = served.blobs_of("device-2")
     sent = instruct(served, "device-2")
     served.as_client("device-2").append([samples.signed(answer("device-2", sent, blob=secret))])
     assert not other.exists(secret)
+    instruct(served, "device-2")
     assert other.put([b"device-1's update"]) == secret
     assert other.get(secret) == b"device-1's update"
 
@@ -221,12 +223,14 @@ def test_a_forged_instruction_gives_no_right_to_a_blob(served: Served) -> None:
 
 def test_a_large_blob_comes_and_goes_whole(served: Served) -> None:
     content = bytes(range(256)) * 40_000
+    rounds.ask(served.log, "device-1")
     ref = served.blobs_of("device-1").put([content[:7], content[7:]])
     assert served.blobs_of("device-1").get(ref) == content
     assert b"".join(bytes(block) for block in served.blobs_of("server").blocks(ref)) == content
 
 
 def test_the_range_header_changes_nothing(served: Served) -> None:
+    instruct(served, "device-1")
     ref = served.blobs_of("device-1").put([b"0123456789" * 100])
     many = ",".join(f"{number}-" for number in range(500))
     answer = served.raw("GET", f"/v1/blobs/{ref.sha256}", "device-1", headers={"range": f"bytes={many}"})
@@ -238,11 +242,7 @@ def test_the_range_header_changes_nothing(served: Served) -> None:
 
 def instruct(served: Served, client_id: str) -> str:
     """The id of an instruction to the client."""
-    if not any(record.type == types.EpochStarted.type_name for record in read_all(served.log)):
-        served.log.append([samples.signed(samples.epoch())])
-    event = samples.signed(rounds.instruction(client_id))
-    served.log.append([event])
-    return event.id
+    return rounds.ask(served.log, client_id, "r0001")
 
 
 def answer(client_id: str, instruction_id: str, seq: int = 1, blob: BlobRef | None = None) -> types.UpdateSubmitted:

@@ -17,6 +17,14 @@ def gateway(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8443,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM, for nobody else to read).")] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A reverse proxy before this gateway, or a network of them; may be given several times. Its X-Forwarded-For is "
+            "believed, and its connections are not bound by address.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Let devices reach a deployment through HTTPS: fedloop agent --log https://HOST. It holds no device's key.
@@ -33,6 +41,7 @@ def gateway(
             f"without TLS the gateway does not listen at {host}, where others are",
             hint="give --tls-cert and --tls-key, or --host 127.0.0.1",
         )
+    proxies = [_network(each) for each in proxy or ()]
     if where.place.log.startswith(("https://", "http://")):
         raise UsageError("a gateway stands before a log, not before a gateway", hint="name the log itself with --log")
     try:
@@ -50,7 +59,7 @@ def gateway(
         console.show(document, f"listening at {address}", as_json=json)
 
     try:
-        interrupted = serve(create_app(log, blobs), host=host, port=port, tls=tls, on_listening=listening)
+        interrupted = serve(create_app(log, blobs), host=host, port=port, tls=tls, proxies=proxies, on_listening=listening)
     finally:
         log.close()
     if interrupted:
@@ -76,6 +85,17 @@ def _tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None
     if key.stat().st_mode & 0o077:
         raise UsageError(f"the key {key} can be used by others", hint=f"chmod 600 {key}")
     return certificate, key
+
+
+def _network(given: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    from fedloop_events.errors import UsageError
+
+    try:
+        return ipaddress.ip_network(given)
+    except ValueError as error:
+        raise UsageError(
+            f"--proxy {given} is no address and no network", cause=str(error), hint="as in 10.0.0.7 or 10.0.0.0/24"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

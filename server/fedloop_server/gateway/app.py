@@ -99,7 +99,7 @@ class Gateway:
         self._callers = Callers(self.feed, limits, clock=clock)
         self._bodies, self._appending = Bodies(limits), Appending(self.feed, limits)
         self._committer = Committer(log, queued_events=limits.queued_events, group_events=limits.group_events)
-        self._uploads = Quota(limits.upload_bytes, limits.window_s)
+        self._quota = Quota(limits.upload_bytes, limits.window_s)
         self._polls: defaultdict[str, int] = defaultdict(int)
 
     @asynccontextmanager
@@ -181,8 +181,8 @@ class Gateway:
         if caller.content_sha256.hex() != sha256:
             raise Problem("digest", "the blob's name is not the SHA-256 of its Content-Digest")
         size = self._bodies.length(headers, self.limits.blob_bytes, required=True)
-        if not caller.is_server and (wait_s := self._uploads.take(caller.name, size, self._clock())):
-            raise Problem("quota", "more has been sent than a device may send at this time", retry_after_s=wait_s)
+        if not caller.is_server:
+            await self._check_upload(caller.name, sha256, size)
         with tempfile.TemporaryFile() as file:
             async for part in self._bodies.parts(request, size, caller.content_sha256):
                 await asyncio.to_thread(file.write, part) if len(part) > _BLOCK_BYTES else file.write(part)
@@ -191,6 +191,14 @@ class Gateway:
                 await asyncio.to_thread(self._blobs.put, iter(partial(file.read, _BLOCK_BYTES), b""))
         self.feed.visibility.grant(caller.name, sha256)
         return Response(status_code=204)
+
+    async def _check_upload(self, client_id: str, sha256: str, size: int) -> None:
+        """Raises `Problem` for a blob that nobody asked a device for."""
+        if not self.feed.uploads.asks(client_id):
+            await self.feed.sync()  # the instruction may have been read through another gateway
+        self.feed.uploads.take(client_id, sha256, size)
+        if wait_s := self._quota.take(client_id, size, self._clock()):
+            raise Problem("quota", "more has been sent than a device may send at this time", retry_after_s=wait_s)
 
     async def get_blob(self, request: Request) -> Response:
         sha256 = request.path_params["sha256"]

@@ -73,6 +73,8 @@ class Appending:
                 self._feed.standing.learn(payload.client_id, payload.seq, event.id)
                 if isinstance(payload, types.BudgetSpent):
                     self._feed.standing.spent(payload)
+                elif isinstance(payload, types.UpdateSubmitted | types.RoundDeclined):
+                    self._feed.uploads.answered(payload.client_id, payload.instruction_id)
 
     def check(self, events: Sequence[Event], caller: Caller) -> None:
         """Raises `Problem` unless `caller` may append each of `events`."""

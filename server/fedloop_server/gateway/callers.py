@@ -13,6 +13,7 @@ from fedloop_events.logs.http.signing import Claim
 from msgspec import Struct
 from starlette.requests import Request
 
+from fedloop_server.gateway.connections import shared_address
 from fedloop_server.gateway.feed import Feed
 from fedloop_server.gateway.limits import Buckets, Limits, Nonces
 from fedloop_server.gateway.problems import Problem
@@ -107,7 +108,7 @@ class Callers:
 
     def stranger(self, request: Request) -> None:
         """Count a request of somebody who is not enrolled, by address. Raises `Problem`."""
-        address = request.client.host if request.client else ""
+        address = shared_address(request.client.host) if request.client else ""
         if wait_s := self._strangers.take(address, self.clock()):
             raise Problem("rate", "too many requests from clients that are not enrolled", retry_after_s=wait_s)
 

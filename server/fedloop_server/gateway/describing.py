@@ -61,9 +61,9 @@ def document(limits: Limits) -> _Document:
                     {"name": "sha256", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"}}
                 ],
                 "put": _operation(
-                    "Store a blob under the SHA-256 of its bytes, which its Content-Digest names too.",
+                    "Store a blob that an instruction asks for under its SHA-256, which its Content-Digest names too.",
                     {"204": {"description": "It is in the store, whole."}},
-                    (*_SIGNED, "no-length", "quota", "not-found"),
+                    (*_SIGNED, "not-asked", "no-length", "quota", "not-found"),
                     body={"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
                 ),
                 "get": _operation(

@@ -28,6 +28,7 @@ from fedloop_server.gateway.limits import Limits
 from fedloop_server.gateway.problems import Problem
 from fedloop_server.gateway.ring import Entry, Ring
 from fedloop_server.gateway.standing import Standing
+from fedloop_server.gateway.uploads import Uploads
 from fedloop_server.gateway.visibility import EVERYONE, Visibility, visible
 
 SYNC_TIMEOUT_S: Final = 5.0
@@ -42,8 +43,11 @@ class _Numbered(Struct):
 
     client_id: str
     seq: int
+    instruction_id: str | None = None
 
 
+ANSWERS: Final = frozenset({types.UpdateSubmitted.type_name, types.RoundDeclined.type_name})
+"""What a client settles an instruction with."""
 _numbered: Final = msgspec.json.Decoder(_Numbered)
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +66,7 @@ class Feed:
 
     def __init__(self, log: EventLog, limits: Limits) -> None:
         self.identities, self.visibility, self.standing = Identities(), Visibility(), Standing()
+        self.uploads = Uploads(limits)
         self._admit = Admit(self.identities)
         self.taken: set[str] = set()
         """Public keys and node ids of every client."""
@@ -269,6 +274,9 @@ class Feed:
                 self.visibility.learn(payload)
                 if isinstance(payload, types.InstructionSent):
                     self.standing.instructed(record.id, payload.client_id)
+                    self.uploads.instructed(record.id, payload)
+                elif isinstance(payload, types.RoundOpened):
+                    self.uploads.opened(payload)
 
     def enrolled(self, event: Event, payload: types.ClientEnrolled) -> None:
         """What the enrolment takes is taken, and the client's events begin."""
@@ -290,6 +298,8 @@ class Feed:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidEventError, KeyError):
             return
         self.standing.learn(found.client_id, found.seq, record.id)
+        if record.type in ANSWERS and found.instruction_id is not None:
+            self.uploads.answered(found.client_id, found.instruction_id)
         if isinstance(payload, types.BudgetSpent):
             self.standing.spent(payload)
 

@@ -17,8 +17,11 @@ class Limits(Struct, frozen=True, kw_only=True):
     `body_bytes`, `batch_events` and `batch_blobs` (which they name) are of one append, `page_events` of one answer,
     `header_bytes` of all header lines,
     `target_bytes` of path and query; `depth` is of nested arrays and objects. `requests_per_s` refills a bucket that holds
-    `burst`. `upload_bytes` may be sent to the blob store within `window_s`. A signature may be `skew_s` ahead of the gateway's
-    clock and lasts at most `valid_s`; meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
+    `burst`. For each of its newest `open_instructions` that it has not answered, a device sends `uploads` blobs, and in all
+    `upload_bytes` within `window_s`. A signature may be `skew_s` ahead of the gateway's clock and lasts at most `valid_s`;
+    meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
+
+    Of one address `connections_each` are held, of all `connections`, and idle ones give way to new ones.
 
     Of the whole gateway: `strangers_per_s` and `strangers_burst` (by address, of who is not enrolled), `bodies_bytes` (requests
     being read), `queued_events` (appends that wait for the log), `ring_events` and `ring_bytes` (the newest events, in memory).
@@ -40,6 +43,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     polls: int = 4
     longest_wait_s: float = 30.0
     longest_stream_s: float = 600.0
+    open_instructions: int = 16
+    uploads: int = 2
     upload_bytes: int = 4 << 30
     window_s: float = 3_600.0
     skew_s: float = 30.0
@@ -48,6 +53,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     all_nonces: int = 1_000_000
     strangers_per_s: float = 50.0
     strangers_burst: float = 500.0
+    connections: int = 4_096
+    connections_each: int = 512
     bodies_bytes: int = 256 << 20
     queued_events: int = 20_000
     group_events: int = 5_000

@@ -32,6 +32,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = MappingProxyType(
         "sequence": (409, "Does not continue the client's events"),
         "instruction": (409, "No such instruction to this client"),
         "blob-absent": (409, "Blob not in the store"),
+        "not-asked": (409, "Nobody asked for this blob"),
         "no-length": (411, "Length required"),
         "too-large": (413, "Content too large"),
         "uri-too-long": (414, "URI too long"),
