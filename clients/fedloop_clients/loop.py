@@ -22,7 +22,7 @@ from fedloop_events.masked import MaskedText
 from fedloop_clients.device import Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
-from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.outbox import ENROL_ANEW, SuspendedError
 from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
 
@@ -122,7 +122,7 @@ class Loop:
             raise SuspendedError(
                 f"client {me} is suspended: event {evidence.event_id} does not continue its chain of spends ({evidence.reason})",
                 cause="two copies of the device's store have been used",
-                hint="revoke this client and enrol the device under a new name, with a new store",
+                hint=ENROL_ANEW,
             )
 
     def _heartbeat(self) -> None:
