@@ -257,12 +257,13 @@ def test_a_user_with_exactly_a_role_s_rights_is_recognised_on_a_secure_cluster(d
 
 
 def test_a_user_with_other_rights_is_given_those_of_a_role_as_the_hint_says(
-    doctor: Doctor, secure_kafka: Cluster, tmp_path: Path
+    doctor: Doctor, secure_kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = f"kafka://{secure_kafka.bootstrap}/doctor-rights"
     admin = f"{bare}?config={secure_kafka.properties()}"
     assert "server init" in said(doctor("--log", admin)[1], "fail", "there is no log")
     assert run(["init", "kafka", "--log", admin, "--into", str(tmp_path), "--create-user", "agent:doctor-more"]) == 0
+    capsys.readouterr()
     more = AclBinding(
         ResourceType.TOPIC,
         "doctor-rights.releases",
@@ -278,6 +279,7 @@ def test_a_user_with_other_rights_is_given_those_of_a_role_as_the_hint_says(
     (line,) = re.findall(r"`fedloop ([^`]+)`", hint)
     line = line.replace("kafka://HOST:PORT/PREFIX?config=FILE", admin).replace("ROLE:", "agent:")
     assert run([*line.split(), "--into", str(tmp_path)]) == 0
+    capsys.readouterr()
     said(doctor("--log", location)[1], "ok", "doctor-more has the rights of role agent, and no other")
 
 
