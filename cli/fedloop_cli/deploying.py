@@ -13,6 +13,7 @@ from fedloop_events.types import DEFAULT_MODEL
 from fedloop_tasks.table import DEFAULT, task_of
 from fedloop_tasks.task import Material
 from msgspec import Struct
+from msgspec.structs import replace
 
 Mask = Callable[[str], str | None]
 """A text as devices see it; None if it cannot be masked."""
@@ -57,6 +58,8 @@ def deploy(
     from fedloop_server.rounds.planner import Planner
 
     spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
+    # An update has at most all of the model's tensors; twice that leaves room for a model that grows.
+    config = replace(config, max_upload_bytes=max(config.max_upload_bytes, 2 * sum(each.nbytes for each in initial.values())))
     task, planner = task_of(spec), Planner(config)
     if masking is not None:
         _check_words(task.words, masking)

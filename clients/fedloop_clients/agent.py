@@ -331,7 +331,9 @@ class Agent:
     def _no_release(self) -> UsageError:
         known = self._device.view.releases.current(self.settings.model) is not None
         what = "could not be read yet" if known else "is known to this device"
-        hint = "check the location of the blobs" if known else "start the server first, or connect this device to the log"
+        hint = (
+            "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
+        )
         return UsageError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
 
     def _masked(self, text: str) -> MaskedText:

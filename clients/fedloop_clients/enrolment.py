@@ -13,10 +13,10 @@ import msgspec
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore, Identifiable
 from fedloop_events.errors import NotAllowedError, UsageError
-from fedloop_events.files import reason
+from fedloop_events.files import quoted, reason
 from fedloop_events.folds.identities import Client, Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.locations import DeploymentLocation, check_log, is_url, locate
+from fedloop_events.locations import DeploymentLocation, check_log, how_to_make, is_url, locate
 from fedloop_events.logs.port import EventLog
 from fedloop_events.signatures import SigningKey
 from fedloop_events.writer import EventWriter
@@ -101,10 +101,15 @@ def enrol(
     reader.catch_up()
     known = reader.fold
     if not known.origin:
-        raise UsageError(f"the log at {location} belongs to no deployment", hint="the server creates one: fedloop server init")
+        raise UsageError(
+            f"the log at {location} belongs to no deployment", hint=f"an operator makes one with {how_to_make(location)}"
+        )
     if client_id in known.clients and not (folder / FILE_NAME).exists():
-        raise UsageError(f"a device named {client_id} is enrolled already", hint="choose another client_id, or open its store")
-    store = Store.create(_private(folder) / FILE_NAME, keys.create(folder, key_from))
+        raise UsageError(
+            f"a device named {client_id} is enrolled already",
+            hint="choose another client_id (--client-id), or the store that it has",
+        )
+    store = Store.create(_private(folder) / FILE_NAME, keys.create(folder, key_from, needed=_holds(folder / FILE_NAME)))
     try:
         stored = store.kept(_IDENTITY)
         if stored is None:
@@ -128,7 +133,8 @@ def enrol(
         enrolled = _enrolled(store, writer, reader, identity.client_id)
         if enrolled is None or enrolled.public_key != writer.key.public_key:
             raise UsageError(
-                f"another device is enrolled as {identity.client_id}", hint="enrol under another client_id, with another store"
+                f"another device is enrolled as {identity.client_id}",
+                hint="enrol under another client_id (--client-id), with another store (--store)",
             )
     except BaseException:
         store.close()
@@ -140,12 +146,17 @@ def open_store(folder: Path) -> tuple[Store, Identity]:
     """The device in `folder`. Raises `StoreError` or `KeyUnavailableError`."""
     path = folder / FILE_NAME
     if not path.is_file():
-        raise StoreError(f"there is no store in {folder}", hint="enrol this device first: fedloop agent enrol")
+        raise StoreError(
+            f"there is no store in {folder}", hint=f"enrol this device first: `fedloop agent enrol DIR --store {quoted(folder)}`"
+        )
     store = Store.open(path, keys.load(folder))
     stored = store.kept(_IDENTITY)
     if stored is None:
         store.close()
-        raise StoreError(f"the device in {folder} was never enrolled to the end", hint="enrol it again, with the same store")
+        raise StoreError(
+            f"the device in {folder} was never enrolled to the end",
+            hint=f"enrol it again: `fedloop agent enrol DIR --store {quoted(folder)}`",
+        )
     return store, msgspec.msgpack.decode(stored, type=Identity)
 
 
@@ -185,19 +196,26 @@ def _check_terms(client_id: str | None, epsilon: float | None, delta: float) -> 
         if client_id == "server":
             raise UsageError("client_id must not be 'server'")
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
-        raise UsageError(f"epsilon must be positive and finite, not {epsilon!r}", hint="None allows rounds without privacy")
+        raise UsageError(
+            f"epsilon must be positive and finite, not {epsilon!r}", hint="None (--no-dp) allows rounds without privacy"
+        )
     if not 0 < delta < 1:
         raise UsageError(f"delta must be between 0 and 1, not {delta!r}", hint="well below 1 / number of examples")
 
 
 def _check_same(identity: Identity, known: Identities, client_id: str | None, epsilon: float | None, delta: float) -> None:
     if known.server_key != identity.server_key:
-        raise UsageError("the store belongs to another deployment", hint="choose another store folder")
+        raise UsageError("the store belongs to another deployment", hint="choose another store folder (--store)")
     if client_id not in (None, identity.client_id) or (epsilon, delta) != (identity.epsilon, identity.delta):
         raise UsageError(
             f"the store holds the device {identity.client_id} with epsilon {identity.epsilon} and delta {identity.delta}",
-            hint="its budget is for life: open it as it is, or choose another store folder",
+            hint="its budget is for life: enrol with these, or choose another store folder (--store)",
         )
+
+
+def _holds(path: Path) -> bool:
+    """Whether a store is there; one that was never begun is an empty file."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _private(folder: Path) -> Path:

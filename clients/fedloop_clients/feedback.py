@@ -132,7 +132,7 @@ def check_word(name: str, word: str, words: Sequence[str]) -> str:
     """The one of the words that the model answers with that `word` is, once both are normalised. Raises `UsageError`."""
     # Such words are published as they are: one that is not the model's could be the user's.
     if not words:
-        raise UsageError("this device has not seen a model yet", hint="run the agent once, so that it reads the log")
+        raise UsageError("this device has not seen a model yet", hint="connect this device to the log once: `fedloop agent run`")
     found = find(word, words)
     if found is None:
         near = difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)

@@ -24,7 +24,7 @@ from fedloop_tasks.table import program_of
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
 from fedloop_clients.gate import Apps, Decline, Gate, NotYet, Opened
-from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.outbox import ENROL_ANEW, SuspendedError
 from fedloop_clients.store_file import NotWritableError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class InstructionHandler:
         if counts.event_id != spent.id or ledger.suspended(me.client_id) is not None:
             raise SuspendedError(
                 f"another copy of this device has spent budget for instruction {instruction.event_id}",
-                hint="revoke this client and enrol the device under a new name, with a new store",
+                hint=ENROL_ANEW,
             )
         return counts.spend_seq
 

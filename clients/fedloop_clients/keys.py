@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import FedloopError
-from fedloop_events.files import reason, write_private
+from fedloop_events.files import quoted, reason, write_private
 from msgspec import Struct
 
 KeySource = Literal["auto", "keyring", "file"]
@@ -33,14 +33,15 @@ class _Locator(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     keyring_entry: str = ""
 
 
-def create(folder: Path, source: KeySource = "auto") -> bytes:
-    """A new random key for the store in `folder`, durably kept before this returns; the kept one if there is one already.
+def create(folder: Path, source: KeySource = "auto", *, needed: bool = False) -> bytes:
+    """A new random key for the store in `folder`, durably kept before this returns; the kept one if there is one already, or if
+    it is `needed` for a store that is there.
 
     "auto" takes the keyring where a usable one exists, else a file; "keyring" and "file" are never replaced by the other.
     Raises `KeyUnavailableError`.
     """
     path = folder / KEY_FILE
-    if path.exists():
+    if path.exists() or needed:
         return load(folder)
     key = os.urandom(KEY_BYTES)
     encoded = base64.b64encode(key).decode()
@@ -53,7 +54,7 @@ def create(folder: Path, source: KeySource = "auto") -> bytes:
         elif source == "keyring":
             raise KeyUnavailableError(
                 f"the operating system's keyring cannot keep the key: {problem}",
-                hint="unlock or install a keyring, or keep the key in a file (key_from='file')",
+                hint="unlock or install a keyring, or keep the key in a file (--key-from file)",
             )
     try:
         write_private(path, msgspec.json.encode(locator))
@@ -71,11 +72,12 @@ def load(folder: Path) -> bytes:
     path = folder / KEY_FILE
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise KeyUnavailableError(f"{path} can be read by other users", hint=f"chmod 600 {path}")
+            raise KeyUnavailableError(f"{path} can be read by other users", hint=f"chmod 600 {quoted(path)}")
         locator = msgspec.json.decode(path.read_bytes(), type=_Locator)
     except FileNotFoundError:
         raise KeyUnavailableError(
-            f"there is no key at {path}", hint="without its key a store cannot be read: enrol anew"
+            f"there is no key at {path}",
+            hint="restore it from a backup; if it is lost, so is the store: enrol the device under a new name, with a new store",
         ) from None
     except OSError as error:
         raise KeyUnavailableError(f"the key at {path} cannot be read", cause=error.strerror or "") from None

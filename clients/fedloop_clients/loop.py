@@ -21,7 +21,7 @@ from fedloop_clients.alone import alone
 from fedloop_clients.device import Device, Status
 from fedloop_clients.gate import Apps
 from fedloop_clients.instructions import InstructionHandler
-from fedloop_clients.outbox import SuspendedError
+from fedloop_clients.outbox import ENROL_ANEW, SuspendedError
 from fedloop_clients.pace import Backoff, Heartbeats
 from fedloop_clients.publishing import Publisher
 from fedloop_clients.store_file import NotWritableError
@@ -79,15 +79,18 @@ class Loop:
             for feedback_id in device.view.published:
                 device.interactions.published(feedback_id)
         device.interactions.retry_failed()
+        client = device.view.identities.clients.get(device.identity.client_id)
+        self._heartbeats.begin(time.monotonic(), None if client is None else client.examples_at_least)
         return True
 
     def _pass(self, handler: InstructionHandler) -> None:
         log, outbox = self._device.log, self._device.outbox
-        if outbox.flush(log) or self._news:
+        appended = outbox.flush(log)
+        if appended or self._news:
             self._catch_up(0.0)
         while self._publisher.publish():
-            outbox.flush(log)
-        self._heartbeat()
+            appended += outbox.flush(log)
+        self._heartbeat(appends=appended > 0)
         outbox.flush(log)
         for instruction in handler.due():
             handler.answer(instruction)
@@ -126,14 +129,14 @@ class Loop:
             raise SuspendedError(
                 f"client {me} is suspended: event {evidence.event_id} does not continue its chain of spends ({evidence.reason})",
                 cause="two copies of the device's store have been used",
-                hint="revoke this client and enrol the device under a new name, with a new store",
+                hint=ENROL_ANEW,
             )
 
-    def _heartbeat(self) -> None:
+    def _heartbeat(self, *, appends: bool) -> None:
         """Report that the device is up, at its times, and when the number of examples has another power of two."""
         me, count = self._device.identity, self._device.count_examples()
         at_least, now = 1 << count.bit_length() - 1 if count else 0, time.monotonic()
-        if not self._heartbeats.due(now, at_least):
+        if not self._heartbeats.due(now, at_least, appends=appends):
             return
         self._device.outbox.add(
             lambda seq: types.ClientSeen(

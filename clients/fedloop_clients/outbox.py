@@ -20,6 +20,10 @@ from msgspec import Struct
 from fedloop_clients.store import Store
 
 BATCH: Final = 200
+ENROL_ANEW: Final = (
+    "ask the operator to revoke this client (`fedloop server revoke`), then enrol the device under a new name, with a new store "
+    "(`fedloop agent enrol`)"
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Event).decode
@@ -84,5 +88,5 @@ class Outbox:
                     raise SuspendedError(
                         f"number {seq} of this device stands in the log for event {event_id}, not for {known[0]}",
                         cause="two copies of the device's store have been used",
-                        hint="revoke this client and enrol the device under a new name, with a new store",
+                        hint=ENROL_ANEW,
                     )

@@ -30,26 +30,31 @@ class Backoff:
 
 
 class Heartbeats:
-    """When a device reports that it is up: at first, when what it reports has changed, and each `every_s` seconds.
+    """When a device reports that it is up: each `every_s` seconds, when what it reports has changed, and at first with whatever
+    else it appends.
 
     The regular ones come at a time of its own, a function of its name: devices that are started together check in spread over the
-    whole period from the second time on. Times are a monotonic clock's.
+    whole period from the first time on. Times are a monotonic clock's.
     """
 
     def __init__(self, client_id: str, every_s: float) -> None:
         drawn = int.from_bytes(hashlib.sha256(client_id.encode()).digest()[:8], "big")
         self._every_s, self._first_s = every_s, every_s * (drawn + 1) / 2**64
         self._reported: int | None = None
-        self._next_s = 0.0
+        self._next_s, self._sent = 0.0, False
 
-    def due(self, now_s: float, report: int) -> bool:
-        return report != self._reported or now_s >= self._next_s
+    def begin(self, now_s: float, reported: int | None) -> None:
+        """The device starts; `reported` is its last report in the log, if there is any."""
+        self._reported, self._next_s = reported, now_s + self._first_s
+
+    def due(self, now_s: float, report: int, *, appends: bool = False) -> bool:
+        """Whether to report. `appends`: it has something else to append, so that it connects to the log anyway."""
+        return report != self._reported or now_s >= self._next_s or (appends and not self._sent)
 
     def sent(self, now_s: float, report: int) -> None:
-        """It has reported; a change that is reported in between leaves the device's own times as they are."""
-        if self._reported is None:
-            self._next_s = now_s + self._first_s
-        elif now_s >= self._next_s:
+        """It has reported; one that is sent in between leaves the device's own times as they are."""
+        self._sent = True
+        if now_s >= self._next_s:
             late_s = (now_s - self._next_s) % self._every_s if self._every_s else 0.0
             self._next_s = now_s - late_s + self._every_s
         self._reported = report

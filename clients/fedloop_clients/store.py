@@ -98,7 +98,7 @@ class Store:
     def _version(self, db: Any, *, may_create: bool) -> int:
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0 and not may_create:
-            raise StoreError(f"{self.path} was never finished", hint="enrol this device again")
+            raise StoreError(f"{self.path} was never finished", hint="enrol this device again, with the same store")
         if version > len(STEPS):
             raise StoreError(
                 f"{self.path} is a store of version {version}; this program knows versions up to {len(STEPS)}",

@@ -85,7 +85,7 @@ def encode(payload: types.Payload, *, id: str, time_s: int) -> Event:  # noqa: A
     if len(data) > MAX_EVENT_BYTES:
         raise InvalidEventError(
             f"a {payload.type_name} event of {len(data):,} bytes is larger than {MAX_EVENT_BYTES:,}",
-            hint="put tensors and long lists into a blob",
+            hint="put tensors into arrays, which are blobs, and send less in one event",
         )
     return Event(
         topic=payload.topic,

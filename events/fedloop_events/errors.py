@@ -66,6 +66,6 @@ class NotAllowedError(PolicyError):
         super().__init__(
             f"this user may not {operation} the topic {topic}",
             cause=cause,
-            hint="ask the operator for a role that may: fedloop doctor says what this one may do",
+            hint="ask the operator for a role that may: `fedloop doctor` says what this one may do",
         )
         self.topic, self.operation = topic, operation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -97,6 +98,11 @@ def write_whole(path: Path, data: bytes, *, mode: int = SHARED, replace: bool = 
     with new_file(path.parent, f".{path.name}.", mode=mode) as new:
         new.file.write(data)
         new.publish(path, replace=replace)
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a command line takes it."""
+    return shlex.quote(str(path))
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:

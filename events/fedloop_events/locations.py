@@ -12,7 +12,7 @@ import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 from urllib.parse import parse_qsl, quote
 
 import msgspec
@@ -20,12 +20,15 @@ from msgspec import Struct
 
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import UsageError
+from fedloop_events.files import quoted
 from fedloop_events.logs.port import EventLog
 from fedloop_events.logs.sqlite import SqliteLog
 
 LOG_FILE: Final = "log.sqlite"
 BLOB_FOLDER: Final = "blobs"
 PLACE_FILE: Final = "deployment.toml"
+SERVER_FOLDER: Final = "server"
+"""Within a deployment's folder: what is the server's alone."""
 
 _FORMS: Final = {
     "kafka": ("config", "kafka://HOST:PORT[,HOST:PORT…][/PREFIX][?config=FILE]"),
@@ -116,7 +119,7 @@ def open_log(location: str | Path, *, create: bool = False) -> EventLog:
     if create:
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.is_file():
-        raise UsageError(f"there is no deployment in {location}", hint=f"fedloop server init {location} makes one")
+        _refuse_absent(Path(location))
     return SqliteLog(path)
 
 
@@ -130,6 +133,15 @@ def open_blobs(location: str | Path | None) -> BlobStore:
     location = check_blobs(str(location))
     _require(scheme_of(location))
     return BlobStore(location)
+
+
+def how_to_make(location: str) -> str:
+    """The command with which an operator makes a deployment whose log is at `location`."""
+    if not is_url(location):
+        return f"`fedloop server init {quoted(location)} --test CSV`"
+    if scheme_of(location) in _GATEWAY:
+        return "`fedloop server init`, where its gateway is"
+    return f"`fedloop server init DIR --log {location} --blobs BLOBS --test CSV`"
 
 
 def is_url(location: str) -> bool:
@@ -180,6 +192,18 @@ def _read(directory: Path) -> _Stored:
     except (OSError, ValueError, msgspec.ValidationError):
         raise UsageError(f"{path} cannot be read", hint='it holds log = "…" and blobs = "…", or one of them') from None
     return _Stored(*(each if each is None or is_url(each) else str(directory / each) for each in (stored.log, stored.blobs)))
+
+
+def _refuse_absent(folder: Path) -> NoReturn:
+    """Another deployment in its place would look like it, and have another history."""
+    if (folder / SERVER_FOLDER).is_dir():
+        raise UsageError(
+            f"the log of the deployment in {folder} is gone",
+            hint=f"restore {folder / LOG_FILE} from a copy, or begin in another folder",
+        )
+    raise UsageError(
+        f"there is no deployment in {folder}", hint=f"check the path; an operator makes one with {how_to_make(str(folder))}"
+    )
 
 
 def _same(folder: Path, other: Path | None) -> bool:

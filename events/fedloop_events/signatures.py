@@ -29,6 +29,7 @@ from nacl.signing import VerifyKey
 
 from fedloop_events.envelope import CONTENT_TYPE, SPECVERSION, Event
 from fedloop_events.errors import SignatureError, UsageError
+from fedloop_events.files import quoted
 
 PAYLOAD_TYPE: Final = "https://cloudevents.io/verifiability/dsse/v0.1"
 SIGNED_EXTENSIONS: Final = ("partitionkey", "fedlooptopic")
@@ -73,7 +74,7 @@ class SigningKey:
         except OSError as error:
             raise UsageError(f"the key {path} cannot be read", cause=error.strerror or "") from error
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise UsageError(f"the key {path} can be used by others", hint=f"chmod 600 {path}")
+            raise UsageError(f"the key {path} can be used by others", hint=f"chmod 600 {quoted(path)}")
         try:
             private = serialization.load_pem_private_key(data, None)
         except (ValueError, TypeError) as error:

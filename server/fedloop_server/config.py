@@ -109,8 +109,13 @@ def load(path: Path, plan: type[Plan] = DEFAULT.plan) -> ServerConfig:
     """The configuration in a TOML file. Raises `UsageError` that names the key, its value and what is allowed."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no {path}", hint="run `fedloop server init` again as before: it writes a new one") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as TOML: {error}", hint="`fedloop server init` writes one") from None
+        raise UsageError(
+            f"{path} cannot be read as TOML: {error}",
+            hint="mend it, or move it away and run `fedloop server init` again as before: it writes a new one",
+        ) from None
     return decode(found, plan)
 
 

@@ -37,7 +37,7 @@ from msgspec import Struct
 from fedloop_server import config as configuration
 from fedloop_server.config import ServerConfig
 
-SERVER_FOLDER: Final = "server"
+SERVER_FOLDER: Final = locations.SERVER_FOLDER
 KEY_FILE: Final = "key.pem"
 CONFIG_FILE: Final = "server.toml"
 INTENT_FILE: Final = "deployment.json"
@@ -81,8 +81,8 @@ def create_deployment(
     """Make a deployment whose release 0 is `initial_arrays`; one that is there already, of the same model, is opened as it is.
 
     Its log and blobs are at `place`, which the folder remembers; by default in the folder itself. Raises `UsageError` if the
-    folder holds anything else, the log another deployment, or if the arrays are not finite F32 tensors that the task takes for a
-    model of this spec.
+    folder holds anything else or has lost its log, the log holds another deployment, or if the arrays are not finite F32 tensors
+    that the task takes for a model of this spec.
     """
     root = Path(directory)
     folder = root / SERVER_FOLDER
@@ -92,9 +92,12 @@ def create_deployment(
     _check(spec, initial_arrays)
     chunks = list(tensors.encode(initial_arrays))
     initial = _reference(chunks)
-    if not (folder / INTENT_FILE).exists():
+    begun = (folder / INTENT_FILE).exists()
+    if not begun:
         _check_empty(root)
-    with closing(locations.open_log(place.log, create=True)) as log:
+    # The log is made before anything else: a folder that has begun and whose log is gone has lost it.
+    lost = begun and not locations.is_url(place.log) and place.log == locations.locate(root).log
+    with closing(locations.open_log(place.log, create=not lost)) as log:
         _check_free(log, folder / KEY_FILE)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _remember(root, place)
@@ -122,7 +125,9 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
     place = place or locations.locate(root)
     log = locations.open_log(place.log)
     if not (folder / KEY_FILE).exists():
-        raise UsageError(f"{directory} holds no server's key", hint="run this where the server was set up")
+        raise UsageError(
+            f"{directory} holds no server's key", hint=f"run this where the server was set up, or restore {folder / KEY_FILE}"
+        )
     key, config = SigningKey.load(folder / KEY_FILE), configuration.load(folder / CONFIG_FILE, _plan(folder / INTENT_FILE))
     blobs = locations.open_blobs(place.blobs)
     for each in (log, blobs):
@@ -131,7 +136,7 @@ def open_deployment(directory: Path | str, place: DeploymentLocation | None = No
     if _server_key(log) != key.public_key:
         raise UsageError(
             f"the log is not the one of the deployment in {directory}",
-            hint="name that log; or, if its making was cut short, run `fedloop server init` again, to its end",
+            hint="name that log; or, if its making was cut short, run `fedloop server init` again as before, to its end",
         )
     return Deployment(folder, log, blobs, EventWriter(log, key), config)
 

@@ -76,7 +76,7 @@ def serve(
             accept_loss=accept_loss,
         )
     except LogChangedError as error:
-        error.hint = "restore the whole log; or go on without what is lost: fedloop server run --accept-loss"
+        error.hint = "restore the whole log; or go on without what is lost: `fedloop server run DIR --accept-loss`"
         raise
     server.planner.check(tensors.decode(deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)))
     with _exposed(server, log, metrics):

@@ -36,7 +36,7 @@ from .conftest import Fedloop, deploy
         (["log", "verify", "/nowhere"], 2, "there is no log in /nowhere"),
         (["log", "tail", "/nowhere"], 2, "there is no deployment in /nowhere"),
         (["log", "tail", ".", "--lines", "-1"], 2, "invalid value for '--lines'"),
-        (["round", "list", "/nowhere"], 2, "hint: fedloop server init"),
+        (["round", "list", "/nowhere"], 2, "makes one with `fedloop server init"),
         (["round", "watch", "/nowhere"], 2, "there is no deployment"),
         (["agent", "status", "--store", "/nowhere"], 1, "there is no store"),
         (["agent", "run", "--store", "/nowhere", "--only-unmetered"], 2, "does not tell whether its network is metered"),
@@ -79,7 +79,7 @@ def test_brokers_that_do_not_answer_are_waited_for_so_long_and_no_longer(fedloop
 def test_a_log_that_the_cluster_does_not_have_is_a_wrong_call(fedloop: Fedloop, kafka_url: str) -> None:
     ended = fedloop("round", "list", "--log", kafka_url)
     assert ended.status == 2
-    assert "hint: fedloop server init" in ended.err
+    assert "makes one with `fedloop server init" in ended.err
 
 
 def test_what_the_users_role_does_not_allow_is_refused_with_status_4(

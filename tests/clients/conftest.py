@@ -188,17 +188,6 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 @pytest.fixture
-def store_dir(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def agent(deployment: Deployment, store_dir: Path, masker: DigitMasker) -> Iterator[Agent]:
-    with Agent.enrol(deployment.folder, store_dir, client_id="phone", key_from="file", masker=masker) as agent:
-        yield agent
-
-
-@pytest.fixture
 def masker() -> DigitMasker:
     return DigitMasker()
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clients.classified import TEXTS, Classified
 from clients.conftest import Deployment, DigitMasker
-from clients.test_agent_classifier import TEXTS, Classified
 from clients.test_instructions import Trainer
 from fedloop_clients import Agent
 from fedloop_clients.device import Status

@@ -446,6 +446,7 @@ def test_a_device_whose_store_was_copied_stops_when_both_copies_have_appended(
     with Agent.open(store_dir, masker=masker) as one, Agent.open(tmp_path / "copy", masker=masker) as other:
         stop, reached = threading.Event(), threading.Event()
         problems: list[BaseException] = []
+        give(one, "appended under number 1")
 
         def run() -> None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 import struct
@@ -16,7 +17,15 @@ import pytest
 import samples
 from brokers import Cluster
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    NewPartitions,
+    ResourcePatternType,
+    ResourceType,
+)
 from fedloop_cli.doctor import broker_version, diagnosis, findings
 from fedloop_cli.main import run
 from fedloop_cli.provisioning.certificates import make_ca
@@ -119,7 +128,7 @@ def test_what_is_absent_or_no_log_is_a_finding_and_no_defect(doctor: Doctor, dep
     said(doctor(deployment)[1], "fail", "is no Fedloop log")
     for name in ("log.sqlite", "log.sqlite-wal", "log.sqlite-shm"):
         (deployment / name).unlink(missing_ok=True)
-    said(doctor(deployment)[1], "fail", "there is no deployment in")
+    assert "from a copy" in said(doctor(deployment)[1], "fail", "the log of the deployment in")
 
 
 def test_a_clock_that_is_behind_the_log_is_noticed(doctor: Doctor, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +254,33 @@ def test_a_user_with_exactly_a_role_s_rights_is_recognised_on_a_secure_cluster(d
     said(document, "ok", "6 of 7 are this user's to see")
     said(document, "ok", "the certificate of 127.0.0.1:")
     said(document, "ok", ".properties is its owner's alone")
+
+
+def test_a_user_with_other_rights_is_given_those_of_a_role_as_the_hint_says(
+    doctor: Doctor, secure_kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = f"kafka://{secure_kafka.bootstrap}/doctor-rights"
+    admin = f"{bare}?config={secure_kafka.properties()}"
+    assert "server init" in said(doctor("--log", admin)[1], "fail", "there is no log")
+    assert run(["init", "kafka", "--log", admin, "--into", str(tmp_path), "--create-user", "agent:doctor-more"]) == 0
+    capsys.readouterr()
+    more = AclBinding(
+        ResourceType.TOPIC,
+        "doctor-rights.releases",
+        ResourcePatternType.LITERAL,
+        "User:doctor-more",
+        "*",
+        AclOperation.WRITE,
+        AclPermissionType.ALLOW,
+    )
+    secure_kafka.admin().create_acls([more])[more].result(30)
+    location = f"{bare}?config={tmp_path / 'doctor-more.properties'}"
+    hint = said(doctor("--log", location)[1], "warn", "has the rights of no role")
+    (line,) = re.findall(r"`fedloop ([^`]+)`", hint)
+    line = line.replace("kafka://HOST:PORT/PREFIX?config=FILE", admin).replace("ROLE:", "agent:")
+    assert run([*line.split(), "--into", str(tmp_path)]) == 0
+    capsys.readouterr()
+    said(doctor("--log", location)[1], "ok", "doctor-more has the rights of role agent, and no other")
 
 
 def changed(agent: str, folder: Path, **properties: str) -> str:

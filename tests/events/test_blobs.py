@@ -173,7 +173,18 @@ def test_urls_that_let_a_file_choose_what_is_read_are_refused(url: str) -> None:
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UnreachableError):
-        BlobStore(tmp_path / "file" / "blobs")
+        BlobStore(tmp_path / "file" / "blobs").put([b"x"])
+
+
+def test_a_folder_is_made_by_the_first_blob_and_by_no_reader(tmp_path: Path) -> None:
+    """Where a disk is not mounted, a reader would leave a folder in which nothing can be made any more."""
+    store = BlobStore(tmp_path / "not mounted" / "blobs")
+    assert not store.exists(BlobRef("0" * 64, 1))
+    assert list(store.all()) == []
+    with pytest.raises(BlobError):
+        store.get(BlobRef("0" * 64, 1))
+    assert not (tmp_path / "not mounted").exists()
+    assert store.get(store.put([b"x"])) == b"x"
 
 
 def test_whatever_a_remote_store_raises_is_an_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:

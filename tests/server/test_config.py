@@ -70,5 +70,5 @@ def test_a_file_that_is_no_toml_is_an_error_that_names_it(tmp_path: Path, data: 
     path = tmp_path / "server.toml"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(UsageError, match=r"server\.toml cannot be read"):
+    with pytest.raises(UsageError, match=r"server\.toml cannot be read|there is no .*server\.toml"):
         load(path)

@@ -277,6 +277,16 @@ def test_a_poisoned_reply_is_refused_with_its_reason_and_the_round_goes_on(name:
     assert np.isfinite(arrays["weights"].numpy()).all()
 
 
+def test_a_reply_that_weighs_more_than_the_run_allows_is_refused(deployment: Deployment) -> None:
+    honest = [deployment.client(number, regression_app()) for number in range(2)]
+    greedy = answering(lambda _: reply_with(GOOD, **{"num-examples": 1_001}))
+    with serving(*honest, deployment.client(2, greedy)):
+        run(deployment.grid(admission=Admission(max_weight=1_000)), FedAvg(fraction_evaluate=0.0), rounds=1)
+    (refused,) = deployment.of(UpdateRefused)
+    assert (refused.client_id, refused.reason) == ("client-2", "wrong-weight")
+    assert "num-examples must be one number above 0 and at most 1,000" in refused.detail
+
+
 def test_metrics_that_are_not_finite_never_leave_the_client(deployment: Deployment) -> None:
     nan = answering(lambda _: reply_with(GOOD, loss=float("nan")))
     with serving(deployment.client(0, regression_app()), deployment.client(1, nan)):

@@ -27,10 +27,10 @@ def gateway(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Let devices reach a deployment through HTTPS: fedloop agent --log https://HOST. It holds no device's key.
+    """Let devices reach a deployment through HTTPS: `fedloop agent enrol --log https://HOST --store STORE`.
 
-    Every request is signed by the device that makes it, which reads and appends what is its own, and no more. Ctrl-C or SIGTERM
-    ends it when what had begun is answered. Without TLS it serves this machine alone.
+    It holds no device's key. Every request is signed by the device that makes it, which reads and appends what is its own, and no
+    more. Ctrl-C or SIGTERM ends it when what had begun is answered. Without TLS it serves this machine alone.
     """
     from fedloop_events import locations
     from fedloop_events.errors import UsageError
@@ -68,6 +68,7 @@ def gateway(
 
 def _tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
     from fedloop_events.errors import UsageError
+    from fedloop_events.files import quoted
 
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together")
@@ -83,7 +84,7 @@ def _tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None
             cause=getattr(error, "reason", None) or error.strerror or "",
         ) from None
     if key.stat().st_mode & 0o077:
-        raise UsageError(f"the key {key} can be used by others", hint=f"chmod 600 {key}")
+        raise UsageError(f"the key {key} can be used by others", hint=f"chmod 600 {quoted(key)}")
     return certificate, key
 
 

@@ -78,7 +78,7 @@ def compose(
     done = composing.compose(directory)
     document = {"env_file": str(done.env_file), "secrets": str(done.secrets), "demo": str(done.demo), "made": done.made}
     text = f"""\
-made {len(done.made)} files in {directory}
+made {len(done.made)} {"file" if len(done.made) == 1 else "files"} in {directory}
 next  docker compose --env-file {done.env_file} up --build --detach
       (with TORCH_INDEX=<an index of torch wheels for CPUs> before it, the images are 3 GB smaller)
 then  http://127.0.0.1:3000 (Grafana: admin, password in {done.secrets / "grafana" / "admin.password"})

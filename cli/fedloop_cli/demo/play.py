@@ -37,6 +37,10 @@ START_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.25
 
 
+_PRINTED: Final = "output"
+"""What the processes print, in the demo's folder."""
+
+
 class Options(Struct, frozen=True):
     """What the user of the demo decides. `epsilon` None is a run without differential privacy; with `gateway` the devices have no
     connection to the log but through one."""
@@ -122,7 +126,7 @@ def _deploy(scene: Scene) -> None:
 @contextmanager
 def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child]]:
     """The deployment, and everybody in it. The nursery loads while the deployment is made."""
-    printed = scene.directory / "output"
+    printed = scene.directory / _PRINTED
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as aside:
         nursery = Nursery(Path(aside))
@@ -193,7 +197,8 @@ def _until(scene: Scene, children: list[Child], done: Callable[[], bool], refres
             seen, deadline = now, time.monotonic() + STALL_TIMEOUT_S
         elif time.monotonic() > deadline:
             raise UnreachableError(
-                f"nothing has happened for {STALL_TIMEOUT_S:.0f} s ({scene.doing})", hint="see the output folder"
+                f"nothing has happened for {STALL_TIMEOUT_S:.0f} s ({scene.doing})",
+                hint=f"see what the processes have printed: {scene.directory / _PRINTED}",
             )
         refresh()
         time.sleep(POLL_S)

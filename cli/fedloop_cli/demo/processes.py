@@ -26,7 +26,7 @@ class Nursery:
     """Starts the nursery, and it again if it is killed. What it forks is not its any more, and lives on."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._errors = folder / "nursery.err"
         self._start()
 
     def spawn(self, order: Order) -> tuple[int, socket.socket]:
@@ -40,7 +40,7 @@ class Nursery:
                         return int(answer), ours
                 self.end()
                 self._start()
-        raise FedloopError("the demo's processes cannot be started", hint=f"see {self._folder / 'nursery.err'}")
+        raise FedloopError("the demo's processes cannot be started", cause=_last_line(self._errors))
 
     def end(self) -> None:
         self._control.close()
@@ -53,7 +53,7 @@ class Nursery:
     def _start(self) -> None:
         quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0"}
         self._control, theirs = socket.socketpair()
-        with theirs, (self._folder / "nursery.err").open("ab") as errors:
+        with theirs, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fedloop_cli.demo.nursery"],
                 stdin=theirs.fileno(),
@@ -62,6 +62,10 @@ class Nursery:
                 env=os.environ | quiet,
                 start_new_session=True,
             )
+
+
+def _last_line(path: Path) -> str:
+    return "".join(path.read_text(errors="replace").strip().splitlines()[-1:]) if path.exists() else ""
 
 
 class Child:
@@ -98,8 +102,8 @@ class Child:
         if self._reader.is_alive():
             return False
         if self.restarts >= MOST_RESTARTS:
-            last = self.files[1].read_text(errors="replace").strip().splitlines()[-1:] if self.files[1].exists() else []
-            raise FedloopError(f"{self.name} ended {self.restarts + 1} times", cause="".join(last), hint=f"see {self.files[1]}")
+            cause = _last_line(self.files[1])
+            raise FedloopError(f"{self.name} ended {self.restarts + 1} times", cause=cause, hint=f"see {self.files[1]}")
         self.restarts += 1
         self._channel.close()
         self._start()

@@ -134,7 +134,8 @@ def _surplus(surplus: Surplus) -> Iterator[Finding]:
             "topics",
             "fail",
             f"something was written to {named}, which no reader reads: nothing is appended to this log",
-            "find out who writes there; begin anew under another prefix (fedloop server init DIR --log kafka://HOST:PORT/PREFIX)",
+            "find out who writes there; begin anew under another prefix: "
+            "`fedloop server init DIR --log kafka://HOST:PORT/PREFIX --blobs BLOBS --test CSV`",
         )
     elif surplus.places:
         topic = surplus.places[0][0]
@@ -158,10 +159,14 @@ def _rights(settings: KafkaSettings, user: str) -> Iterator[Finding]:
             "rights",
             "warn",
             f"{user} may do everything, also delete the log",
-            "run with a user that fedloop init kafka makes; if all may do so, set authorizer.class.name on the brokers",
+            "run with a user that `fedloop init kafka` makes; if all may do so, set authorizer.class.name on the brokers",
         )
     else:
         listed = "; ".join(f"{topic} {', '.join(sorted(each.name for each in allowed))}" for topic, allowed in held.items())
         yield Finding(
-            "rights", "warn", f"{user} has the rights of no role: {listed}", "fedloop init kafka --create-user ROLE:NAME"
+            "rights",
+            "warn",
+            f"{user} has the rights of no role: {listed}",
+            "an administrator gives it those of one with "
+            f"`fedloop init kafka --log kafka://HOST:PORT/PREFIX?config=FILE --create-user ROLE:{user}`",
         )

@@ -96,7 +96,9 @@ def _server(directory: Path) -> Iterator[Finding]:
     from fedloop_server.deployment import KEY_FILE, SERVER_FOLDER
 
     if not directory.is_dir():
-        yield Finding("server", "fail", f"there is no folder {directory}", f"fedloop server init {directory} makes a deployment")
+        yield Finding(
+            "server", "fail", f"there is no folder {directory}", f"{locations.how_to_make(str(directory))} makes a deployment"
+        )
     folder = directory / SERVER_FOLDER
     yield from findings.modes("server", [folder, folder / KEY_FILE])
     others = sorted(path for path in folder.glob("*") if path.name != KEY_FILE)

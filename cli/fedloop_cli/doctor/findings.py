@@ -16,6 +16,7 @@ from cryptography import x509
 from fedloop_events import topics
 from fedloop_events.envelope import Record
 from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_events.files import quoted
 from fedloop_events.logs.port import EventLog, Position
 from msgspec import Struct
 
@@ -53,7 +54,7 @@ def modes(subject: str, paths: Iterable[Path]) -> Iterator[Finding]:
             continue
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             right = "700" if path.is_dir() else "600"
-            yield Finding(subject, "fail", f"{path} is open to others (mode {mode:04o})", f"chmod {right} {path}")
+            yield Finding(subject, "fail", f"{path} is open to others (mode {mode:04o})", f"chmod {right} {quoted(path)}")
         else:
             yield Finding(subject, "ok", f"{path} is its owner's alone")
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedloop_events.errors import UsageError
-from fedloop_events.files import reason, write_private
+from fedloop_events.files import quoted, reason, write_private
 
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 365
@@ -118,7 +118,9 @@ def make_ca(folder: Path) -> CA:
 
 
 def _load_ca(certificate: Path, key_file: Path) -> CA:
-    hint = f"restore the folder {certificate.parent} from a backup, or delete it and certify everybody anew"
+    hint = (
+        f"restore the folder {certificate.parent} from a backup; or delete it and run this again, which certifies everybody anew"
+    )
     try:
         parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
         key = _load_key(key_file)
@@ -133,7 +135,7 @@ def _load_ca(certificate: Path, key_file: Path) -> CA:
 
 def _load_key(path: Path) -> EllipticCurvePrivateKey:
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UsageError(f"the key {path} can be used by others", hint=f"chmod 600 {path}")
+        raise UsageError(f"the key {path} can be used by others", hint=f"chmod 600 {quoted(path)}")
     key = serialization.load_pem_private_key(path.read_bytes(), None)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError("no EC key")

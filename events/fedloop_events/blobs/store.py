@@ -108,7 +108,10 @@ class BlobStore:
             with self._place.open(_name(ref)) as file:
                 yield file
         except FileNotFoundError:
-            raise BlobError(f"blob {ref.sha256} is not in the store", hint="it may still be on its way: try again") from None
+            raise BlobError(
+                f"blob {ref.sha256} is not in the store",
+                hint="try again, for it may still be on its way; if not, restore it from a copy",
+            ) from None
         except FedloopError:
             raise
         except Exception as error:  # while it is read, any store's own
@@ -152,14 +155,11 @@ class _Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UnreachableError(f"the blob folder {root} cannot be made", cause=str(error)) from error
         self._sweep()
 
     def write(self, chunks: Iterable[bytes | memoryview]) -> BlobRef:
         try:
+            self.root.mkdir(parents=True, exist_ok=True)  # not before: where a disk is not mounted a reader makes no folder
             with new_file(self.root, _TEMPORARY) as new:
                 ref = _copy(chunks, new.file)
                 if self.size(ref.sha256) != ref.size_bytes:
@@ -191,7 +191,7 @@ class _Folder:
             return None
 
     def names(self) -> Iterator[str]:
-        for shard in self.root.iterdir():
+        for shard in self.root.iterdir() if self.root.is_dir() else ():
             if len(shard.name) == 2 and shard.is_dir():
                 for path in shard.iterdir():
                     if _NAME.fullmatch(shard.name + path.name):

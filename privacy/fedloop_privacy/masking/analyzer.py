@@ -84,7 +84,9 @@ def _load(engine: NlpEngine) -> None:
         if not isinstance(name, str) or "lang_code" not in model:
             raise MaskingError("a model in the settings lacks its lang_code or model_name")
         if not spacy.util.is_package(name) and not Path(name).exists():
-            raise MaskingError(f"the spaCy model {name!r} is not installed", hint=f"pip install {name}, or leave the setting out")
+            raise MaskingError(
+                f"the spaCy model {name!r} is not installed", hint=f"python -m spacy download {name}, or leave the setting out"
+            )
     engine.load()
 
 

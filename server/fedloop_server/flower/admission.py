@@ -25,8 +25,8 @@ LedgerCheck = Callable[[str, int, Mechanism, str], str | None]
 """(client, spend_seq, mechanism, instruction) -> why the ledger does not pay for it, as a stable code; None if it does."""
 HeartbeatCheck = Callable[[str], int]
 """client -> how many examples its last heartbeat reports at least."""
-MAX_EXAMPLES: Final = 2**40
-"""Of a reply outside a round, whose weight only the strategy of that run can judge: its app counts what it likes."""
+MAX_WEIGHT: Final = 2.0**40
+"""Where nobody says what a reply outside a round may weigh: its app counts what it likes."""
 _GROWTH: Final = 4
 """A heartbeat reports a power of two, up to twice which is meant; and a device may have doubled its examples since."""
 _BLOCK: Final = 1 << 16
@@ -61,7 +61,9 @@ class Admission:
     """Checks replies. `weight_key` names the metric that strategies weigh by.
 
     With `examples_at_least`, an update of a round without a mechanism weighs no more than its client's heartbeats make plausible.
-    `refuse_unchanged` refuses an update that equals its base: Flower's DP wrappers divide by its norm.
+    `max_weight` is the most that any reply may weigh: say it for a plain Flower run whose clients are not trusted, for there no
+    heartbeat counts what its app counts. `refuse_unchanged` refuses an update that equals its base: Flower's DP wrappers divide
+    by its norm.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Admission:
         ledger_check: LedgerCheck | None = None,
         examples_at_least: HeartbeatCheck | None = None,
         weight_key: str = "num-examples",
+        max_weight: float = MAX_WEIGHT,
         refuse_unchanged: bool = False,
     ) -> None:
         self._ledger_check, self._examples_at_least = ledger_check, examples_at_least
         self.weight_key, self.refuse_unchanged = weight_key, refuse_unchanged
+        self._max_weight = max_weight
 
     def check(
         self, update: UpdateSubmitted, sent: InstructionSent, terms: ExpectedReply, reader: TensorReader
@@ -119,8 +123,9 @@ class Admission:
             if not all(_finite(value) for value in values):
                 return UpdateRefusal("metrics-not-finite")
             weight = metrics.get(self.weight_key, 1)
-            if isinstance(weight, list) or not 0 < weight <= MAX_EXAMPLES:
-                return UpdateRefusal("wrong-weight", f"{self.weight_key} must be one number above 0 and at most {MAX_EXAMPLES:,}")
+            if isinstance(weight, list) or not 0 < weight <= self._max_weight:
+                allowed = f"one number above 0 and at most {self._max_weight:,.0f}"
+                return UpdateRefusal("wrong-weight", f"{self.weight_key} must be {allowed}")
             if opened is not None and opened.mechanism is not None and weight != 1:
                 return UpdateRefusal("wrong-weight", f"under differential privacy {self.weight_key} must be 1")
             if opened is None or self._examples_at_least is None:

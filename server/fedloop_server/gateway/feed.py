@@ -94,7 +94,7 @@ class Feed:
         for record in read_all(self._log, topics.ALL):
             self._learn(record, believed=True)
         if self.created is None:
-            raise UsageError("the log belongs to no deployment", hint="the server creates one: fedloop server init")
+            raise UsageError("the log belongs to no deployment", hint="its operator makes one: `fedloop server init`")
         self._ring = Ring(end, self._limits.ring_events, self._limits.ring_bytes)
         self._prepared = True
 

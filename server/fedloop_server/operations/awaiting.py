@@ -20,6 +20,14 @@ from fedloop_server.operations.followed import Followed
 PATIENCE_S: Final = 30.0
 """Whoever waits for the server for longer asks whether it runs: most decisions take it less."""
 _MAX_NAMES: Final = 5
+_TOO_FEW: Final = "too-few-clients"
+_ADVICE: Final = {
+    "unavailable": "start devices that do not run (`fedloop agent run`)",
+    "too-few-examples": "have users of devices with too few examples give feedback (`fedloop agent feedback`)",
+    "budget-exceeded": "enrol devices with a larger budget: `fedloop audit budget` says who has none left",
+    _TOO_FEW: "enrol more devices (`fedloop agent enrol`)",
+}
+"""By reason why a client cannot be asked; nothing helps who is revoked."""
 
 
 class Awaited(Struct, frozen=True):
@@ -83,7 +91,7 @@ class Awaited(Struct, frozen=True):
         """What to do about it; "" for nothing."""
         match self.what:
             case "clients":
-                return "start more devices (`fedloop agent run`), or see with `fedloop log tail` why they are not there"
+                return self._clients_hint()
             case "updates":
                 return f"look at these devices, or wait until {self.round_id} ends without them"
             case "server" if self.decided_s is None:
@@ -92,6 +100,12 @@ class Awaited(Struct, frozen=True):
                 return "is `fedloop server run` running? if it is, it says itself what it waits for"
             case _:
                 return ""
+
+    def _clients_hint(self) -> str:
+        enrolled = self.there + sum(self.excluded.values()) - self.excluded.get("revoked", 0)
+        reasons = {*self.excluded, *([_TOO_FEW] if enrolled < self.quorum else [])}
+        found = [advice for reason, advice in _ADVICE.items() if reason in reasons]
+        return "; ".join(found) or "enrol devices that can take part (`fedloop agent enrol`)"
 
 
 def now(followed: Followed, config: ServerConfig | None) -> Awaited:

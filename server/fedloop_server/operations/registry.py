@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.identities import Identities
@@ -14,6 +16,9 @@ from fedloop_tasks.task import Task
 from msgspec import Struct
 
 MAX_LINEAGE = 10_000
+
+
+_AGAIN: Final = "run `fedloop server init` again as before, to its end"
 
 
 class ReleaseSummary(Struct, frozen=True):
@@ -95,7 +100,7 @@ def current(releases: ReleasesView, model: str) -> ReleaseState:
     """The release in force. Raises `UsageError` if the model has none."""
     state = releases.current(model)
     if state is None:
-        raise UsageError("the model has no release", hint="`fedloop server init` registers a model with its first release")
+        raise UsageError("the model has no release", hint=_AGAIN)
     return state
 
 
@@ -103,7 +108,7 @@ def task_of_model(releases: ReleasesView, model: str) -> Task:
     """What the model learns. Raises `UsageError` if it is not registered."""
     spec = releases.models.get(model)
     if spec is None:
-        raise UsageError("the log registers no such model", hint="run `fedloop server init` again, to its end")
+        raise UsageError("the log registers no such model", hint=_AGAIN)
     return task_of(spec)
 
 

@@ -249,7 +249,7 @@ def abort(writer: EventWriter, round_id: str, reason: str) -> None:
         raise FedloopError(f"{round_id} is over: it was aborted ({state.aborted.reason})")
     if release is not None:
         status = followed.releases.releases[release].status
-        hint = "`fedloop release rollback` takes it back" if status == "published" else ""
+        hint = "put an earlier release in force again: `fedloop release rollback`" if status == "published" else ""
         raise FedloopError(f"{round_id} cannot be aborted any more: its release {release} is {status}", hint=hint)
     if state.abort_requested is None:
         origin = commands.identities(writer).origin

@@ -72,7 +72,7 @@ class Planner:
             if size_bytes > self.config.max_upload_bytes:
                 raise UsageError(
                     f"max_upload_bytes = {self.config.max_upload_bytes} is less than an update of this model",
-                    hint=f"an update has {size_bytes} bytes of tensors: allow for twice as much in server.toml",
+                    hint=f"an update has {size_bytes} bytes of tensors: set max_upload_bytes to twice as much in server.toml",
                 )
 
     def opening(self, program: str, upload: list[str], cohort: Sequence[Client], about: About) -> types.RoundOpened:

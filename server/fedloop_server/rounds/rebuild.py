@@ -147,7 +147,7 @@ def rebuild(
     try:
         ancestors = registry.lineage(rounds.fold, found.view, name)
     except UsageError as error:
-        raise RebuildError(error.message, hint="fedloop log verify says what is broken") from None
+        raise RebuildError(error.message, hint="`fedloop log verify` says what is broken") from None
     made = [found.view.releases[each.release] for each in ancestors if each.base_release is not None]
     if not made:
         raise UsageError(f"release {name} was made by no round: there is nothing to rebuild")
@@ -202,7 +202,7 @@ def _broken(release: str | None, record: Record, why: str) -> RebuildError:
     return RebuildError(
         f"release {release} is broken in the log" if release else "a later release than the one in force is broken in the log",
         cause=f"event {record.offset} of stream {record.stream!r}: {why}",
-        hint="fedloop log verify says what is broken; an older release is rebuilt if it is named",
+        hint="`fedloop log verify` says what is broken; an older release is rebuilt if it is named",
     )
 
 

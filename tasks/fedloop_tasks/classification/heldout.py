@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FILE: Final = "heldout.json"
 ACCURACY: Final = "accuracy"
 """The metric that leads: the part of the held-out texts that get their label."""
+_AGAIN: Final = "run `fedloop server init` again as before"
 
 
 class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,9 +59,11 @@ class Evaluator:
             data = path.read_bytes()
             self._held = msgspec.json.decode(data, type=HeldOut)
         except FileNotFoundError:
-            raise UsageError(f"there is no held-out set {path}", hint="run `fedloop server init` again, to its end") from None
+            raise UsageError(f"there is no held-out set {path}", hint=f"{_AGAIN}: it takes one in") from None
         except (OSError, msgspec.MsgspecError) as error:
-            raise UsageError(f"the held-out set {path} cannot be read", cause=str(error)) from None
+            raise UsageError(
+                f"the held-out set {path} cannot be read", cause=str(error), hint=f"move it away, then {_AGAIN}: it takes one in"
+            ) from None
         self._sha256 = hashlib.sha256(data).hexdigest()
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None

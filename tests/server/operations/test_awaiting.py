@@ -70,7 +70,13 @@ def test_with_one_of_two_needed_devices_it_is_clients_that_are_waited_for(world:
     assert found.left_s == pytest.approx(world.config.quorum_wait_s, abs=10)
     assert "1 of the 2 needed can be asked (1 revoked, 1 too-few-examples); it is given up in" in found.line
     assert "is `fedloop server run` running" not in found.hint
-    assert later(world, 130_000).excluded == {"revoked": 1, "unavailable": 2}
+    after = later(world, 130_000)
+    assert after.excluded == {"revoked": 1, "unavailable": 2}
+    assert after.hint == "start devices that do not run (`fedloop agent run`)"
+    for name in ("ann", "bob"):
+        world.devices[name].seen()
+    assert "unavailable" not in now(world).excluded
+    assert "start devices" not in now(world).hint
 
 
 def test_a_running_server_says_who_cannot_pay_for_the_next_round(world: World) -> None:
@@ -82,6 +88,19 @@ def test_a_running_server_says_who_cannot_pay_for_the_next_round(world: World) -
     while not seen:
         server.step(wait_s=0.0)
     assert (seen[0].what, seen[0].there, seen[0].excluded) == ("clients", 1, {"budget-exceeded": 1})
+    assert seen[0].hint == "enrol devices with a larger budget: `fedloop audit budget` says who has none left"
+    world.device("cem")
+    seen.clear()
+    with world.serving("ann", "cem"):
+        server.run(rounds=1)
+    assert world.releases.releases.popitem()[1].status == "published"
+
+
+def test_where_nobody_can_take_part_for_another_reason_the_hint_is_to_enrol(world: World) -> None:
+    assert (
+        Awaited("clients", quorum=2, excluded={"wants-privacy": 2}).hint
+        == "enrol devices that can take part (`fedloop agent enrol`)"
+    )
 
 
 def test_a_round_names_who_has_not_answered_until_its_deadline_and_then_it_is_the_server(world: World) -> None:

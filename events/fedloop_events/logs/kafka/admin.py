@@ -64,14 +64,17 @@ def translated(error: KafkaError, topic: str = "", operation: str = "use") -> Fe
     if code in _NOT_LET_IN:
         return PolicyError("the brokers do not let this user in", cause=error.str(), hint="check the name and the password")
     if code in _MISSING:
-        return LogError(f"the topic {topic} is not on the cluster", hint="fedloop server init --log makes the topics")
+        return LogError(
+            f"the topic {topic} is not on the cluster",
+            hint="`fedloop init kafka --log kafka://HOST:PORT/PREFIX` makes what is missing; what was in it is lost",
+        )
     if code in _GONE:
         return LogError(
             f"the topic {topic} no longer has what was not yet read",
             cause=error.str(),
             hint="its events were deleted, or the topic was made anew: nothing can be folded from it",
         )
-    return UnreachableError("the Kafka brokers cannot be reached", cause=error.str(), hint="fedloop doctor says what is wrong")
+    return UnreachableError("the Kafka brokers cannot be reached", cause=error.str(), hint="`fedloop doctor` says what is wrong")
 
 
 class Trouble:
@@ -153,7 +156,8 @@ class Admin:
         if not found:
             raise UsageError(
                 f"there is no log {self._settings.prefix} on {self._settings.bootstrap}, or this user may see nothing of it",
-                hint="fedloop server init --log makes one",
+                hint="check the address; an operator makes one with `fedloop server init DIR --log "
+                f"kafka://{self._settings.bootstrap}/{self._settings.prefix} --blobs BLOBS --test CSV`",
             )
         differences = [
             f"{self._settings.topic(name)} has {len(replicas)} partitions, not {topics.DECLARED[name].partitions}"

@@ -155,7 +155,7 @@ class Fetcher:
                     raise UnreachableError(
                         f"partition {behind[0].stream} gave nothing for {self._timeout_s:g} s",
                         cause=self._trouble.last,
-                        hint="fedloop doctor says which brokers answer",
+                        hint="`fedloop doctor` says which brokers answer",
                     )
                 messages = consumer.consume(1, min(left_s, _PAUSE_S))
                 messages += consumer.consume(_AT_ONCE, 0)  # what came with it: a read that ends here gives all of it

@@ -91,7 +91,8 @@ class KafkaLog:
             raise LogError(
                 f"something was written to {', '.join(map(stream_of, self._strays))}, which the log does not have: who wrote it "
                 "does not keep the log's order, so nothing is appended",
-                hint="read on, or begin anew under another prefix: fedloop server init DIR --log kafka://HOST:PORT/PREFIX",
+                hint="read on, or begin anew under another prefix: "
+                "`fedloop server init DIR --log kafka://HOST:PORT/PREFIX --blobs BLOBS --test CSV`",
             )
         for event in events:
             envelope.check(event)
