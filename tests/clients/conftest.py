@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=types.Payload)
 ORIGIN = "test.example"
+DEAD = ["folder", "http refused", "http silent", "kafka refused", "kafka silent"]
+"""Kinds of `dead_location`."""
 LABELS = ["card-lost", "loan", "transfer"]
 MECHANISM = Mechanism(sampling_rate=1.0, noise_multiplier=2.0, clip_norm=1.0, steps=1, divisor=1.0)
 """Costs an epsilon of 1.99 at delta 1e-5."""
@@ -76,6 +79,20 @@ def unpack(recorded: Path, folder: Path) -> None:
     for name in ("device", "deployment"):
         shutil.copytree(recorded / name, folder / name)
     (folder / "device" / keys.KEY_FILE).chmod(0o600)
+
+
+@contextmanager
+def dead_location(kind: str, folder: Path) -> Iterator[str]:
+    """A location at which no log answers: it is gone, it refuses, or it takes every connection and never says a word."""
+    scheme, _, how = kind.partition(" ")
+    if scheme == "folder":
+        yield str(folder / "gone")
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+        if how == "refused":
+            listener.close()
+        yield address
 
 
 class Deployment:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from clients.conftest import DEAD, dead_location
 from fedloop_clients import Agent
 from fedloop_events.errors import UnreachableError, UsageError
 
@@ -46,18 +47,10 @@ print(json.dumps({"release": release, "took": {what: min(times) for what, times 
 """
 
 
-@pytest.fixture(params=["folder", "http refused", "http silent", "kafka refused", "kafka silent"])
+@pytest.fixture(params=DEAD)
 def dead(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A location at which no log answers: it is gone, it refuses, or it takes every connection and never says a word."""
-    kind, _, how = request.param.partition(" ")
-    if kind == "folder":
-        yield str(tmp_path / "gone")
-        return
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"{kind}://127.0.0.1:{listener.getsockname()[1]}"
-        if how == "refused":
-            listener.close()
-        yield address
+    with dead_location(request.param, tmp_path) as location:
+        yield location
 
 
 def in_a_fresh_process(store: Path, log: str, blobs: str) -> tuple[str, dict[str, float]]:
