@@ -78,16 +78,16 @@ class Loop:
         return True
 
     def _pass(self, handler: InstructionHandler) -> None:
-        log, outbox = self._device.log, self._device.outbox
-        if outbox.flush(log) or self._news:
+        device = self._device
+        if device.flush() or self._news:
             self._catch_up(0.0)
         while self._publisher.publish():
-            outbox.flush(log)
+            device.flush()
         self._heartbeat()
-        outbox.flush(log)
+        device.flush()
         for instruction in handler.due():
             handler.answer(instruction)
-            outbox.flush(log)
+            device.flush()
 
     def _wait(self, stop: threading.Event) -> None:
         self._news = True

@@ -55,7 +55,7 @@ class Appending:
         if len(refs) > self._limits.batch_blobs:
             raise Problem("too-large", f"the events of a batch name {self._limits.batch_blobs:,} blobs at most")
         try:
-            there = await asyncio.to_thread(lambda: all(blobs.exists(ref) for ref in refs))
+            there = await asyncio.to_thread(lambda: all(blobs.refresh(ref) for ref in refs))
         except BlobError:
             there = False
         except FedloopError:
