@@ -37,10 +37,10 @@ DEPLOYMENTS = Path(__file__).parents[2] / "events" / "recorded" / "deployments"
 class Place:
     """A log of the samples' deployment, and a blob store, whose blobs can be made old."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, log: str = "") -> None:
         self.folder, self.blobs = folder, BlobStore(url)
-        self.log: EventLog = open_log(folder, create=True)
-        self.at = DeploymentLocation(str(folder), url)
+        self.at = DeploymentLocation(log or str(folder), url)
+        self.log: EventLog = open_log(self.at.log, create=True)
         self.days = 0.0
         self.log.append([samples.signed(samples.created(), by="server"), samples.signed(samples.enrolled())])
 
@@ -92,6 +92,16 @@ def test_what_no_event_names_goes_once_it_is_old(place: Place) -> None:
     assert place.sweep(7.1) == Swept(2, 1, 0, 1, 9, dry_run=False)
     assert list(place.blobs.all()) == [named.sha256]
     assert place.sweep(7.1) == Swept(1, 1, 0, 0, 0, dry_run=False)
+
+
+@pytest.mark.kafka
+def test_a_log_on_kafka_is_read_whole_from_every_partition(kafka_url: str, tmp_path: Path) -> None:
+    place = Place(tmp_path / "d", str(tmp_path / "blobs"), kafka_url)
+    place.blobs.put([b"orphan"])
+    for number in range(3):
+        place.name(place.blobs.put([b"named %d" % number]))
+    assert place.sweep(100) == Swept(4, 3, 0, 1, 6, dry_run=False)
+    place.log.close()
 
 
 def test_a_blob_that_is_put_again_is_young_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
