@@ -18,7 +18,7 @@ from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.files import is_full, reason
 
 from fedloop_cli import console, options
-from fedloop_cli.commands import agent, audit, demo, doctor, gateway, init, log, release, rounds, server
+from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, release, rounds, server
 
 INTERRUPTED: Final = 130
 
@@ -32,6 +32,7 @@ app.add_typer(rounds.app, name="round")
 app.add_typer(release.app, name="release")
 app.add_typer(audit.app, name="audit")
 app.add_typer(log.app, name="log")
+app.add_typer(blobs.app, name="blobs")
 app.command(cls=options.Command)(gateway.gateway)
 
 

@@ -28,6 +28,7 @@ from fedloop_clients.releases import KeptReleases
 from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import cannot_write
+from fedloop_clients.uploads import Uploads
 
 VIEW: Final = "following"
 """Name of the view's state in the store."""
@@ -93,6 +94,7 @@ class Device:
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
         self.interactions, self.retractions = Interactions(store), Retractions(store)
         self.outbox = Outbox(store, identity.writer(self.log))
+        self.uploads = Uploads(store)
         self.models = Models(settings.model_dir)
         self._counted: tuple[object, int] = None, 0
 
@@ -110,6 +112,12 @@ class Device:
     def task(self) -> Task | None:
         """What the model learns; None while it is not known."""
         return None if self.spec is None else task_of(self.spec)
+
+    def flush(self) -> int:
+        """Append everything due, and put before it what it names; how many events that were. Raises what log and blobs raise."""
+        sent = self.outbox.flush(self.log, lambda due: self.uploads.put(due, lambda: self.blobs))
+        self.uploads.forget()
+        return sent
 
     def keep(self, view: DeviceView) -> None:
         """Persist what a view has read, with how far it has read. Raises `SuspendedError`."""

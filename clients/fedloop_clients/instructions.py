@@ -3,7 +3,8 @@
 1. The gate decides by the log and the owner's terms, before any data is touched; a refusal is an event with a stable code.
 2. `BudgetSpent` is appended and read back as the entry that counts. From here on the budget is spent, whatever happens.
 3. A round's program runs, or the `ClientApp` of another Flower run. The tensors go into the blob store.
-4. The reply, the Flower context and the mark "answered" become durable in one transaction; then the outbox sends the reply.
+4. The reply, its tensors, the Flower context and the mark "answered" become durable in one transaction; then the outbox sends
+   the reply, after putting its tensors once more if the store has let go of them meanwhile.
 
 Killed before 2, the device starts over. Killed between 2 and 4, it has no result that it could send, and a second run would be
 a second release of the same data: it declines ("interrupted"). Killed after 4, it sends what it has.
@@ -26,6 +27,7 @@ from fedloop_clients.device_view import Instruction
 from fedloop_clients.gate import Apps, Decline, Gate, NotYet, Opened
 from fedloop_clients.outbox import ENROL_ANEW, SuspendedError
 from fedloop_clients.store_file import NotWritableError
+from fedloop_clients.uploads import Recorder
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -86,23 +88,23 @@ class InstructionHandler:
         if opened is not None:
             self._device.joined.add(opened, instruction.record.appended_ms)
         spend_seq = self._spend(instruction, opened, opened.mechanism) if opened and opened.mechanism else None
-        app = self._apps.serving(instruction.sent)
+        app, made = self._apps.serving(instruction.sent), Recorder(self._device.blobs)
         try:
             if app is not None:
-                work = self._call(app, instruction, opened)
+                work = self._call(app, instruction, opened, made)
             else:
                 assert opened is not None  # or the gate would have declined
-                work = self._contribute(opened)
+                work = self._contribute(opened, made)
             if isinstance(work, Decline):
                 return work
-            self._submit(instruction, opened, work, spend_seq)
+            self._submit(instruction, opened, work, spend_seq, made)
         except (UnreachableError, NotWritableError):
             raise
         except Exception as error:  # whatever an app gives back that is no answer; its text could hold anything
             return Decline("client-error", type(error).__name__)
         return None
 
-    def _contribute(self, opened: types.RoundOpened) -> _Work:
+    def _contribute(self, opened: types.RoundOpened, made: Recorder) -> _Work:
         """What the round's program computes from the base release and the examples of this moment.
 
         Under a mechanism the tensors alone depend on the examples: counts are private, and every client weighs the same.
@@ -112,11 +114,11 @@ class InstructionHandler:
         examples = device.examples()
         with device.models.borrowed(device.spec) as held, held.holding(base) as model:
             trained = program_of(opened.strategy).compute(model, examples, opened)
-        ref = self._reader.blobs.put(tensors.encode(trained))
+        ref = made.put(tensors.encode(trained))
         weight = 1 if opened.mechanism is not None else len(examples)
         return _Work(types.Content(arrays={_ARRAYS: ref}, metrics={_METRICS: {_WEIGHT: weight}}))
 
-    def _call(self, app: ClientAppCallable, instruction: Instruction, opened: Opened) -> _Work | Decline:
+    def _call(self, app: ClientAppCallable, instruction: Instruction, opened: Opened, made: Recorder) -> _Work | Decline:
         """What the app makes of the message; the terms of a round are in it. Whether there is data is the app's business."""
         from fedloop_events.flower import messages
 
@@ -124,7 +126,9 @@ class InstructionHandler:
         context = messages.new_context(messages.run_number(me.origin, run_id), me.node_id)
         for (state,) in self._device.store.rows("SELECT state FROM contexts WHERE run_id = ?", (run_id,)):
             messages.unpack_state(context, bytes(state))
-        answer = messages.serve_instruction(app, instruction.record, instruction.sent, context, self._reader, terms=opened)
+        answer = messages.serve_instruction(
+            app, instruction.record, instruction.sent, context, self._reader, terms=opened, blobs=made
+        )
         if isinstance(answer, messages.Declined):
             return Decline("client-error", f"{answer.reason} {answer.detail}".strip())
         paid = opened is not None and opened.mechanism is not None
@@ -144,7 +148,7 @@ class InstructionHandler:
                 round_id=opened.round_id,
             )
         )
-        self._device.outbox.flush(self._device.log)
+        self._device.flush()
         deadline = time.monotonic() + READ_BACK_TIMEOUT_S
         while instruction.event_id not in self._device.view.spent:
             if time.monotonic() > deadline:
@@ -158,7 +162,7 @@ class InstructionHandler:
             )
         return counts.spend_seq
 
-    def _submit(self, instruction: Instruction, opened: Opened, work: _Work, spend_seq: int | None) -> None:
+    def _submit(self, instruction: Instruction, opened: Opened, work: _Work, spend_seq: int | None, made: Recorder) -> None:
         sent, me = instruction.sent, self._device.identity
         with self._device.store.transaction() as db:
             if work.state is not None:
@@ -180,6 +184,7 @@ class InstructionHandler:
                     spend_seq=spend_seq,
                 )
             )
+            self._device.uploads.keep(work.content, made)
             self._settle(instruction, "submitted")
 
     def _decline(self, instruction: Instruction, refused: Decline) -> None:

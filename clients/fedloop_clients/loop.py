@@ -84,17 +84,17 @@ class Loop:
         return True
 
     def _pass(self, handler: InstructionHandler) -> None:
-        log, outbox = self._device.log, self._device.outbox
-        appended = outbox.flush(log)
+        device = self._device
+        appended = device.flush()
         if appended or self._news:
             self._catch_up(0.0)
         while self._publisher.publish():
-            appended += outbox.flush(log)
+            appended += device.flush()
         self._heartbeat(appends=appended > 0)
-        outbox.flush(log)
+        device.flush()
         for instruction in handler.due():
             handler.answer(instruction)
-            outbox.flush(log)
+            device.flush()
 
     def _wait(self, stop: threading.Event) -> None:
         self._news = True

@@ -57,11 +57,16 @@ class Outbox:
             db.execute("INSERT INTO outbox VALUES (?, ?, ?)", (seq, event.id, _encode(event)))
         return event
 
-    def flush(self, log: EventLog) -> int:
-        """Append everything due, in order; how many events that were. Raises what the log raises: the rest stays due."""
+    def flush(self, log: EventLog, before: Callable[[Sequence[Event]], None] = lambda due: None) -> int:
+        """Append everything due, in order, each part of it after a call of `before`; how many events that were.
+
+        Raises what the log and `before` raise: the rest stays due.
+        """
         sent = 0
         while due := self._store.rows("SELECT seq, event FROM outbox WHERE event IS NOT NULL ORDER BY seq LIMIT ?", (BATCH,)):
-            log.append([_decode(event) for _, event in due])
+            events = [_decode(event) for _, event in due]
+            before(events)
+            log.append(events)
             with self._store.transaction() as db:
                 db.executemany("UPDATE outbox SET event = NULL WHERE seq = ?", [(seq,) for seq, _ in due])
             sent += len(due)

@@ -47,6 +47,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     max_update_norm: _Number = 1000.0
     max_upload_bytes: Annotated[int, Meta(ge=1, le=2**40)] = 64 << 20
     gate_margin: Annotated[float, Meta(ge=0, le=1)] = 0.02
+    sweep_days: Annotated[float, Meta(ge=1, le=36_500)] = 7.0
     schedule: str = NONE
     windows: str = NONE
     time_zone: str = "UTC"
@@ -93,6 +94,7 @@ _MEANING: Final = {
     "max_update_norm": "L2 norm of an update's change, above which it is refused (where it is more, what the task allows).",
     "max_upload_bytes": "Bytes of an update's tensors, above which it is refused.",
     "gate_margin": "How much worse than the current release a new one may be.",
+    "sweep_days": "Days after which a blob is removed that no event names: the server looks once a day.",
     "schedule": 'When a round is requested, as cron says it: "30 2 * * *" is at half past two at night; "none": only on request.',
     "windows": 'Hours in which rounds may open, as in "22-06" or "12:30-13:15,22-06"; "none": at all hours.',
     "time_zone": 'Time zone of the schedule and the windows, as in "Europe/Berlin".',

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Final
 
-from fedloop_events import types
+from fedloop_events import locations, types
 from fedloop_events.blobs import tensors
 from fedloop_events.envelope import Record
-from fedloop_events.errors import LogChangedError
+from fedloop_events.errors import FedloopError, LogChangedError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_tasks.task import Evaluate, Task
 
+from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, open_deployment
+from fedloop_server.operations import opening
 from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.registry import current, task_of_model
 from fedloop_server.operations.rounds import OnWait
+from fedloop_server.operations.sweeping import DAY_S, sweep
 from fedloop_server.rounds.loop import Server
 from fedloop_server.state import OnEvent
 from fedloop_server.telemetry import exposition
 from fedloop_server.telemetry.metrics import MeteredLog, registry
+
+FIRST_SWEEP_S: Final = 60.0
+"""After the start: a server that is started again and again sweeps too, one that does a single round does not."""
+STOP_SWEEP_S: Final = 10.0
+
+_logger = logging.getLogger(__name__)
 
 MakeEvaluate = Callable[[Deployment, Task], Evaluate]
 """How releases of a deployment's model are evaluated."""
@@ -79,8 +90,39 @@ def serve(
         error.hint = "restore the whole log; or go on without what is lost: `fedloop server run DIR --accept-loss`"
         raise
     server.planner.check(tensors.decode(deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)))
-    with _exposed(server, log, metrics):
+    with _exposed(server, log, metrics), _swept(directory, place, deployment.config):
         return server.run(stop, rounds, until_idle=until_idle)
+
+
+@contextmanager
+def _swept(directory: Path, place: DeploymentLocation, config: ServerConfig) -> Iterator[None]:
+    """Sweep the blob store once a day, beside the rounds, through connections of its own."""
+    stop = threading.Event()
+
+    def sweep_daily() -> None:
+        wait_s = FIRST_SWEEP_S
+        while not stop.wait(wait_s):
+            wait_s = DAY_S
+            try:
+                with closing(opening.open_log(place, directory)) as log:
+                    blobs = opening.open_blobs(place, directory)
+                    found = sweep(place, log, blobs, directory, older_than_s=config.sweep_days * DAY_S, stopped=stop.is_set)
+            except FedloopError as error:
+                _logger.warning("the blob store was not swept: %s", error.message)
+            else:
+                if found.removed:
+                    _logger.info("%d blobs of %d bytes that no event names were removed", found.removed, found.freed_bytes)
+
+    if locations.scheme_of(place.log) in {"http", "https"}:  # where neither is whole
+        yield
+        return
+    thread = threading.Thread(target=sweep_daily, name="sweep", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(STOP_SWEEP_S)
 
 
 def _exposed(server: Server, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 from fedloop_events import topics, types
@@ -15,6 +16,10 @@ from fedloop_privacy.dp.ledger import Ledger
 from msgspec import Struct
 
 from fedloop_server.flower.steps import RunSteps
+
+STATE_FILE: Final = "server.snapshot"
+IDENTITIES_FILE: Final = "identities.snapshot"
+"""Where a server keeps its snapshots, in its folder."""
 
 OnEvent = Callable[[Record, types.Payload], None]
 

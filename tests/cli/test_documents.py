@@ -112,6 +112,12 @@ def test_the_log(folder: Path, document: Document) -> None:
     assert keys(document("log", "replay", folder)) == REPLAYED
 
 
+def test_the_blobs(folder: Path, document: Document) -> None:
+    found = document("blobs", "sweep", folder, "--dry-run")
+    assert keys(found) == "blobs named young removed freed_bytes dry_run"
+    assert (found["removed"], found["dry_run"]) == (0, True)
+
+
 def test_the_doctor(folder: Path, document: Document) -> None:
     found = document("doctor", folder)
     assert keys(found) == "findings failed warned"

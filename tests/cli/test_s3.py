@@ -33,6 +33,8 @@ def test_a_deployment_keeps_its_blobs_in_s3_and_they_are_checked_there(fedloop: 
     assert (directory / "deployment.toml").read_text() == 'blobs = "s3://bank/here"\n'
     found = fedloop("log", "verify", directory, "--json").document
     assert (found["verified"], found["blobs"]) == (True, 1)
+    swept = fedloop("blobs", "sweep", directory, "--json").document
+    assert (swept["blobs"], swept["named"], swept["removed"]) == (1, 1, 0)
     elsewhere = fedloop("log", "verify", directory, "--blobs", "s3://bank/there")
     assert elsewhere.status == 1
     assert "is not in the store" in elsewhere.out

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clients.classified import TEXTS, Classified
 from clients.conftest import DEAD, dead_location
-from clients.test_agent_classifier import TEXTS, Classified
 from fedloop_clients import Agent
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fedloop_events.blobs import store as blob_store
+from fedloop_events.blobs.folder import ORPHAN_AFTER_S
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import BlobError, UnreachableError, UsageError
 from fedloop_events.types import BlobRef
@@ -144,7 +144,7 @@ def test_a_half_written_blob_has_no_name_yet(tmp_path: Path) -> None:
 
 
 def test_what_a_crashed_writer_left_is_swept_when_it_is_old(tmp_path: Path) -> None:
-    for name, age_s in (("old", blob_store.ORPHAN_AFTER_S + 60), ("young", 60)):
+    for name, age_s in (("old", ORPHAN_AFTER_S + 60), ("young", 60)):
         path = tmp_path / f".tmp-{name}"
         path.write_bytes(b"half")
         now = path.stat().st_mtime

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,12 +20,15 @@ from fedloop_clients.enrolment import Identity
 from fedloop_clients.loop import RevokedError
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.envelope import decode
+from fedloop_events.envelope import Event, decode
 from fedloop_events.errors import NotAllowedError, UnreachableError, UsageError
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.locations import DeploymentLocation
+from fedloop_events.logs.http import GatewayLog
 from fedloop_events.logs.port import EventLog, read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server.deployment import create_deployment
+from fedloop_server.operations.sweeping import sweep
 from fedloop_server.rounds.loop import Server
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -113,6 +118,45 @@ def test_a_run_that_belongs_to_no_round_goes_on_from_instruction_to_instruction(
     updates = deployment.appended(types.UpdateSubmitted)
     assert len(updates) == 4
     assert all(deployment.blobs.exists(update.content.arrays["arrays"]) for update in updates)
+
+
+@pytest.mark.parametrize("behind_a_gateway", [False, True])
+@pytest.mark.parametrize("app", [False, True])
+def test_an_answer_that_waited_for_longer_than_the_blob_store_keeps_its_tensors_puts_them_again(
+    deployment: Deployment,
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behind_a_gateway: bool,
+    app: bool,
+) -> None:
+    def sweep_all() -> int:
+        place = DeploymentLocation(str(deployment.folder), deployment.blobs.url)
+        return sweep(place, deployment.log, deployment.blobs, None, older_than_s=0, now=lambda: time.time() + 100).removed
+
+    def away(self: EventLog, events: Sequence[Event]) -> None:
+        if any(each.type == types.UpdateSubmitted.type_name for each in events):
+            raise UnreachableError("away")
+        append(self, events)
+
+    apps: dict[str, Any] = {"app": adding_one()} if app else {"apps": {"main": adding_one()}}
+    place = (served.url, None) if behind_a_gateway else (str(deployment.folder), str(deployment.blobs.url))
+    kind: type[Any] = GatewayLog if behind_a_gateway else SqliteLog
+    append = kind.append
+    store, epsilon = tmp_path / "store", None if app else 8.0
+    enrolled = Agent.enrol(place[0], store, client_id="phone", epsilon=epsilon, key_from="file", blobs=place[1], **apps)
+    with enrolled as agent, monkeypatch.context() as patch:
+        patch.setattr(kind, "append", away)
+        _ = deployment.instruct("phone", None) if app else deployment.ask("phone")
+        agent.run(until=lambda status: bool(status.answers))
+        assert (agent.status().answers, agent.status().unsent) == ({"submitted": 1}, 1)
+    assert sweep_all() == 1
+    with Agent.open(store, **apps) as agent:
+        agent.run(until=lambda status: not status.unsent)
+        assert agent._device.store.rows("SELECT name FROM kept WHERE name GLOB 'upload/*'") == []
+    (update,) = deployment.appended(types.UpdateSubmitted)
+    assert deployment.blobs.exists(update.content.arrays["arrays"])
+    assert sweep_all() == 0
 
 
 def test_a_store_that_was_restored_learns_from_the_log_what_it_has_appended(

@@ -151,6 +151,30 @@ def test_a_device_that_asks_too_often_is_told_when_to_come_again(tmp_path: Path)
         assert served.raw("GET", "/v1/end", "server").status_code == 200
 
 
+def test_a_flood_of_heartbeats_is_held_up_and_nothing_else_of_the_device(tmp_path: Path) -> None:
+    limits = Limits(heartbeats_per_s=0.01, heartbeats_burst=3)
+    with serving(tmp_path, "device-1", "device-2", limits=limits) as served:
+        flood = [samples.signed(samples.seen("device-1", seq)) for seq in range(1, 5)]
+        assert [served.raw.append("device-1", each).status_code for each in flood] == [204, 204, 204, 429]
+        answer = served.raw.append("device-1", flood[3])
+        assert code(answer) == "rate"
+        assert 90 <= int(answer.headers["retry-after"]) <= 100
+        assert served.raw.append("device-1", *flood[:3]).status_code == 204, "what is there already counts once"
+        both = [samples.signed(samples.feedback(4)), samples.signed(samples.seen("device-1", 5))]
+        assert code(served.raw.append("device-1", *both)) == "rate"
+        assert served.raw.append("device-1", both[0]).status_code == 204
+        assert served.raw.append("device-2", samples.signed(samples.seen("device-2", 1))).status_code == 204
+
+
+def test_a_client_waits_for_as_long_as_it_is_told_to(tmp_path: Path) -> None:
+    with serving(tmp_path, "device-1", limits=Limits(events_per_s=2, events_burst=2)) as served:
+        log, begin = served.as_client("device-1"), time.monotonic()
+        for first in (1, 3, 5):
+            log.append([samples.signed(samples.feedback(first)), samples.signed(samples.feedback(first + 1))])
+        assert time.monotonic() - begin >= 2
+        assert len(log.read(("feedback",)).records) == 6
+
+
 def test_requests_that_only_claim_to_be_of_a_device_cost_it_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "device-1", limits=Limits(requests_per_s=0.01, burst=2)) as served:
         for _ in range(5):
@@ -307,6 +331,15 @@ def test_a_bucket_fills_again() -> None:
     assert buckets.take("b", 0.0) == 0.0
     assert buckets.take("a", 0.5) == 0.0
     assert [buckets.take("a", 100.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_more_than_a_bucket_holds_is_granted_when_it_is_full_and_then_owed() -> None:
+    buckets = Buckets(2.0, 3.0)
+    assert buckets.take("a", 0.0, 7) == 0.0
+    assert buckets.take("a", 0.0) == 2.5
+    assert buckets.take("a", 2.5) == 0.0
+    assert buckets.take("a", 2.5, 100) == 1.5
+    assert buckets.take("a", 4.0, 100) == 0.0
 
 
 def test_a_quota_is_of_one_window() -> None:

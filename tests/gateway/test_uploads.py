@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import ssl
 from collections.abc import Iterator
@@ -99,6 +100,16 @@ def test_of_many_that_were_never_answered_the_newest_count(served: Served) -> No
         rounds.ask(served.log, "device-1", f"r{number:04}")
     statuses = [put(served, bytes([number])).status_code for number in range(10)]
     assert statuses == [204] * 6 + [409] * 4
+
+
+def test_an_event_makes_what_it_names_young_before_it_is_taken(served: Served, tmp_path: Path) -> None:
+    sent = rounds.ask(served.log, "device-1", "r0001")
+    assert put(served, b"one").status_code == 204
+    name = hashlib.sha256(b"one").hexdigest()
+    path = tmp_path / "blobs" / name[:2] / name[2:]
+    os.utime(path, (1, 1))
+    assert served.raw.append("device-1", samples.signed(answered(sent, 1, content=b"one"))).status_code == 204
+    assert path.stat().st_mtime > 1
 
 
 def test_a_gateway_that_starts_or_stands_beside_another_knows_what_is_asked(served: Served, tmp_path: Path) -> None:

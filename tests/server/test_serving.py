@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import urllib.request
 from contextlib import closing
 from pathlib import Path
@@ -16,11 +18,12 @@ from devices import CONFIG, PLAN, SPEC, World, evaluate, initial_arrays
 from fedloop_events import types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogChangedError, UsageError
-from fedloop_events.locations import locate
+from fedloop_events.locations import locate, open_blobs
 from fedloop_events.logs.port import read_all
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.writer import EventWriter
 from fedloop_server import config as configuration
+from fedloop_server import serving
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment
 from fedloop_server.rounds.planner import Planner
@@ -64,6 +67,27 @@ def test_a_server_runs_rounds_shows_new_events_alone_and_its_metrics(tmp_path: P
     assert "fedloop_rounds_waiting" in scraped[0]
     with world.serving():
         assert serve(world.folder, place, threading.Event(), make_evaluate, until_idle=True) == 1
+
+
+def test_a_server_sweeps_its_blob_store_beside_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "FIRST_SWEEP_S", 0.0)
+    world, stop = World(tmp_path / "deployment"), threading.Event()
+    place = locate(world.folder)
+    blobs = open_blobs(place.blobs)
+    old, young = blobs.put([b"old"]), blobs.put([b"young"])
+    named = sorted(set(blobs.all()) - {old.sha256, young.sha256})
+    for sha256, days in ((old.sha256, 7.1), (young.sha256, 6.9), *((each, 100) for each in named)):
+        written_s = time.time() - days * 24 * 3600
+        os.utime(tmp_path / "deployment" / "blobs" / sha256[:2] / sha256[2:], (written_s, written_s))
+    running = threading.Thread(target=serve, args=(world.folder, place, stop, make_evaluate))
+    running.start()
+    end = time.monotonic() + 30
+    while blobs.exists(old):
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+    stop.set()
+    running.join(30)
+    assert sorted(blobs.all()) == sorted([*named, young.sha256])
 
 
 def test_a_server_that_is_to_stop_ends_before_it_decides_anything(tmp_path: Path) -> None:

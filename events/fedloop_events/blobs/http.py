@@ -10,6 +10,7 @@ from typing import IO, Final
 
 import httpx
 
+from fedloop_events.blobs.naming import Stored
 from fedloop_events.errors import BlobError, UnreachableError, UsageError
 from fedloop_events.logs.http.transport import Transport
 from fedloop_events.signatures import SigningKey
@@ -67,8 +68,21 @@ class GatewayPlace:
         except (KeyError, ValueError):
             raise UnreachableError(f"{self._transport.base} answers, but not as a gateway does") from None
 
+    def refresh(self, ref: BlobRef) -> bool:
+        return self.size(ref.sha256) == ref.size_bytes  # the gateway makes it young when it takes the event that names it
+
     def names(self) -> Iterator[str]:
-        raise UsageError("a gateway lists no blobs", hint="do this where the blob store is")
+        raise _not_here()
+
+    def stored(self) -> Iterator[Stored]:
+        raise _not_here()
+
+    def remove(self, name: str, before_s: float) -> int:
+        raise _not_here()
+
+
+def _not_here() -> UsageError:
+    return UsageError("a gateway lists no blobs, and removes none", hint="do this where the blob store is")
 
 
 class _Answer(io.RawIOBase):

@@ -23,7 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.envelope import Record
 from fedloop_events.errors import TensorError
-from fedloop_events.flower.records import ContentError, from_content, to_content
+from fedloop_events.flower.records import ContentError, Putter, from_content, to_content
 from fedloop_events.types import Content, InstructionSent, RoundOpened
 
 ClientAppCallable = Callable[[Message, Context], Message]
@@ -121,8 +121,9 @@ def serve_instruction(
     reader: TensorReader,
     *,
     terms: RoundOpened | None = None,
+    blobs: Putter | None = None,
 ) -> Content | Declined:
-    """Call any Flower `ClientApp` with a recorded instruction; its arrays go into the reader's blob store.
+    """Call any Flower `ClientApp` with a recorded instruction; its arrays go into `blobs`, or the reader's blob store.
 
     `context.state` may change and is to be persisted together with the answer. `terms` go into the message as configuration
     record `TERMS`. An exception of the app becomes a code with the exception's type, never its text. Raises BlobError or
@@ -139,6 +140,6 @@ def serve_instruction(
     if answer.has_error():
         return Declined("app-error", f"code {answer.error.code}")
     try:
-        return to_content(answer.content, reader.blobs)
+        return to_content(answer.content, blobs or reader.blobs)
     except (ContentError, TensorError) as error:
         return Declined("unusable-answer", type(error).__name__)

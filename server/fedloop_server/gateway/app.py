@@ -97,7 +97,7 @@ class Gateway:
         self.feed = Feed(log, limits)
         self._blobs, self._clock = blobs, clock
         self._callers = Callers(self.feed, limits, clock=clock)
-        self._bodies, self._appending = Bodies(limits), Appending(self.feed, limits)
+        self._bodies, self._appending = Bodies(limits), Appending(self.feed, limits, clock)
         self._committer = Committer(log, queued_events=limits.queued_events, group_events=limits.group_events)
         self._quota = Quota(limits.upload_bytes, limits.window_s)
         self._polls: defaultdict[str, int] = defaultdict(int)

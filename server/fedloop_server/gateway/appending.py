@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from fedloop_events import envelope, signatures, types
 from fedloop_events.blobs.naming import named_blobs
@@ -15,7 +16,7 @@ from fedloop_events.logs.http import cloudevents
 from fedloop_server.gateway.bodies import is_deeper
 from fedloop_server.gateway.callers import Caller
 from fedloop_server.gateway.feed import Feed
-from fedloop_server.gateway.limits import Limits
+from fedloop_server.gateway.limits import EventRates, Limits
 from fedloop_server.gateway.problems import Problem
 from fedloop_server.gateway.standing import Pairs
 
@@ -23,8 +24,9 @@ from fedloop_server.gateway.standing import Pairs
 class Appending:
     """Decides about batches before they reach the log."""
 
-    def __init__(self, feed: Feed, limits: Limits) -> None:
-        self._feed, self._limits = feed, limits
+    def __init__(self, feed: Feed, limits: Limits, clock: Callable[[], float]) -> None:
+        self._feed, self._limits, self._clock = feed, limits, clock
+        self._rates = EventRates(limits)
 
     def decode(self, body: bytes) -> list[Event]:
         """The events of a batch. Raises `Problem`."""
@@ -51,11 +53,14 @@ class Appending:
         except Problem:
             await self._feed.sync()  # another gateway may have taken what lies between
         new = [each for event, each in pairs if not self._feed.standing.has(each.client_id, each.seq, event.id)]
+        kinds = Counter(payload.type_name for payload in new)
+        if wait_s := self._rates.take(caller.name, kinds, self._clock()):
+            raise Problem("rate", "more events of one kind than a device may append at this time", retry_after_s=wait_s)
         refs = {ref for payload in new for ref in named_blobs(payload)}
         if len(refs) > self._limits.batch_blobs:
             raise Problem("too-large", f"the events of a batch name {self._limits.batch_blobs:,} blobs at most")
         try:
-            there = await asyncio.to_thread(lambda: all(blobs.exists(ref) for ref in refs))
+            there = await asyncio.to_thread(lambda: all(blobs.refresh(ref) for ref in refs))
         except BlobError:
             there = False
         except FedloopError:

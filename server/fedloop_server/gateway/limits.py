@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from typing import Final
 
+from fedloop_events.types import ClientSeen
 from msgspec import Struct
 
 _BOOKS: Final = 100_000
@@ -17,9 +19,11 @@ class Limits(Struct, frozen=True, kw_only=True):
     `body_bytes`, `batch_events` and `batch_blobs` (which they name) are of one append, `page_events` of one answer,
     `header_bytes` of all header lines,
     `target_bytes` of path and query; `depth` is of nested arrays and objects. `requests_per_s` refills a bucket that holds
-    `burst`. For each of its newest `open_instructions` that it has not answered, a device sends `uploads` blobs, and in all
-    `upload_bytes` within `window_s`. A signature may be `skew_s` ahead of the gateway's clock and lasts at most `valid_s`;
-    meanwhile `nonces` of them are remembered. `polls` requests may wait at once.
+    `burst`, `events_per_s` one of `events_burst` new events for each kind but heartbeats, which have their own.
+
+    For each of its newest `open_instructions` that it has not answered, a device sends `uploads` blobs, and in all `upload_bytes`
+    within `window_s`. A signature may be `skew_s` ahead of the gateway's clock and lasts at most `valid_s`; meanwhile `nonces` of
+    them are remembered. `polls` requests may wait at once.
 
     Of one address `connections_each` are held, of all `connections`, and idle ones give way to new ones.
 
@@ -40,6 +44,10 @@ class Limits(Struct, frozen=True, kw_only=True):
     slowest_bytes_per_s: int = 16_384
     requests_per_s: float = 50.0
     burst: float = 200.0
+    events_per_s: float = 20.0
+    events_burst: float = 5_000.0
+    heartbeats_per_s: float = 0.5
+    heartbeats_burst: float = 200.0
     polls: int = 4
     longest_wait_s: float = 30.0
     longest_stream_s: float = 600.0
@@ -70,15 +78,42 @@ class Buckets:
         self._per_s, self._burst = per_s, burst
         self._books: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, name: str, now: float) -> float:
-        """0.0 if a token was taken, otherwise in how many seconds there is one."""
-        held, since = self._books.pop(name, (self._burst, now))
-        held = min(self._burst, held + (now - since) * self._per_s)
-        enough = held >= 1
-        self._books[name] = (held - 1 if enough else held, now)
+    def wait_s(self, name: str, now: float, amount: int = 1) -> float:
+        """In how many seconds there are so many tokens, or, if the bucket holds no more, it is full; 0.0 if there are now."""
+        return max(0.0, (min(amount, self._burst) - self._held(name, now)) / self._per_s)
+
+    def take(self, name: str, now: float, amount: int = 1) -> float:
+        """`wait_s`; if that is 0.0, the tokens are taken, and where it was more than the bucket holds, they are owed."""
+        wait_s, held = self.wait_s(name, now, amount), self._held(name, now)
+        self._books.pop(name, None)
+        self._books[name] = (held if wait_s else held - amount, now)
         if len(self._books) > _BOOKS:
             self._books.popitem(last=False)
-        return 0.0 if enough else (1 - held) / self._per_s
+        return wait_s
+
+    def _held(self, name: str, now: float) -> float:
+        held, since = self._books.get(name, (self._burst, now))
+        return min(self._burst, held + (now - since) * self._per_s)
+
+
+class EventRates:
+    """How fast each client appends new events of each kind. None takes anything from another."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._heartbeats = Buckets(limits.heartbeats_per_s, limits.heartbeats_burst)
+        self._others = Buckets(limits.events_per_s, limits.events_burst)
+
+    def take(self, client_id: str, kinds: Mapping[str, int], now: float) -> float:
+        """0.0 if so many events of each type are granted, otherwise in how many seconds to ask again."""
+        asked = [
+            (self._heartbeats if kind == ClientSeen.type_name else self._others, f"{client_id} {kind}", amount)
+            for kind, amount in kinds.items()
+        ]
+        wait_s = max((bucket.wait_s(name, now, amount) for bucket, name, amount in asked), default=0.0)
+        if not wait_s:
+            for bucket, name, amount in asked:
+                bucket.take(name, now, amount)
+        return wait_s
 
 
 class Quota:

@@ -38,10 +38,8 @@ from fedloop_server.rounds import actions, scheduler
 from fedloop_server.rounds.actions import Action
 from fedloop_server.rounds.drafting import Decides, Drafting
 from fedloop_server.rounds.planner import Planner
-from fedloop_server.state import OnEvent, ServerState
+from fedloop_server.state import IDENTITIES_FILE, STATE_FILE, OnEvent, ServerState
 
-STATE_FILE: Final = "server.snapshot"
-IDENTITIES_FILE: Final = "identities.snapshot"
 POLL_S: Final = 1.0
 """How long one step waits for news when there is nothing to do."""
 
