@@ -370,6 +370,21 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
 
 
 @pytest.mark.parametrize("author", ["another device", "the device itself", "the server"])
+def test_whoever_is_at_work_for_a_buffered_round_that_has_closed_pays_and_answers(
+    deployment: Deployment, enrol: Enrol, trainer: Trainer
+) -> None:
+    agent = enrol()
+    opened = replace(deployment.opened("phone"), max_staleness=3)
+    deployment.server.append(opened)
+    instruction = deployment.instruct("phone", opened)
+    at_work = [types.Exclusion("phone", types.AT_WORK)]
+    deployment.server.append(types.RoundClosed("test.example", 1, "main", 1, [], at_work, opened.round_id))
+    agent.run(until=answered())
+    [update] = deployment.appended(types.UpdateSubmitted)
+    assert (update.instruction_id, update.round_id, update.spend_seq) == (instruction, opened.round_id, 0)
+    assert trainer.count() == 1
+
+
 def test_one_stamp_of_the_future_makes_no_instruction_late(
     deployment: Deployment, enrol: Enrol, trainer: Trainer, author: str
 ) -> None:
