@@ -369,7 +369,6 @@ def test_what_is_too_late_is_let_pass(deployment: Deployment, enrol: Enrol, trai
     assert (trainer.count(), deployment.appended(types.BudgetSpent), declined(deployment)) == (0, [], [])
 
 
-@pytest.mark.parametrize("author", ["another device", "the device itself", "the server"])
 def test_whoever_is_at_work_for_a_buffered_round_that_has_closed_pays_and_answers(
     deployment: Deployment, enrol: Enrol, trainer: Trainer
 ) -> None:
@@ -385,6 +384,7 @@ def test_whoever_is_at_work_for_a_buffered_round_that_has_closed_pays_and_answer
     assert trainer.count() == 1
 
 
+@pytest.mark.parametrize("author", ["another device", "the device itself", "the server"])
 def test_one_stamp_of_the_future_makes_no_instruction_late(
     deployment: Deployment, enrol: Enrol, trainer: Trainer, author: str
 ) -> None:
