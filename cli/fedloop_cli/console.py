@@ -75,7 +75,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str 
 
 
 def fields(pairs: Mapping[str, object]) -> str:
-    """One name and value a line."""
+    """One name and value a line; counts by name as "2 submitted, 1 declined"."""
     width = max(map(len, pairs), default=0)
     return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in pairs.items())
 
@@ -92,8 +92,10 @@ def moment(ms: int) -> str | None:
 
 
 def _cell(value: object) -> str:
-    if value is None:
+    if value is None or value == "" or value == {}:
         return "-"
+    if isinstance(value, Mapping):
+        return printable(", ".join(f"{count} {name}" for name, count in value.items()))
     if isinstance(value, float):
         return f"{value:.4g}"
     return printable(value)
