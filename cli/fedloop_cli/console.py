@@ -77,7 +77,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str 
 def fields(pairs: Mapping[str, object]) -> str:
     """One name and value a line; counts by name as "2 submitted, 1 declined"."""
     width = max(map(len, pairs), default=0)
-    return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in pairs.items())
+    return "\n".join(f"{name.ljust(width)}  {_value(value)}" for name, value in pairs.items())
+
+
+def _value(value: object) -> str:
+    counts = value.items() if isinstance(value, Mapping) else ()
+    return ", ".join(f"{_cell(count)} {printable(name)}" for name, count in counts) or (
+        "-" if value in ("", {}) else _cell(value)
+    )
 
 
 def offset(stream: str | None, number: int) -> str:
@@ -92,10 +99,8 @@ def moment(ms: int) -> str | None:
 
 
 def _cell(value: object) -> str:
-    if value is None or value == "" or value == {}:
+    if value is None:
         return "-"
-    if isinstance(value, Mapping):
-        return printable(", ".join(f"{count} {name}" for name, count in value.items()))
     if isinstance(value, float):
         return f"{value:.4g}"
     return printable(value)
