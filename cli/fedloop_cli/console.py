@@ -75,9 +75,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str 
 
 
 def fields(pairs: Mapping[str, object]) -> str:
-    """One name and value a line."""
+    """One name and value a line; counts by name as "2 submitted, 1 declined"."""
     width = max(map(len, pairs), default=0)
-    return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in pairs.items())
+    return "\n".join(f"{name.ljust(width)}  {_value(value)}" for name, value in pairs.items())
+
+
+def _value(value: object) -> str:
+    counts = value.items() if isinstance(value, Mapping) else ()
+    return ", ".join(f"{_cell(count)} {printable(name)}" for name, count in counts) or (
+        "-" if value in ("", {}) else _cell(value)
+    )
 
 
 def offset(stream: str | None, number: int) -> str:

@@ -13,6 +13,8 @@ from fedloop_cli import console
 if TYPE_CHECKING:
     from fedloop_server.operations.awaiting import Awaited
 
+AT_ONCE_S: Final = 5.0
+"""A server that has just decided something decides the next thing in less: nobody waits for it yet."""
 AGAIN_S: Final = 30.0
 """After so long the same is said again, with the seconds that are left by now."""
 
@@ -32,6 +34,8 @@ class Waiting:
         self._shown_s = 0.0
 
     def show(self, awaited: Awaited) -> None:
+        if awaited.what == "server" and awaited.decided_s is not None and awaited.decided_s < AT_ONCE_S:
+            return
         now_s = self._clock()
         if awaited.subject != self._subject or (awaited.what != "nothing" and now_s - self._shown_s >= AGAIN_S):
             self._subject, self._shown_s = awaited.subject, now_s

@@ -59,7 +59,7 @@ class Retractions:
                 row = found.fetchone()
                 if row is None:
                     raise UnknownFeedbackError(
-                        "no feedback of this device has this feedback_id", hint="use the id that feedback() returned"
+                        "no feedback of this device has this feedback_id", hint="use the id that recording it has given"
                     )
                 state = "due" if row[0] else "unpublished"
                 _delete(db, feedback_id)

@@ -92,7 +92,7 @@ class Awaited(Struct, frozen=True):
         match self.what:
             case "clients":
                 return self._clients_hint()
-            case "updates":
+            case "updates" if (self.decided_s or 0.0) > PATIENCE_S:
                 return f"look at these devices, or wait until {self.round_id} ends without them"
             case "server" if self.decided_s is None:
                 return "start it: `fedloop server run`"

@@ -112,6 +112,7 @@ def test_a_round_names_who_has_not_answered_until_its_deadline_and_then_it_is_th
     found = later(world, 1_000)
     assert (found.what, found.round_id, found.missing) == ("updates", "r0001", ["bob"])
     assert (found.there, found.asked, found.quorum) == (2, 3, 2)
+    assert (found.hint, replace(found, decided_s=31.0).hint[:21]) == ("", "look at these devices")
     assert found.left_s is not None
     assert 0 < found.left_s <= world.config.deadline_s
     assert "r0001 waits for bob: 2 of 3 have answered, the quorum is 2; it ends in" in found.line
