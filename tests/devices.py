@@ -26,6 +26,7 @@ from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
 from fedloop_server.operations.rounds import OnWait
+from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_tasks.classification.plan import ClassificationPlan
 
@@ -289,3 +290,10 @@ class World:
             stop.set()
             for thread in threads:
                 thread.join()
+
+
+def step_to(server: Server, kind: type[actions.Action]) -> actions.Action:
+    """Steps until the next action is of that kind, which is not done."""
+    while not isinstance(action := server._next(), kind):
+        server.step(wait_s=0.0)
+    return action

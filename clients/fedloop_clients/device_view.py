@@ -153,9 +153,9 @@ class DeviceView:
         """
         if not self._state.offsets:
             return
-        self._read(log, 1, 0.0)  # after this it is known which topics may be read
-        known = {stream: [each for each in kept if each.topic in self.topics] for stream, kept in self._state.marks.items()}
         try:
+            self._read(log, 1, 0.0)  # after this it is known which topics may be read
+            known = {stream: [each for each in kept if each.topic in self.topics] for stream, kept in self._state.marks.items()}
             reading.check(log.end(), lambda after: self._read(log, 1, 0.0, after), self.position, known)
         except LogChangedError as error:
             error.hint = (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import apsw
 import pytest
 from clients.conftest import settled
 from fedloop_clients import Agent, alone, loop
@@ -518,3 +519,24 @@ def test_a_stop_is_heeded(agent: Agent) -> None:
     stop.set()
     running.join(30)
     assert not running.is_alive()
+
+
+def test_a_log_that_is_cut_while_the_device_runs_stops_it_at_once(deployment: Deployment, agent: Agent) -> None:
+    agent.run(until=settled)
+
+    def until(status: Status) -> bool:
+        path = deployment.folder / "log.sqlite"
+        connection = apsw.Connection(str(path))
+        trigger = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'events_no_delete'").get
+        with connection:
+            connection.execute("DROP TRIGGER events_no_delete")
+            connection.execute("DELETE FROM events WHERE position > 2")
+            connection.execute(trigger)
+        connection.close()
+        return False
+
+    with pytest.raises(LogChangedError, match="the log ends before event"):
+        agent.run(until=until)
+    with pytest.raises(LogChangedError, match="the log ends before event") as again:
+        agent.run()
+    assert "restore the whole log" in again.value.hint

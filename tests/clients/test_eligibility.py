@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from clients.conftest import answered
-from fedloop_clients import Agent
+from fedloop_clients import Agent, eligibility
 from fedloop_clients.device import Settings
-from fedloop_clients.eligibility import Conditions, Eligibility, Surroundings, of_platform
+from fedloop_clients.eligibility import Conditions, Eligibility, Joined, Surroundings, of_platform
+from fedloop_clients.store import Store
 from fedloop_events import types
 from fedloop_events.errors import UsageError
 from fedloop_events.hours import DayHours
@@ -177,6 +178,18 @@ def test_the_gap_and_the_day_are_measured_between_what_the_server_asked() -> Non
     assert terms.too_often({"a": DAY, "b": DAY + HOUR}, 2 * DAY - 1) == "too-many-rounds"
     assert terms.too_often({"a": DAY, "b": DAY + HOUR}, 2 * DAY) is None
     assert terms.too_often({"a": 99 * DAY, "b": 99 * DAY}, DAY) is None, "a clock that was ahead once locks nobody out"
+
+
+def test_a_round_counts_from_its_first_instruction_and_the_oldest_rounds_give_way(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eligibility, "MAX_JOINED", 3)
+    joined, now = Joined(Store.create(tmp_path / "store.db", bytes(32))), deployment.opened("phone")
+    terms = [deployment.opened("phone") for _ in range(4)]
+    for number, opened in enumerate(terms):
+        joined.add(opened, number)
+        joined.add(opened, number + 1000)
+    assert dict(joined.others(now)) == {f"main/{each.round_id}": number for number, each in enumerate(terms) if number}
 
 
 # --- hours ---

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from clients.conftest import DEAD, dead_location
 from fedloop_clients import Agent
-from fedloop_events.errors import UnreachableError, UsageError
+from fedloop_clients.device_view import DeviceView
+from fedloop_events import topics as all_topics
+from fedloop_events import types
+from fedloop_events.errors import BlobError, UnreachableError, UsageError
+from fedloop_events.logs.port import START, Batch, EventLog, Position
 
 if TYPE_CHECKING:
     from clients.conftest import Deployment, DigitMasker
@@ -51,6 +55,21 @@ print(json.dumps({"release": release, "took": {what: min(times) for what, times 
 def dead(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with dead_location(request.param, tmp_path) as location:
         yield location
+
+
+class SlowLog:
+    """A log that holds back what it reads."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log, self.asked, self.answers = log, threading.Event(), threading.Event()
+        self.append, self.end, self.close = log.append, log.end, lambda: None
+
+    def read(
+        self, topics: Collection[str] = all_topics.ALL, after: Position = START, *, limit: int = 1000, wait_s: float = 0.0
+    ) -> Batch:
+        self.asked.set()
+        assert self.answers.wait(10)
+        return self._log.read(topics, after, limit=limit, wait_s=wait_s)
 
 
 def in_a_fresh_process(store: Path, log: str, blobs: str) -> tuple[str, dict[str, float]]:
@@ -102,6 +121,35 @@ def test_until_a_release_s_tensors_have_come_the_one_before_answers(deployment: 
         shutil.rmtree(deployment.folder / "blobs", ignore_errors=True)
         shutil.move(tmp_path / "away", deployment.folder / "blobs")
         assert agent._kept_release().release == after
+
+
+def test_the_tensors_of_another_release_are_not_taken_for_those_that_are_kept(deployment: Deployment, tmp_path: Path) -> None:
+    with Agent.enrol(deployment.folder, tmp_path / "store", client_id="phone", key_from="file") as agent:
+        kept = agent._kept_release()
+        with pytest.raises(BlobError, match="is not in the device's store"):
+            agent._device.releases.tensors(types.BlobRef("0" * 64, kept.blob.size_bytes))
+
+
+@pytest.mark.parametrize("meanwhile", ["another view", "a loop"])
+def test_a_reading_that_ends_late_takes_nobody_s_place(deployment: Deployment, tmp_path: Path, meanwhile: str) -> None:
+    """Whether the view has been replaced since it began, or a loop has begun to run, which alone changes it."""
+    with Agent.enrol(deployment.folder, tmp_path / "store", client_id="phone", key_from="file") as agent:
+        device, refresher, log = agent._device, agent._refresher, SlowLog(deployment.log)
+        device.log = log
+        before = DeviceView("phone", agent.identity.server_key, device.view.to_state())
+        deployment.release()
+        reading = threading.Thread(target=refresher._catch_up)
+        reading.start()
+        assert log.asked.wait(10)
+        if meanwhile == "a loop":
+            before = device.view
+            refresher.running += 1
+        else:
+            device.view = before
+        log.answers.set()
+        reading.join(10)
+        refresher.running = 0
+        assert device.view is before
 
 
 def test_a_device_that_knows_no_release_says_why(deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

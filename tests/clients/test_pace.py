@@ -62,6 +62,15 @@ def test_a_change_is_reported_at_once_and_moves_no_later_report() -> None:
     assert heartbeats.due(own, 2)
 
 
+def test_a_report_that_came_late_moves_no_later_one() -> None:
+    heartbeats = Heartbeats("phone", 30.0)
+    heartbeats.sent(0.0, 1)
+    own = next(each / 4 for each in range(1000) if heartbeats.due(each / 4, 1))
+    heartbeats.sent(own + 40.0, 1)
+    assert not heartbeats.due(own + 59.5, 1)
+    assert heartbeats.due(own + 60.0, 1)
+
+
 @given(gaps=st.lists(st.floats(0.0, 500.0), min_size=1, max_size=30), every_s=st.just(0.0) | st.floats(0.01, 60.0))
 def test_a_device_that_slept_reports_once_and_is_never_silent_for_longer_than_its_period(
     gaps: list[float], every_s: float

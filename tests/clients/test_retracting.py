@@ -215,6 +215,26 @@ def test_a_restored_store_that_retracts_what_it_does_not_know_to_be_published_re
     assert (recorded(deployment), retracted(deployment)) == (own(agent, "mine"), own(agent, "mine"))
 
 
+def test_a_restored_store_that_has_read_the_log_knows_what_is_published_also_before_it_is_masked_again(
+    agent: Agent, tmp_path: Path, masker: DigitMasker
+) -> None:
+    agent.run(until=settled)
+    give(agent, "mine")
+    back_up(agent, tmp_path / "backup")
+    agent.run(until=settled)
+    agent.close()
+    with Agent.open(tmp_path / "backup", masker=masker) as restored:
+        assert restored.status().waiting == 1
+        assert restored.retract("mine").published
+
+
+def test_what_version_1_had_published_is_known_as_published_without_the_log(tmp_path: Path) -> None:
+    unpack(RECORDED.with_name("store_v1"), tmp_path)
+    with Agent.open(tmp_path / "device", tmp_path / "gone") as agent:
+        ((published,), *_) = agent._device.store.rows("SELECT feedback_id FROM feedback WHERE state = 'published'")
+        assert agent.retract(published).published
+
+
 def test_a_process_killed_anywhere_in_a_retraction_leaves_all_of_it_or_nothing(
     deployment: Deployment, agent: Agent, store_dir: Path, masker: DigitMasker, in_child: InChild, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import stat
+import threading
 from pathlib import Path
 
 import apsw
 import pytest
 import samples
 from fedloop_events import topics
-from fedloop_events.errors import LogError, UnreachableError, UsageError
+from fedloop_events.errors import LogChangedError, LogError, UnreachableError, UsageError
 from fedloop_events.locations import open_blobs, open_log
-from fedloop_events.logs.port import START, read_all
+from fedloop_events.logs.port import START, Position, read_all
 from fedloop_events.logs.sqlite import SqliteLog
 
 
@@ -207,3 +208,34 @@ def test_the_file_and_what_sqlite_puts_beside_it_are_their_owners_alone(tmp_path
     (tmp_path / "log.sqlite").chmod(0o640)
     SqliteLog(tmp_path / "log.sqlite").close()
     assert stat.S_IMODE((tmp_path / "log.sqlite").stat().st_mode) == 0o640, "what the operator has changed stays"
+
+
+def cut(path: Path, count: int) -> None:
+    """Remove the last events from the file, as no program of ours does."""
+    connection = apsw.Connection(str(path))
+    trigger = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'events_no_delete'").get
+    with connection:
+        connection.execute("DROP TRIGGER events_no_delete")
+        connection.execute("DELETE FROM events WHERE position > (SELECT max(position) FROM events) - ?", (count,))
+        connection.execute(trigger)
+    connection.close()
+
+
+def test_a_reader_notices_at_once_that_the_log_was_cut_below_what_it_has_read(tmp_path: Path) -> None:
+    log, found = fill(tmp_path / "log", 4), list[str]()
+
+    def wait() -> None:
+        try:
+            log.read(after=Position({"log": 4}), wait_s=30.0)
+        except LogChangedError as error:
+            found.append(error.message)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    cut(tmp_path / "log", 2)
+    waiting.join(20)
+    assert found == ["the log ends before event 4 of stream 'log', which was read: it has 2"]
+    with pytest.raises(LogChangedError, match="it has 2"):
+        log.read((topics.ROUNDS,), Position({"log": 4}))
+    assert len(log.read().records) == 2
+    log.close()

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from devices import CONFIG, World
+from devices import CONFIG, World, step_to
 from fedloop_events import types
 from fedloop_events.errors import FedloopError, UsageError
 from fedloop_server.operations import rounds
@@ -25,13 +25,6 @@ def world(tmp_path: Path) -> World:
     world.device("cem", behave=lambda opened, arrays: None)
     world.request()
     return world
-
-
-def step_to(server: Server, kind: type[actions.Action]) -> actions.Action:
-    """Steps until the next action is of that kind, which is not done."""
-    while not isinstance(action := server._next(), kind):
-        server.step(wait_s=0.0)
-    return action
 
 
 def until_idle(server: Server) -> None:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from fedloop_events import topics
 from fedloop_events.envelope import Record
 from fedloop_events.errors import LogChangedError
-from fedloop_events.logs.port import Batch, Position
+from fedloop_events.logs.port import Batch, Position, check_reaches
 
 _HINT: Final = "restore the whole log"
 
@@ -57,10 +57,7 @@ def check(end: Position, read: Callable[[Position], Batch], position: Position, 
 
     `read` gives the next event after a position. What is not lasting may have expired; something else in its place may not stand.
     """
-    for stream, offset in position.offsets.items():
-        if not end.covers(stream, offset):
-            lost = f"the log ends before event {offset} of stream {stream!r}, which was read: it has {end.offsets.get(stream, 0)}"
-            raise LogChangedError(lost, cause="it was cut short, restored from a backup, or replaced", hint=_HINT)
+    check_reaches(end, position)
     for stream, kept in marks.items():
         for mark in kept:
             found = _first(read, stream, Position({**end.offsets, stream: mark.offset - 1}))

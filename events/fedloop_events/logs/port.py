@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from fedloop_events import topics
 from fedloop_events.envelope import Event, Record
+from fedloop_events.errors import LogChangedError
 
 
 class Position(Struct, frozen=True):
@@ -59,7 +60,7 @@ class EventLog(Protocol):
         """Up to `limit` events of `topics` after a position, waiting up to `wait_s` for the first one, without burning a core.
 
         It is empty only if the log held nothing more when it was called. The position of the answer is at least `after` and is to
-        be used with the same topics.
+        be used with the same topics. Raises `LogChangedError`, or another `LogError`, if the log ends before `after`.
         """
 
     def end(self) -> Position:
@@ -67,6 +68,17 @@ class EventLog(Protocol):
 
     def close(self) -> None:
         """Let go of files and connections; nothing is lost."""
+
+
+def check_reaches(end: Position, after: Position) -> None:
+    """Raise `LogChangedError` if the log ends, at `end`, before a position up to which it has been read."""
+    for stream, offset in after.offsets.items():
+        if not end.covers(stream, offset):
+            raise LogChangedError(
+                f"the log ends before event {offset} of stream {stream!r}, which was read: it has {end.offsets.get(stream, 0)}",
+                cause="it was cut short, restored from a backup, or replaced",
+                hint="restore the whole log",
+            )
 
 
 def read_all(log: EventLog, topics: Collection[str] = topics.ALL, after: Position = START) -> Iterator[Record]:

@@ -22,7 +22,7 @@ from fedloop_events import topics as all_topics
 from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import LogError
 from fedloop_events.files import free_bytes_if_full
-from fedloop_events.logs.port import START, Batch, Position
+from fedloop_events.logs.port import START, Batch, Position, check_reaches
 from fedloop_events.logs.sqlite_file import open_connection, pragma, transaction, translated_errors
 
 STREAM: Final = "log"
@@ -210,8 +210,9 @@ def _select(connection: apsw.Connection, topics: Collection[str], after: int, li
     known = [topic for topic in all_topics.ALL if topic in topics]
     with connection:
         end = _end(connection)
-        if not known or after >= end:
-            return [], max(after, end)
+        check_reaches(Position({STREAM: end}), Position({STREAM: after}))
+        if not known or after == end:
+            return [], end
         records = [
             Record(topic, key, uuid.hex(), source, kind, at, data, signature, stream=STREAM, offset=position, appended_ms=ms)
             for topic, key, uuid, source, kind, at, data, signature, position, ms in connection.execute(

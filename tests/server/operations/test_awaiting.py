@@ -6,12 +6,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from devices import CONFIG, World
+from devices import CONFIG, World, step_to
 from fedloop_events import types
 from fedloop_events.errors import UnreachableError
 from fedloop_server.operations import awaiting, rounds
 from fedloop_server.operations.awaiting import Awaited
 from fedloop_server.operations.followed import Followed
+from fedloop_server.rounds import actions
 from msgspec.structs import replace
 
 
@@ -144,6 +145,33 @@ def test_a_server_that_has_just_decided_is_not_asked_about(world: World) -> None
     assert (found.what, found.hint) == ("server", "")
     assert found.decided_s == pytest.approx(1.0, abs=0.1)
     assert "the server of epoch 1 has last decided 1 s ago" in found.line
+
+
+def test_until_all_are_asked_and_once_it_is_to_be_aborted_a_round_waits_for_the_server(world: World) -> None:
+    for name in ("ann", "bob", "cem"):
+        world.device(name)
+    world.request()
+    step_to(world.server(), actions.CollectUpdates)
+    found = later(world, 1_000)
+    assert (found.what, found.round_id, found.asked) == ("server", "r0001", 0)
+    opened(world, "ann")
+    assert later(world, 1_000).what == "updates"
+    rounds.abort(world.writer, "r0001", "wrong terms")
+    assert later(world, 1_000).what == "server"
+
+
+def test_a_round_that_has_closed_waits_for_the_server_until_its_release_is_decided(world: World) -> None:
+    for name in ("ann", "bob"):
+        world.device(name)
+    world.request()
+    server = world.server()
+    with world.serving():
+        step_to(server, actions.ProposeRelease)
+        assert (now(world).what, now(world).round_id) == ("server", "r0001")
+        server.step()
+        assert (now(world).what, now(world).round_id) == ("server", "r0001")
+        step_to(server, actions.Wait)
+    assert now(world).what == "nothing"
 
 
 def test_what_is_waited_for_is_the_same_whatever_the_seconds(world: World) -> None:

@@ -188,6 +188,10 @@ class Transport:
             request.headers.update(self._signature(request, digest or signing.EMPTY_DIGEST))
         try:
             response = client.send(request, stream=True)
+        except RuntimeError:
+            if self._closed:  # by another thread, meanwhile
+                raise LogError(f"the connection to the gateway {self.base} is closed") from None
+            raise
         except httpx.TransportError as error:
             yield self._unreachable(error)
             return
