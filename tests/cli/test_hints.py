@@ -413,6 +413,8 @@ def test_a_topic_that_is_missing_is_made(scratch: Scratch, kafka: str, kafka_url
     topic = f"{kafka_url.rpartition('/')[2]}.rounds"
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.delete_topics([topic])[topic].result(30)
+    while topic in admin.list_topics(timeout=30).topics:
+        pass
     hint = scratch.hint("makes what is missing", "round", "list", "--log", kafka_url)
     scratch.follow(hint, **{"kafka://HOST:PORT/PREFIX": kafka_url})
     assert scratch.does("round", "list", "--log", kafka_url)["rounds"] == []

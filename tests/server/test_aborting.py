@@ -98,7 +98,10 @@ def test_a_round_that_is_over_cannot_be_aborted_and_what_it_came_to_is_said(tmp_
         until_idle(server)
     with pytest.raises(FedloopError, match=r"its release 0001-\w+ is published") as raised:
         rounds.abort(world.writer, "r0001", "too late")
-    assert (raised.value.exit_status, raised.value.hint) == (1, "`fedloop release rollback` takes it back")
+    assert (raised.value.exit_status, raised.value.hint) == (
+        1,
+        "put an earlier release in force again: `fedloop release rollback`",
+    )
     with pytest.raises(UsageError, match="no round 'r0002'"):
         rounds.abort(world.writer, "r0002", "never was")
     assert world.payloads(types.RoundAbortRequested) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 
@@ -270,10 +271,14 @@ def test_a_hundred_thousand_events_take_well_under_half_a_second() -> None:
         said += [closed(number)]
     events = admitted(numbered(said), Admit())
     view = RoundsView()
+    gc.disable()  # it would look through what all the other tests have left
     start = time.process_time()
-    for record, payload in events:
-        view.apply(record, payload)
-    assert time.process_time() - start < 1.0  # 0.3 s on an idle core
+    try:
+        for record, payload in events:
+            view.apply(record, payload)
+    finally:
+        gc.enable()
+    assert time.process_time() - start < 1.0  # 0.2 s on an idle core
     assert (len(events), len(view.rounds), len(view.unanswered)) == (99_001, 1000, 48_000)
 
 

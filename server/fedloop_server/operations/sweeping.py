@@ -104,7 +104,7 @@ def names_in(log: EventLog, stopped: Callable[[], bool] = lambda: False) -> set[
     if stopped():
         return found
     if not all(after.covers(stream, offset) for stream, offset in end.offsets.items()):
-        raise LogError("the log could not be read to its end", hint="try again; fedloop log verify says what is wrong with it")
+        raise LogError("the log could not be read to its end", hint="try again; `fedloop log verify` says what is broken")
     if not created:
         raise UsageError("the log belongs to no deployment: nothing says which blobs are needed")
     return found
