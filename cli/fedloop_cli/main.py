@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -21,6 +22,8 @@ from fedloop_cli import console, options
 from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, release, rounds, server
 
 INTERRUPTED: Final = 130
+_REFRESHING: Final = "fedloop-refresh"
+"""The thread in which a device reads a log that may be away."""
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
 app.command(cls=options.MessagesCommand)(demo.demo)
@@ -58,6 +61,10 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
+    if any(each.name == _REFRESHING for each in threading.enumerate()):
+        # It may be in the middle of C++, which aborts the process where Python, on its way down, ends the thread under it.
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -11,6 +11,8 @@ from fedloop_events.errors import FedloopError
 from fedloop_clients.device import VIEW, Device
 from fedloop_clients.device_view import DeviceView
 
+THREAD: Final = "fedloop-refresh"
+"""Its name. It is a daemon: a log that is away holds up nobody's exit."""
 AT_ONCE_S: Final = 0.02
 """How long an answer waits for a log that is reached over a network: what it brings later is for the next answer."""
 BESIDE_S: Final = 1.0
@@ -36,7 +38,7 @@ class Refresher:
         """Take over what another process has kept, and begin to read the log, which may answer at once."""
         self._take_over()
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._read, daemon=True)
+            self._thread = threading.Thread(target=self._read, name=THREAD, daemon=True)
             self._thread.start()
             self._thread.join(self._patience_s)
 

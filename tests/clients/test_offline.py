@@ -93,6 +93,22 @@ def test_a_fresh_process_answers_without_a_log_that_answers(
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.parametrize(("kind", "taken_down"), [("http silent", False), ("folder", True)])
+def test_a_command_ends_without_taking_python_down_around_a_thread_that_waits(
+    deployment: Deployment, tmp_path: Path, kind: str, taken_down: bool
+) -> None:
+    """C++ libraries abort the process where a thread is ended in the middle of them."""
+    Agent.enrol(deployment.folder, tmp_path / "store", client_id="phone", key_from="file").close()
+    with dead_location(kind, tmp_path) as location:
+        program = "import atexit; atexit.register(print, 'taken down'); from fedloop_cli.main import main; main()"
+        where = ["--log", location, "--blobs", str(tmp_path / "no blobs")]
+        command = [sys.executable, "-c", program, "agent", "status", "--store", str(tmp_path / "store"), *where]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert deployment.base_release in ended.stdout
+    assert ("taken down" in ended.stdout) == taken_down
+
+
 def test_what_a_loop_in_another_process_has_kept_an_open_agent_sees(
     deployment: Deployment, tmp_path: Path, masker: DigitMasker
 ) -> None:
