@@ -90,8 +90,9 @@ class RoundState(Struct):
     @property
     def excluded(self) -> dict[str, types.Exclusion]:
         """By client: why it did not count, the last reason that was given for it."""
-        events = (self.opened, *self.collected, self.aborted)
-        return {each.client_id: each for event in events if event is not None for each in event.excluded}
+        events, counts = (self.opened, *self.collected, self.aborted), set(self.participants)
+        found = (each for event in events if event is not None for each in event.excluded)
+        return {each.client_id: each for each in found if each.client_id not in counts}
 
     @property
     def counted(self) -> set[str]:
