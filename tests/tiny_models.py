@@ -20,6 +20,10 @@ TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_INST: Final = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 _SPECIAL: Final = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _WORDS: Final = [
     "where is my card",
@@ -65,6 +69,23 @@ def tokenizer(template: str | None = TEMPLATE, *, marked: bool = True) -> PreTra
         additional_special_tokens=_SPECIAL[1:] if marked else [],
     )
     made.chat_template = template
+    return made
+
+
+def spaces() -> PreTrainedTokenizerFast:
+    """As LLaMA 2 and Mistral have one: spaces are letters, and the first text gets one; turns stand in [INST]."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = list("abcdefghijklmnopqrstuvwxyz[]/<>|?,.INST")
+    trainer = trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(_WORDS, trainer)
+    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.chat_template = _INST
     return made
 
 
