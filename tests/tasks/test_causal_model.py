@@ -475,3 +475,12 @@ def test_tensors_that_are_not_the_models_are_refused(llama: Path) -> None:
         model.load(dict(list(arrays.items())[1:]))
     assert list(model.initial_arrays(0)) == list(arrays)
     assert not any(value.any() for name, value in model.initial_arrays(0).items() if name.endswith(".B"))
+
+
+def test_a_tokenizer_without_an_end_or_with_several_templates_is_refused() -> None:
+    endless, several = tiny.tokenizer(template=None), tiny.tokenizer()
+    endless.eos_token = None
+    several.chat_template = {"default": tiny.TEMPLATE, "tools": tiny.TEMPLATE}
+    for tokenizer, said in ((endless, "no token that ends an answer"), (several, "several chat templates")):
+        with pytest.raises(ModelError, match=said):
+            Chat(tokenizer)

@@ -53,7 +53,7 @@ class Chat:
         self._special: dict[int, str] = {n: str(token) for n, token in added if token.special or n in framed}
         end = [n for n in self._parsed(frame[-1]) if n in self._special]
         if not end and tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no token that ends an answer", hint="it needs an eos_token")
+            raise ModelError("the tokenizer has no token that ends an answer", hint="use a base model whose tokenizer names one")
         self.end: int = end[0] if end else tokenizer.eos_token_id
         """The token that ends an answer."""
         self.ends: frozenset[int] = frozenset({self.end, tokenizer.eos_token_id} - {None})
@@ -93,7 +93,7 @@ class Chat:
         if room < min(least, len(prompt)):
             raise TooLongError(
                 f"an answer of {len(answered)} tokens does not fit into {most} beside its prompt",
-                hint="shorten it, or make the deployment with a larger max_tokens",
+                hint="shorten it",
             )
         cut = max(0, len(prompt) - room)
         return Encoded(prompt[cut:] + answered, len(prompt) - cut, cut)

@@ -59,7 +59,9 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file that the base model in `folder` is made of. Raises ModelError if one is missing."""
     found = [name for name in FILES if (folder / name).is_file()]
     if missing := [name for name in _NEEDED if name not in found]:
-        raise ModelError(f"the base model in {folder} has no {missing[0]}", hint="save model and tokenizer by `save_pretrained`")
+        raise ModelError(
+            f"the base model in {folder} has no {missing[0]}", hint="save the model and its tokenizer into one folder"
+        )
     return {name: folders.sha256(folder, name) for name in found}
 
 
