@@ -11,7 +11,8 @@ from fedloop_clients.models import Held
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef
-from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_tasks.classification.model import EmbeddingClassifier, describe
+from fedloop_tasks.models.tensors import Arrays
 
 TEXTS = {"card-lost": "my card is lost", "loan": "can I have a loan, please", "transfer": "where is the money that I sent"}
 

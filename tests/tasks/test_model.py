@@ -14,8 +14,9 @@ import torch
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
-from fedloop_tasks.classification.encoder import locate, sha256
-from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_tasks.classification.model import EmbeddingClassifier, describe
+from fedloop_tasks.models.folder import locate, sha256
+from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.task import ModelError
 from msgspec.structs import replace
 from torch.nn import functional as F

@@ -13,7 +13,8 @@ from fedloop_events.errors import TensorError
 from fedloop_events.types import BlobRef, Mechanism, RoundOpened
 from fedloop_privacy.dp.accounting import MechanismError
 from fedloop_tasks.classification.examples import Example
-from fedloop_tasks.classification.model import Arrays, EmbeddingClassifier, describe
+from fedloop_tasks.classification.model import EmbeddingClassifier, describe
+from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.programs.adapter import default_hyperparameters
 from fedloop_tasks.programs.class_sums import NAME as SUMS
 from fedloop_tasks.table import program_of

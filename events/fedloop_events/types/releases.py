@@ -40,6 +40,25 @@ class ClassificationSpec(
     max_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 64
 
 
+class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="task", tag="sft"):
+    """A frozen causal language model, and a LoRA adapter on its last layers, which learns answers to prompts."""
+
+    base_model: Line
+    """Name of an installed package that carries a model, or the name of a folder that every party configures."""
+    files: Annotated[dict[Identifier, Sha256], Meta(max_length=20)]
+    """SHA-256 of each file that the base model is made of, its tokenizer and chat template among them: every party checks its own
+    copies."""
+    rank: Annotated[int, Meta(ge=1, le=256)]
+    alpha: Positive
+    targets: list[Line]
+    layers: Annotated[int, Meta(ge=1, le=1000)]
+    """How many of the last layers carry an adapter."""
+    max_tokens: Annotated[int, Meta(ge=2, le=100_000)] = 512
+    """Of a prompt and its answer in training."""
+    max_answer_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 128
+    """Of an answer that is given, its end included."""
+
+
 Spec = ClassificationSpec
 """What a model is, by the task that it learns: a union by the tag `task`, as soon as there is another one."""
 

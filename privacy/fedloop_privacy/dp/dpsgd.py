@@ -155,6 +155,25 @@ def plain_sgd(
     return step
 
 
+def example_gradients(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    examples: Examples[Batch],
+    forward: Forward[Batch],
+    indices: Sequence[int],
+) -> list[Tensor]:
+    """What `dp_sgd` clips: for each of the parameters, which must be all that are trainable, the examples' gradients [B, ...].
+
+    They come from one batch; a model can be checked by comparing them with those of each example by itself. Raises TrainingError
+    as `dp_sgd` does.
+    """
+    _check_model(model)
+    with _training_mode(model), _per_example_gradients(model):
+        torch.autograd.backward(_losses(model, examples, forward, np.asarray(indices)).sum())
+        _check_gradients(model, len(indices))
+        return [getattr(p, "grad_sample").detach().clone() for p in parameters]  # noqa: B009  # Opacus's, unknown to nn.Parameter
+
+
 class _PrivateSGD(DPOptimizer):  # type: ignore[misc]
     """Opacus's clipping and accumulation, with our noise and our divisor."""
 

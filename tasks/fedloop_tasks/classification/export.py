@@ -14,6 +14,7 @@ from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
 
 from fedloop_tasks.classification import encoder
+from fedloop_tasks.models import folder
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
 from fedloop_tasks.task import Arrays, Provenance, Step
 
@@ -79,7 +80,7 @@ def _card(spec: ClassificationSpec, provenance: Provenance) -> str:
             f"# Release {provenance.release} of {provenance.model}",
             "",
             f"A classifier into {len(spec.labels)} labels: a LoRA adapter on the last layers ({spec.layers}) of",
-            f"`{spec.base_model}`, whose `{encoder.WEIGHTS}` has SHA-256 `{spec.base_sha256}`,",
+            f"`{spec.base_model}`, whose `{folder.WEIGHTS}` has SHA-256 `{spec.base_sha256}`,",
             "and a linear head over the mean of its states.",
             "It was trained on its users' devices from their feedback, on masked text: mask in the same way what you classify.",
             "",

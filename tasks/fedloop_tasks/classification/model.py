@@ -6,7 +6,6 @@ precision moves a gradient by 7e-4). A training step then costs the adapted laye
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,16 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedloop_tasks.classification import encoder, training
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.plan import PLAIN_RATES, PRIVATE_RATES
+from fedloop_tasks.models import folder as folders
+from fedloop_tasks.models.kept import KeptStates, batches, best_device, padded
+from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.programs.class_sums import Embedded
 from fedloop_tasks.task import ModelError
@@ -30,8 +31,6 @@ CACHE_BYTES: Final = 256 * 2**20
 """Bound on the kept states of a model: about 10,000 sentences of 17 tokens at width 384."""
 _BATCH_TOKENS: Final = 4096  # padded tokens in one forward pass without gradients
 _BATCH_TEXTS: Final = 1024  # texts whose states are held at once, beside the cache
-
-Arrays = dict[str, NDArray[np.float32]]
 
 
 def describe(
@@ -48,7 +47,7 @@ def describe(
     """The spec of a classifier into `labels` over a base model on this machine. Raises ModelError if it is not there."""
     return ClassificationSpec(
         base_model=base_model,
-        base_sha256=encoder.sha256(encoder.locate(base_model, model_dir)),
+        base_sha256=folders.sha256(folders.locate(base_model, model_dir)),
         labels=list(labels),
         rank=rank,
         alpha=alpha,
@@ -58,7 +57,7 @@ def describe(
     )
 
 
-class EmbeddingClassifier:
+class EmbeddingClassifier(Adapted):
     """A text classifier as `spec` describes it, over the base model on this machine.
 
     Tensors of a release, in this order: `lora.<layer>.<module>.A` [r, in] and `lora.<layer>.<module>.B` [out, r] for each adapted
@@ -80,80 +79,20 @@ class EmbeddingClassifier:
     ) -> None:
         if len(set(spec.labels)) != len(spec.labels) or not spec.labels:
             raise ModelError("the model's labels must be different from each other, and at least one")
-        folder = encoder.locate(spec.base_model, model_dir)
-        if (actual := encoder.sha256(folder)) != spec.base_sha256:
+        folder = folders.locate(spec.base_model, model_dir)
+        if (actual := folders.sha256(folder)) != spec.base_sha256:
             raise ModelError(
                 f"the weights of {spec.base_model!r} have SHA-256 {actual[:12]}, the model's spec says {spec.base_sha256[:12]}",
                 hint="install the version of the base model that the deployment was made with",
             )
         self.spec = spec
-        self.device = torch.device(device or _best_device())
+        self.device = torch.device(device or best_device())
         self._tokenizer, base = encoder.load(folder)
         self._trunk, self.tail, self._tensors = encoder.adapt(base, self._tokenizer, spec)
         self._trunk.to(self.device)
         self.tail.to(self.device)
         self._label_ids = {label: i for i, label in enumerate(spec.labels)}
-        self._cache = _States(cache_bytes)
-
-    # --- tensors ---
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a release's tensors, in order."""
-        return {name: tuple(p.shape) for name, p in self._tensors.items()}
-
-    def initial_arrays(self, seed: int) -> Arrays:
-        """The first release: A uniform on +-1/sqrt(in) as in PEFT (Kaiming with a = sqrt 5), B and head zero.
-
-        The same seed gives the same bytes on every machine.
-        """
-        random = np.random.Generator(np.random.PCG64(seed))
-        arrays: Arrays = {}
-        for name, shape in self.shapes.items():
-            draw = (2 * random.random(shape) - 1) / np.sqrt(shape[-1]) if name.endswith(".A") else np.zeros(shape)
-            arrays[name] = draw.astype(np.float32)
-        return arrays
-
-    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take a release's tensors. Raises TensorError unless they are exactly this model's, float32 and finite; the model is
-        then as it was."""
-        if list(arrays) != list(self._tensors):
-            raise TensorError(f"the release holds {len(arrays)} tensors, not exactly the {len(self._tensors)} of the model")
-        for name, p in self._tensors.items():
-            value = arrays[name]
-            if value.shape != tuple(p.shape) or value.dtype != np.float32:
-                raise TensorError(f"tensor {name} is {value.dtype} {list(value.shape)}, the model's is float32 {list(p.shape)}")
-            if not np.isfinite(value).all():
-                raise TensorError(f"tensor {name} holds values that are not finite")
-        with torch.no_grad():
-            for name, p in self._tensors.items():
-                p.copy_(torch.tensor(arrays[name]))
-
-    def arrays(self, names: Sequence[str] | None = None) -> Arrays:
-        """Copies of the tensors `names` (all, if None), in that order. Raises TensorError for a name that is not the model's."""
-        return {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._chosen(names).items()}
-
-    @contextmanager
-    def trainable(self, names: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
-        """The tensors `names` as parameters that record gradients, and no others; afterwards none does.
-
-        Raises TensorError for a name that is not the model's.
-        """
-        chosen = self._chosen(names)
-        for p in chosen.values():
-            p.requires_grad = True
-        try:
-            yield chosen
-        finally:
-            for p in chosen.values():
-                p.requires_grad = False
-                p.grad = None
-
-    def _chosen(self, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
-        unknown = [name for name in names or () if name not in self._tensors]
-        if unknown:
-            raise TensorError(f"{len(unknown)} tensors are not the model's, {unknown[0]!r} among them")
-        return {name: self._tensors[name] for name in (self._tensors if names is None else names)}
+        self._cache = KeptStates(cache_bytes)
 
     # --- what programs ask for ---
 
@@ -200,8 +139,8 @@ class EmbeddingClassifier:
         known = {text: states for text in texts if (states := self._cache.get(text)) is not None}
         missing = list(dict.fromkeys(text for text in texts if text not in known))
         tokens = self._tokens(missing)
-        for batch in _batches([len(ids) for ids in tokens], _BATCH_TOKENS):
-            mask, ids = _padded([torch.tensor(tokens[i]) for i in batch])
+        for batch in batches([len(ids) for ids in tokens], _BATCH_TOKENS):
+            mask, ids = padded([torch.tensor(tokens[i]) for i in batch])
             with torch.no_grad():
                 out = self._trunk(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device)).last_hidden_state
             for row, i in enumerate(batch):
@@ -218,7 +157,7 @@ class EmbeddingClassifier:
 
     def batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States [B, T, d], padded to the longest, and their mask [B, T], on the model's device: what `tail` takes."""
-        mask, states = _padded(self.states(texts))
+        mask, states = padded(self.states(texts))
         return states.to(self.device), mask.to(self.device)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -240,10 +179,10 @@ class EmbeddingClassifier:
         rows = np.empty((len(texts), width), dtype=np.float32)
         for start in range(0, len(texts), _BATCH_TEXTS):
             states = self.states(texts[start : start + _BATCH_TEXTS])
-            for batch in _batches([len(s) for s in states], _BATCH_TOKENS):
-                mask, padded = _padded([states[i] for i in batch])
+            for batch in batches([len(s) for s in states], _BATCH_TOKENS):
+                mask, inputs = padded([states[i] for i in batch])
                 with torch.no_grad():
-                    out = module(padded.to(self.device), mask.to(self.device))
+                    out = module(inputs.to(self.device), mask.to(self.device))
                 rows[start + np.array(batch)] = out.cpu().numpy()
         return rows
 
@@ -252,45 +191,3 @@ class EmbeddingClassifier:
             return []
         ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self.spec.max_tokens)["input_ids"]
         return ids
-
-
-class _States:
-    """The states of the texts used last, within a bound on their bytes."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most, self._size = most_bytes, 0
-        self._states: OrderedDict[str, Tensor] = OrderedDict()
-
-    def get(self, text: str) -> Tensor | None:
-        if text in self._states:
-            self._states.move_to_end(text)
-        return self._states.get(text)
-
-    def put(self, text: str, states: Tensor) -> None:
-        self._states[text] = states
-        self._size += states.nbytes
-        while self._size > self._most:
-            self._size -= self._states.popitem(last=False)[1].nbytes
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """Indices in order of length, cut so that a padded batch holds at most `most_tokens` (or one example)."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > most_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mask [B, T] and the rows padded with zeros to the longest."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    return mask, nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

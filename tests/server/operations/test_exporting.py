@@ -20,7 +20,7 @@ from fedloop_events.errors import TensorError, UsageError
 from fedloop_privacy.dp import accounting
 from fedloop_server.operations import exporting
 from fedloop_server.operations.followed import Followed
-from fedloop_tasks.classification.encoder import locate
+from fedloop_tasks.models.folder import locate
 from fedloop_tasks.table import task_of
 from safetensors.torch import load_file
 from typer.testing import CliRunner

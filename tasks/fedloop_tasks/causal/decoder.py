@@ -1,0 +1,172 @@
+"""The frozen decoder below a model, split for LoRA: what lies below the adapted layers, and those with the head.
+
+Here stands how Transformers (5.23) lays a decoder out, and what PEFT (0.21) makes of it. No attention mask is built: rows are
+padded on the right, and under a causal mask no token sees what stands after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from fedloop_events.types import CausalSpec
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache
+from transformers.pytorch_utils import Conv1D
+
+from fedloop_tasks.models import folder as folders
+from fedloop_tasks.task import ModelError
+
+_NO_DROPOUT: Final = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+"""Attention keeps its dropout as a number, not as a module that is turned off for DP-SGD."""
+
+
+class _Family(NamedTuple):
+    """Where the parts of a decoder stand, and what is adapted unless a spec says otherwise."""
+
+    layers: str
+    norm: str
+    targets: tuple[str, ...]
+
+
+_LLAMA: Final = _Family(
+    "model.layers", "model.norm", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
+_GPT2: Final = _Family("transformer.h", "transformer.ln_f", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+FAMILIES: Final = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
+"""By `model_type` of the configuration."""
+
+
+class Layers(nn.Module):
+    """Consecutive layers of a decoder; `rotary` is its position embedding where that acts in the layers."""
+
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None) -> None:
+        super().__init__()
+        self.layers, self.rotary = layers, rotary
+
+    def run(self, states: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
+        """States [B, T, d] of the tokens at `start` and after; keys and values of those before are in `cache`."""
+        positions = torch.arange(start, start + states.shape[1], device=states.device)[None]
+        rotated = {} if self.rotary is None else {"position_embeddings": self.rotary(states, position_ids=positions)}
+        for layer in self.layers:
+            output = layer(states, attention_mask=None, past_key_values=cache, use_cache=cache is not None, **rotated)
+            states = output[0] if isinstance(output, tuple) else output
+        return states
+
+
+class Trunk(Layers):
+    """What never changes: the embedding, and the layers below the adapted ones."""
+
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, tokens: nn.Module, positions: nn.Module | None) -> None:
+        super().__init__(layers, rotary)
+        self.tokens, self.positions = tokens, positions
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
+        """States [B, T, d] of the tokens `ids` [B, T]."""
+        states: Tensor = self.tokens(ids)
+        if self.positions is not None:
+            states = states + self.positions(torch.arange(start, start + ids.shape[1], device=ids.device))[None]
+        return self.run(states, cache, start)
+
+
+class Tail(Layers):
+    """What can be trained, and what lies above: the adapted layers, the norm and the head."""
+
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, norm: nn.Module, head: nn.Module) -> None:
+        super().__init__(layers, rotary)
+        self.norm, self.head = norm, head
+
+    def forward(self, states: Tensor, rows: Tensor, columns: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
+        """Logits [n, V] of the token that follows the one at each of `rows` and `columns` [n]: nowhere else are they computed."""
+        logits: Tensor = self.head(self.norm(self.run(states, cache, start)[rows, columns]))
+        return logits
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and decoder, see `models.folder.load`. Raises ModelError also for a family that cannot be adapted."""
+    tokenizer, base = folders.load(folder, AutoModelForCausalLM, settings=_NO_DROPOUT)
+    family_of(base.config)
+    return tokenizer, base
+
+
+def family_of(config: Any) -> _Family:
+    """Raises ModelError for a configuration that is of no known family, or has what is not known of it."""
+    family = FAMILIES.get(str(config.model_type))
+    if family is None:
+        raise ModelError(
+            f"a language model of the architecture {config.model_type!r} cannot be adapted",
+            hint=f"use one of {', '.join(FAMILIES)}",
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ModelError("a decoder with cross-attention cannot be adapted", hint="use one that needs nothing but text")
+    return family
+
+
+def adapt(base: Any, spec: CausalSpec) -> tuple[Trunk, Tail, dict[str, nn.Parameter]]:
+    """Split `base` below its last `spec.layers` layers and put LoRA on those: trunk, tail, and the release's tensors.
+
+    Everything is frozen. Raises ModelError if the base has too few layers, no module of that name, or looks back over fewer
+    tokens than a text of the spec has.
+    """
+    family = family_of(base.config)
+    layers: nn.ModuleList = base.get_submodule(family.layers)
+    if len(layers) < spec.layers:
+        raise ModelError(f"{spec.base_model!r} must have at least {spec.layers} layers to adapt, and has {len(layers)}")
+    _check_length(base.config, spec)
+    first = len(layers) - spec.layers
+    paths = [(first + n, path) for n, layer in enumerate(layers[first:]) for path in _targets(layer, spec.targets)]
+    if not paths:
+        raise ModelError(f"no linear module of {spec.base_model!r} is called {', '.join(spec.targets) or 'nothing'}")
+    tensors = _inject(base, spec, family, paths)
+    core, norm = base.get_submodule(family.layers.split(".")[0]), base.get_submodule(family.norm)
+    rotary = getattr(core, "rotary_emb", None)
+    trunk = Trunk(layers[:first], rotary, base.get_input_embeddings(), getattr(core, "wpe", None))
+    tail = Tail(layers[first:], rotary, norm, base.get_output_embeddings())
+    for module in (trunk, tail):
+        module.requires_grad_(requires_grad=False)
+    return trunk, tail, tensors
+
+
+def context(config: Any) -> int:
+    """The tokens that a text may have, the answer included."""
+    window = getattr(config, "sliding_window", None)
+    return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
+
+
+def _check_length(config: Any, spec: CausalSpec) -> None:
+    if not spec.max_answer_tokens < spec.max_tokens <= context(config):
+        raise ModelError(
+            f"max_tokens must be {spec.max_answer_tokens + 1} (more than an answer) to {context(config)} (what the model looks "
+            f"back over) for {spec.base_model!r}, not {spec.max_tokens}"
+        )
+
+
+def _targets(layer: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The paths within a layer of the linear modules that `targets` name by their ends, in alphabetical order."""
+    return sorted(
+        path
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(path == target or path.endswith(f".{target}") for target in targets)
+    )
+
+
+def _inject(base: Any, spec: CausalSpec, family: _Family, paths: Sequence[tuple[int, str]]) -> dict[str, nn.Parameter]:
+    """PEFT's LoRA on the modules `paths` (layer, path within it); its factors by their names in a release."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number does
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=[f"{family.layers}.{layer}.{path}" for layer, path in paths],
+        fan_in_fan_out=family is _GPT2,  # its Conv1D holds [in, out]
+    )
+    inject_adapter_in_model(config, base)
+    tensors: dict[str, nn.Parameter] = {}
+    for layer, path in paths:
+        module = base.get_submodule(f"{family.layers}.{layer}.{path}")
+        for factor, part in (("A", module.lora_A), ("B", module.lora_B)):
+            tensors[f"lora.{layer}.{path}.{factor}"] = part["default"].weight
+    return tensors

@@ -1,0 +1,82 @@
+"""An answer, token by token, over a cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fedloop_tasks.causal.decoder import Tail, Trunk
+
+_UNFINISHED: Final = "\ufffd"
+"""What stands at the end of a text whose last character is not whole yet."""
+
+
+class Answer(NamedTuple):
+    """What a model has written, and how probable its tokens were on average (their geometric mean)."""
+
+    text: str
+    tokens: int
+    confidence: float
+    finished: bool
+    """Whether it was ended by the model, not by the bound on its tokens."""
+    cut: int
+    """How many tokens of the prompt were cut off at its beginning."""
+
+
+@torch.no_grad()
+def tokens(
+    trunk: Trunk, tail: Tail, prompt: Sequence[int], *, most: int, ends: Collection[int], temperature: float, seed: int
+) -> Iterator[tuple[int, float]]:
+    """At most `most` tokens after the prompt, each with its log-probability; the last is one of `ends`, unless they are too many.
+
+    The most probable one, or at a temperature above 0 one drawn with that seed.
+    """
+    device = tail.norm.weight.device
+    assert isinstance(device, torch.device)
+    random, cache = torch.Generator().manual_seed(seed), DynamicCache()
+    ids, start = torch.tensor([list(prompt)], device=device), 0
+    for _ in range(most):
+        last = torch.tensor([ids.shape[1] - 1], device=device)
+        states = trunk(ids, cache, start)
+        logits = tail(states, torch.zeros_like(last), last, cache, start)[0].double().cpu()
+        chosen = _chosen(logits, temperature, random)
+        yield chosen, float(logits.log_softmax(0)[chosen])
+        if chosen in ends:
+            return
+        ids, start = torch.tensor([[chosen]], device=device), start + ids.shape[1]
+
+
+def _chosen(logits: Tensor, temperature: float, random: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=random))
+
+
+def written(
+    found: Iterator[tuple[int, float]],
+    decode: Callable[[Sequence[int]], str],
+    ends: Collection[int],
+    cut: int,
+    stream: Callable[[str], None] | None,
+) -> Answer:
+    """The answer of the tokens `found`; `stream` gets its text in pieces of whole characters, as they are known."""
+    ids: list[int] = []
+    text, sum_of_logs, count, finished = "", 0.0, 0, False
+    for token, log in found:
+        sum_of_logs, count = sum_of_logs + log, count + 1
+        if finished := token in ends:
+            break
+        ids.append(token)
+        now = decode(ids)
+        if stream is not None and len(now) > len(text) and not now.endswith(_UNFINISHED) and now.startswith(text):
+            stream(now[len(text) :])
+            text = now
+    whole = decode(ids)
+    if stream is not None and len(whole) > len(text):
+        stream(whole[len(text) :])
+    return Answer(whole, count, math.exp(sum_of_logs / count) if count else 0.0, finished, cut)

@@ -1,0 +1,247 @@
+"""The on-device language model: a frozen decoder with LoRA on its last layers.
+
+What lies below the adapted layers never changes, so it is computed once for a text and kept (bounded, in memory, float32). A
+training step then costs the adapted layers alone, and logits where an answer stands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from fedloop_events.types import CausalSpec
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fedloop_tasks.causal import decoder, generation, probe, training
+from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
+from fedloop_tasks.causal.examples import Example
+from fedloop_tasks.causal.generation import Answer
+from fedloop_tasks.causal.training import PLAIN_RATES, PRIVATE_RATES, Answers
+from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.models import folder as folders
+from fedloop_tasks.models.kept import KeptStates, batches, best_device
+from fedloop_tasks.models.tensors import Adapted
+from fedloop_tasks.programs.adapter import Training
+from fedloop_tasks.task import ModelError
+
+CACHE_BYTES: Final = 256 * 2**20
+"""Bound on the kept states of a model: about 2,000 texts of 60 tokens at width 576."""
+FILES: Final = (
+    "config.json",
+    folders.WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What a base model is made of: the last three where it has them."""
+_NEEDED: Final = FILES[:4]
+_BATCH_TOKENS: Final = 2048  # padded tokens in one forward pass without gradients
+_log = logging.getLogger(__name__)
+
+
+class Score(NamedTuple):
+    """How a model does on one answer, its end included; exact is what it would write greedily."""
+
+    loss: float
+    """The sum over its tokens."""
+    tokens: int
+    exact: bool
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that the base model in `folder` is made of. Raises ModelError if one is missing."""
+    found = [name for name in FILES if (folder / name).is_file()]
+    if missing := [name for name in _NEEDED if name not in found]:
+        raise ModelError(
+            f"the base model in {folder} has no {missing[0]}", hint="save the model and its tokenizer into one folder"
+        )
+    return {name: folders.sha256(folder, name) for name in found}
+
+
+def describe(
+    base_model: str,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] | None = None,
+    layers: int = 8,
+    max_tokens: int = 512,
+    max_answer_tokens: int = 128,
+    model_dir: Path | None = None,
+) -> CausalSpec:
+    """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many; without
+    `targets`, every linear module of a layer is adapted. Raises ModelError if the base is not there."""
+    folder = folders.locate(base_model, model_dir)
+    files = hashes(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    family = decoder.family_of(config)
+    most = min(max_tokens, decoder.context(config))
+    return CausalSpec(
+        base_model=base_model,
+        files=files,
+        rank=rank,
+        alpha=alpha,
+        targets=list(family.targets if targets is None else targets),
+        layers=min(layers, int(config.num_hidden_layers)),
+        max_tokens=most,
+        max_answer_tokens=min(max_answer_tokens, most // 2),
+    )
+
+
+class CausalModel(Adapted):
+    """A language model as `spec` describes it, over the base model on this machine.
+
+    Tensors of a release, in this order: `lora.<layer>.<module>.A` [r, in] and `lora.<layer>.<module>.B` [out, r] for each adapted
+    layer and module (by its path within the layer, such as `self_attn.q_proj`, in alphabetical order); all float32. A target of
+    the spec names every module whose path ends with it, as in PEFT.
+
+    A folder of a LLaMA, Mistral, Qwen2 or GPT-2 serves; a probe at construction compares the split model with the whole one, and
+    one before the first training the gradients of a batch with those of its examples. Raises ModelError if the base is absent,
+    a file of it has another hash, or it fails the probe. Not safe for concurrent use by several threads.
+    """
+
+    def __init__(
+        self,
+        spec: CausalSpec,
+        *,
+        model_dir: Path | None = None,
+        device: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        folder = folders.locate(spec.base_model, model_dir)
+        _check_files(folder, spec)
+        self.spec = spec
+        self.device = torch.device(device or best_device())
+        tokenizer, base = decoder.load(folder)
+        self.chat = Chat(tokenizer)
+        self._context = decoder.context(base.config)
+        self._probe = probe.sample(int(base.config.vocab_size))
+        whole = probe.logits_of(base, self._probe)
+        self._trunk, self.tail, self._tensors = decoder.adapt(base, spec)
+        probe.check_split(self._trunk, self.tail, self._probe, whole, spec.base_model)  # B is zero: it must be the whole one
+        self._trunk.to(self.device)
+        self.tail.to(self.device)
+        self._cache = KeptStates(cache_bytes)
+        self._trained: set[str] = set()
+
+    # --- what programs ask for ---
+
+    def learning_rates(self, *, private: bool) -> dict[str, float]:
+        """Of the adapter, where a round names none."""
+        return dict(PRIVATE_RATES if private else PLAIN_RATES)
+
+    @contextmanager
+    def training(
+        self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
+    ) -> Iterator[Training | None]:
+        """See `Trains`. An example whose answer is too long takes no part; how many there are is logged."""
+        from fedloop_privacy.dp.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
+
+        encoded = self.encoded(examples)
+        with self.trainable(names if rates["lora_lr"] > 0 else []) as chosen:
+            if not chosen:
+                yield None
+                return
+            self._check_gradients(chosen)
+            groups = [ParameterGroup(list(chosen.values()), rates["lora_lr"])]
+            yield Training(self.tail, groups, Answers(encoded, self.states), training.losses)
+
+    def encoded(self, examples: Sequence[Example]) -> list[Encoded]:
+        """The examples in tokens, without those whose answer is too long."""
+        found: list[Encoded] = []
+        for each in examples:
+            try:
+                found.append(self.chat.encode(each.turns, each.answer, self.spec.max_tokens))
+            except TooLongError:
+                continue
+        if left_out := len(examples) - len(found):
+            _log.warning("%d of %d examples are left out: their answers do not fit", left_out, len(examples))
+        return found
+
+    def states(self, encoded: Sequence[Encoded]) -> Tensor:
+        """What the adapted layers get of each example, [B, T, d], padded to the longest; its last token, after which nothing is
+        learnt, is left out."""
+        known: dict[tuple[int, ...], Tensor] = {}
+        keys = [tuple(each.ids[:-1]) for each in encoded]
+        for key in keys:
+            if (kept := self._cache.get(key)) is not None:
+                known[key] = kept
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
+        for batch in batches([len(key) for key in missing], _BATCH_TOKENS):
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(missing[i]) for i in batch], batch_first=True)
+            with torch.no_grad():
+                out = self._trunk(ids.to(self.device))
+            for row, i in enumerate(batch):
+                known[missing[i]] = out[row, : len(missing[i])].to("cpu", copy=True)
+                self._cache.put(missing[i], known[missing[i]])
+        return nn.utils.rnn.pad_sequence([known[key] for key in keys], batch_first=True).to(self.device)
+
+    def _check_gradients(self, chosen: Mapping[str, nn.Parameter]) -> None:
+        """Once for each set of tensors, before they are trained."""
+        if not chosen.keys() <= self._trained:
+            tried = Answers([Encoded(ids, len(ids) // 2, 0) for ids in self._probe], self.states)
+            probe.check_gradients(self.tail, self._tensors, chosen, tried, self.spec.base_model)
+            self._trained.update(chosen)
+
+    # --- answers ---
+
+    def scores(self, examples: Sequence[Encoded]) -> list[Score]:
+        """How the model does on each answer, in one pass: greedy text is the answer if and only if each of its tokens, the end
+        included, is the most probable one after those before it."""
+        answers = Answers(examples, self.states)
+        found: dict[int, Score] = {}
+        for batch in batches(answers.lengths, _BATCH_TOKENS):
+            taken = answers.collate(batch)
+            with torch.no_grad():
+                losses, hits = training.token_losses(self.tail, taken)
+            for row, i in enumerate(batch):
+                own = taken.rows == row
+                found[i] = Score(float(losses[own].sum()), int(own.sum()), bool(hits[own].all()))
+        return [found[i] for i in range(len(examples))]
+
+    def predict(self, texts: Sequence[str]) -> tuple[list[str], list[float]]:
+        """Each text's greedy answer, and how probable its tokens were on average."""
+        answers = [self.generate([Turn("user", text)]) for text in texts]
+        return [each.text for each in answers], [each.confidence for each in answers]
+
+    def generate(
+        self,
+        turns: Sequence[Turn],
+        stream: Callable[[str], None] | None = None,
+        *,
+        most: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Answer:
+        """The answer to the turns, of at most `most` tokens (the spec's, if None); `stream` gets its text as it is written.
+
+        Greedy, or at a temperature above 0 drawn, and then the same for the same seed. A prompt that is longer than what the
+        model looks back over loses its beginning.
+        """
+        most = self.spec.max_answer_tokens if most is None else most
+        if not 0 < most < self._context or temperature < 0:
+            raise ValueError(f"an answer has 1 to {self._context - 1} tokens and a temperature of 0 or more")
+        prompt = self.chat.prompt(turns)
+        cut = max(0, len(prompt) + most - self._context)
+        found = generation.tokens(
+            self._trunk, self.tail, prompt[cut:], most=most, ends=self.chat.ends, temperature=temperature, seed=seed
+        )
+        return generation.written(found, self.chat.decode, self.chat.ends, cut, stream)
+
+
+def _check_files(folder: Path, spec: CausalSpec) -> None:
+    found = hashes(folder)
+    for name in dict.fromkeys([*spec.files, *found]):
+        if found.get(name) != spec.files.get(name):
+            here, there = (str(each.get(name, "none"))[:12] for each in (found, spec.files))
+            raise ModelError(
+                f"{name} of the base model {spec.base_model!r} has SHA-256 {here}, the model's spec says {there}",
+                hint="install the version of the base model that the deployment was made with",
+            )

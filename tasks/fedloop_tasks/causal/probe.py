@@ -1,0 +1,76 @@
+"""Refuses a model that cannot be trained right: by what it computes, not by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedloop_tasks.causal.decoder import Tail, Trunk
+from fedloop_tasks.causal.training import Answers, losses
+from fedloop_tasks.task import ModelError
+
+_LOGITS: Final = 1e-3
+_GRADIENTS: Final = 1e-2
+"""Relative: far above float32's rounding, far below what a mean over the batch's tokens does."""
+_ROWS: Final = (9, 23)
+"""Tokens of the texts that are tried; the first one is padded."""
+
+
+def sample(vocabulary: int) -> list[list[int]]:
+    """Texts of tokens that follow from nothing."""
+    random = np.random.Generator(np.random.PCG64(0))
+    return [random.integers(0, vocabulary, size).tolist() for size in _ROWS]
+
+
+@torch.no_grad()
+def logits_of(base: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Of every token, by the whole model and one text at a time: [T, V]."""
+    return [base(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0] for ids in texts]
+
+
+@torch.no_grad()
+def check_split(trunk: Trunk, tail: Tail, texts: Sequence[Sequence[int]], whole: Sequence[Tensor], name: str) -> None:
+    """Raises ModelError unless the split model gives of all texts at once what the whole one gave of each."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(list(each)) for each in texts], batch_first=True)
+    states = trunk(ids)
+    for row, wanted in enumerate(whole):
+        columns = torch.arange(len(wanted))
+        found = tail(states, torch.full_like(columns, row), columns)
+        if not torch.allclose(found, wanted, atol=_LOGITS * float(wanted.abs().max())):
+            raise ModelError(
+                f"the layers of {name!r} need more than states and positions, or see what follows a token",
+                hint="use a plain LLaMA, Mistral, Qwen2 or GPT-2",
+            )
+
+
+def check_gradients(
+    tail: Tail, tensors: Mapping[str, nn.Parameter], chosen: Mapping[str, nn.Parameter], answers: Answers, name: str
+) -> None:
+    """Raises ModelError unless the gradients of the tensors `chosen` in one batch are those of each example by itself.
+
+    The release's `tensors` are tried at other values than they have, at which no gradient is zero, and get theirs back.
+    """
+    from fedloop_privacy.dp.dpsgd import example_gradients
+
+    kept = {key: p.detach().clone() for key, p in tensors.items()}
+    random = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in tensors.values():
+                p.copy_((torch.randn(p.shape, generator=random) * 0.02).to(p))
+        together = example_gradients(tail, list(chosen.values()), answers, losses, range(len(_ROWS)))
+        for row in range(len(_ROWS)):
+            alone = torch.autograd.grad(losses(tail, answers.collate([row]))[0], list(chosen.values()))
+            for key, found, wanted in zip(chosen, together, alone, strict=True):
+                if not torch.linalg.vector_norm(found[row] - wanted) <= _GRADIENTS * torch.linalg.vector_norm(wanted) + 1e-8:
+                    raise ModelError(
+                        f"{key} of {name!r} gets another gradient in a batch than by itself", hint="choose other targets"
+                    )
+    finally:
+        with torch.no_grad():
+            for key, p in tensors.items():
+                p.copy_(kept[key])

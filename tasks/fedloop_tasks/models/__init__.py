@@ -1,0 +1,1 @@
+"""What the tasks' models share: the base's folder, the tensors of a release, and what is kept of the frozen part."""
