@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fedloop_tasks.models import registry
 from fedloop_tasks.task import ModelError
 
 WEIGHTS: Final = "model.safetensors"
@@ -40,9 +41,9 @@ _PROBE_TOLERANCE: Final = 1e-5  # the same operations on the same values; only t
 def locate(base_model: str, model_dir: Path | None = None) -> Path:
     """The folder with the base model's `config.json`, tokenizer and `model.safetensors`.
 
-    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the folder `model`
-    (or the whole) of the installed package `base_model`, which is found and not imported. Nothing is downloaded. Raises
-    ModelError where there is none.
+    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the model that the
+    user has added under that name, or the folder `model` (or the whole) of the installed package `base_model`, which is found and
+    not imported. Nothing is downloaded. Raises ModelError where there is none.
     """
     if model_dir is not None:
         within = [model_dir / base_model] if Path(base_model).name == base_model else []  # the name comes from the log
@@ -51,13 +52,14 @@ def locate(base_model: str, model_dir: Path | None = None) -> Path:
         package = base_model.replace("-", "_")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
-        candidates = [folder for root in roots for folder in (root / "model", root)]
+        added = registry.added(base_model)
+        candidates = [*([added] if added else []), *(folder for root in roots for folder in (root / "model", root))]
     for folder in candidates:
         if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
             return folder
     raise ModelError(
         f"no base model {base_model!r} with config.json and {WEIGHTS} in "
-        + (str(model_dir) if model_dir else "an installed package"),
+        + (str(model_dir) if model_dir else "an installed package, nor was one added"),
         hint="install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
     )
 
