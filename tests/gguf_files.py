@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 ALPHABET: Final = byte_alphabet()
 SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES: Final = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "1 2", "Ġ Ġ", "ĠĠ Ġ", "Ã ¼", "Ċ Ċ", "' s")
-TOKENS: Final = (*SPECIAL, *ALPHABET.values(), *(merge.replace(" ", "") for merge in MERGES), "<tool>", "<spare>")
+TOKENS: Final = (*SPECIAL, *ALPHABET.values(), *(merge.replace(" ", "") for merge in MERGES), "<tool>", "spare")
 CONTROL, USER_DEFINED, NORMAL = 3, 4, 1
 TEMPLATE: Final = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 _LLAMA: Final = {

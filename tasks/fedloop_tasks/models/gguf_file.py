@@ -57,8 +57,8 @@ class GgufFile:
         version = self._number("<I")
         if version not in (2, 3):
             raise self._wrong(f"its version is {version}, and 2 and 3 can be read")
-        tensors = self._count("<Q", _MAX_TENSORS, 24, "tensors")
-        keys = self._count("<Q", _MAX_KEYS, 13, "keys")
+        tensors = self._count(_MAX_TENSORS, "tensors")
+        keys = self._count(_MAX_KEYS, "keys")
         self.metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = self._text()
@@ -140,11 +140,11 @@ class GgufFile:
         if kind == _ARRAY:
             below = self._number("<I")
             if below == _TEXT:
-                return [self._text() for _ in range(self._count("<Q", _MAX_ITEMS, 8, "items"))]
+                return [self._text() for _ in range(self._count(_MAX_ITEMS, "items"))]
             if (code := _SCALARS.get(below)) is None:
                 raise self._wrong(f"a value is a list of kind {below}")
-            count = self._count("<Q", _MAX_ITEMS, struct.calcsize(code), "items")
-            return [each for (each,) in struct.iter_unpack(code, self._take(count * struct.calcsize(code)))]
+            size = self._count(_MAX_ITEMS, "items") * struct.calcsize(code)
+            return [each for (each,) in struct.iter_unpack(code, self._take(size))]
         if (code := _SCALARS.get(kind)) is None:
             raise self._wrong(f"a value is of kind {kind}")
         return self._number(code)
@@ -158,10 +158,10 @@ class GgufFile:
         except UnicodeDecodeError:
             raise self._wrong("a text is not UTF-8") from None
 
-    def _count(self, code: str, most: int, least_bytes: int, what: str) -> int:
-        """A number of things that must have room in what is left of the file."""
-        count: int = self._number(code)
-        if count > most or count * least_bytes > len(self._data) - self._at:
+    def _count(self, most: int, what: str) -> int:
+        """How many things follow; each is read before anything is allocated for the next."""
+        count: int = self._number("<Q")
+        if count > most:
             raise self._wrong(f"it claims to have {count:,} {what}")
         return count
 

@@ -24,6 +24,11 @@ _BYTES: Final = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets":
 _LLAMA3: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TEKKEN: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPLITS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
     "gpt-2": [_BYTES | {"use_regex": True}],
@@ -33,11 +38,11 @@ _SPLITS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             _BYTES | {"use_regex": False},
         ]
-        for name, pattern in (("llama-bpe", _LLAMA3), ("qwen2", _QWEN2))
+        for name, pattern in (("llama-bpe", _LLAMA3), ("qwen2", _QWEN2), ("tekken", _TEKKEN))
     },
 }
-_WHOLE_TOKENS_FIRST: Final = {"llama-bpe"}
-"""Whose vocabulary is looked up before anything is merged."""
+_WHOLE_TOKENS_FIRST: Final = {"llama-bpe", "tekken"}
+"""Whose vocabulary is looked up before anything is merged, and whose texts have a beginning unless the file says otherwise."""
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -60,7 +65,7 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_tokens: int) -> dict[st
     tokens = _tokens(file, vocab_size)
     vocab = {token: number for number, token in enumerate(tokens)}
     special = _special(file, tokens)
-    begins = special.get("bos_token") if file.get("tokenizer.ggml.add_bos_token", bool, split == "llama-bpe") else None
+    begins = special.get("bos_token") if file.get("tokenizer.ggml.add_bos_token", bool, split in _WHOLE_TOKENS_FIRST) else None
     splits = _SPLITS[split]
     document = {
         "version": "1.0",

@@ -153,7 +153,7 @@ def test_the_same_source_makes_the_same_bytes_wherever_and_whenever(tmp_path: Pa
     )
     assert one.manifest.sha256 == hashlib.sha256(lines.encode()).hexdigest()
     assert one.manifest.files["model.safetensors"][:16] == "f812a3b727a20c47"
-    assert one.manifest.sha256[:16] == "48111a5d478b89f1"
+    assert one.manifest.sha256[:16] == "7fc2e2565bf66aee"
 
 
 def test_a_configuration_is_what_the_file_says_and_names_no_code(tmp_path: Path) -> None:
@@ -174,3 +174,7 @@ def test_a_configuration_is_what_the_file_says_and_names_no_code(tmp_path: Path)
         found = getattr(from_gguf, name)
         assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
     assert (from_gguf.bos_token_id, from_gguf.eos_token_id, from_gguf.pad_token_id) == (1, 2, 2)
+    silent = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos", "padding")}
+    path = gguf_files.write(tmp_path / "silent.gguf", gguf_files.small("llama"), metadata=silent)
+    none = AutoConfig.from_pretrained(registry.add(str(path)).folder)
+    assert (none.bos_token_id, none.eos_token_id, none.pad_token_id) == (None, None, None)

@@ -15,6 +15,7 @@ from gguf_files import MERGES, TOKENS
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 ODD = (
     "",
@@ -50,6 +51,7 @@ def reference(before: Any) -> Tokenizer:
 
 
 SPLIT_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_TEKKEN = GGUF_PRE_TOKENIZER_SPLITS["tekken"]
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 SPLITS = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -57,6 +59,7 @@ SPLITS = {
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_QWEN), "isolated"), BYTES]),
+    "tekken": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_TEKKEN), "isolated"), BYTES]),
     "llama-bpe": pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), "isolated"), BYTES]
     ),
@@ -73,7 +76,7 @@ def test_texts_get_the_ids_of_their_splitting_and_come_back_as_they_were(tmp_pat
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("   12")["input_ids"])
-    expected = {"gpt-2": "ĠĠ Ġ 12", "smollm": "ĠĠĠ 1 2", "qwen2": "ĠĠ Ġ 1 2", "llama-bpe": "ĠĠ Ġ 12"}
+    expected = {"gpt-2": "ĠĠ Ġ 12", "smollm": "ĠĠĠ 1 2", "qwen2": "ĠĠ Ġ 1 2", "tekken": "ĠĠ Ġ 1 2", "llama-bpe": "ĠĠ Ġ 12"}
     assert " ".join(pieces) == expected[pre]
 
 
@@ -91,6 +94,14 @@ def test_a_text_begins_with_the_token_that_the_file_asks_for(tmp_path: Path) -> 
     tokenizer = added(tmp_path, metadata={"tokenizer.ggml.add_bos_token": True})
     assert tokenizer("hello")["input_ids"] == [1, TOKENS.index("hello")]
     assert tokenizer("hello", add_special_tokens=False)["input_ids"] == [TOKENS.index("hello")]
+
+
+@pytest.mark.parametrize(("pre", "begun"), [("gpt-2", False), ("qwen2", False), ("llama-bpe", True), ("tekken", True)])
+def test_where_the_file_does_not_say_it_and_for_whole_tokens_the_splitting_decides(tmp_path: Path, pre: str, begun: bool) -> None:
+    tokenizer = added(tmp_path, pre=pre, metadata={"tokenizer.ggml.add_bos_token": None})
+    ids = tokenizer("spare")["input_ids"]
+    assert (ids[0] == 1) == begun
+    assert (ids[-1] == TOKENS.index("spare")) == begun
 
 
 def test_a_chat_is_rendered_by_the_files_template(tmp_path: Path) -> None:
