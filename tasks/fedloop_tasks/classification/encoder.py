@@ -8,7 +8,6 @@ spec; no file of a model or a release can name a module to import or a pattern t
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import tempfile
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fedloop_tasks.models import registry
+from fedloop_tasks.models import registry, sources
 from fedloop_tasks.task import ModelError
 
 WEIGHTS: Final = "model.safetensors"
@@ -49,10 +48,7 @@ def locate(base_model: str, model_dir: Path | None = None) -> Path:
         within = [model_dir / base_model] if Path(base_model).name == base_model else []  # the name comes from the log
         candidates = [*within, model_dir]
     else:
-        package = base_model.replace("-", "_")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
-        added = registry.added(base_model)
+        added, roots = registry.added(base_model), sources.package_folders(base_model)
         candidates = [*([added] if added else []), *(folder for root in roots for folder in (root / "model", root))]
     for folder in candidates:
         if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():

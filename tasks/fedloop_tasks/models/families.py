@@ -171,6 +171,10 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         raise UsageError(
             f"{file.path} is of the architecture {family[:40]!r}, which cannot be used", hint="take one of llama, qwen2 and gpt2"
         )
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise UsageError(
+            f"{file.path} is one of {file.metadata['split.count']!r:.20} parts", hint="put them together into one file"
+        )
     for key, plain in ((f"{family}.expert_count", 0), (f"{family}.rope.scaling.type", "none")):
         if file.metadata.get(key, plain) != plain:
             raise UsageError(f"{file.path} has {key} = {file.metadata[key]!r:.40}, which cannot be used")

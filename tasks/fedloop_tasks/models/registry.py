@@ -130,6 +130,8 @@ def add(source: str, *, name: str | None = None, model_dir: Path | None = None, 
             )
         files.write_folder(folder, _written(opened, dtype, origin))
     except OSError as error:
+        if (folder / MANIFEST).is_file():  # somebody else was faster
+            return _same(folder, origin, dtype)
         raise UsageError(
             f"the model's folder {folder} cannot be made",
             cause=files.reason(error, folder),

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -56,17 +57,28 @@ def find(source: str) -> tuple[Path, str]:
     """The file or folder that `source` names (a path, or the name of an installed package that carries one GGUF file), and the
     name that the model gets if no other is given. Raises UsageError."""
     path = Path(source)
-    if path.exists():
-        return path, path.absolute().stem if path.is_file() else path.absolute().name
-    package = source.replace("-", "_")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    files = [file for root in (found and found.submodule_search_locations) or () for file in sorted(Path(root).glob("*.gguf"))]
+    with suppress(OSError):  # a name that is too long
+        if path.is_file() or path.is_dir():
+            return path, path.absolute().stem if path.is_file() else path.absolute().name
+        if path.exists():
+            raise UsageError(f"{path} is neither a file nor a folder")
+    folders = package_folders(source)
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
     if len(files) != 1:
-        held = f"the package {source} holds {len(files)} GGUF files" if found else "no package is called so either"
+        held = f"the package {source} holds {len(files)} GGUF files" if folders else "no package is called so either"
         raise UsageError(
             f"there is no {source}", cause=held, hint="give a GGUF file, a package that carries one, or a Hugging Face folder"
         )
     return files[0], source
+
+
+def package_folders(name: str) -> list[Path]:
+    """The folders of the installed package of that name, which is found and not imported; none if there is no such package."""
+    package = name.replace("-", "_")
+    found = None
+    with suppress(ValueError):  # of a module that is no package, such as the running program
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+    return [Path(root) for root in (found.submodule_search_locations or ())] if found else []
 
 
 def open_source(path: Path) -> Source:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
+import sys
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,6 +42,7 @@ def refused(source: Path | str, **options: Any) -> str:
     ("options", "said"),
     [
         ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count = 8, which cannot be used"),
+        ({"metadata": {"split.count": 3}}, "is one of 3 parts"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type = 'yarn'"),
         ({"metadata": {"llama.rope.dimension_count": 8}}, "turn a part of each head alone"),
         ({"metadata": {"llama.attention.head_count": None}}, "it has no llama.attention.head_count"),
@@ -228,6 +231,18 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, change: Callable[[Path], N
     assert said in refused(folder)
 
 
+def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused("/dev/null")
+
+
+def test_without_the_package_that_reads_gguf_files_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_files.write(tmp_path / "small.gguf", MODEL)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "install fedloop[models]" in refused(path)
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +262,6 @@ def test_the_name_in_a_file_is_no_part_of_a_path(tmp_path: Path, folder: Path) -
     assert [each.name for each in folder.iterdir()] == ["small"]
 
 
-@pytest.mark.parametrize("source", ["nowhere.gguf", "no-such-package", "numpy", "../x", "a.b"])
+@pytest.mark.parametrize("source", ["nowhere.gguf", "no-such-package", "numpy", "../x", "a.b", "__main__", "sys", "x" * 5_000])
 def test_a_source_that_is_not_there(source: str) -> None:
     assert f"there is no {source}" in refused(source)

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf_files
 import pytest
+from fedloop_events import files
 from fedloop_events.errors import UsageError
 from fedloop_tasks.classification import encoder
 from fedloop_tasks.models import registry
@@ -70,6 +72,29 @@ def test_another_model_does_not_take_its_place(path: Path, tmp_path: Path) -> No
     (made.folder.parent / "mine").mkdir()
     with pytest.raises(UsageError, match="is there already"):
         registry.add(str(path), name="mine")
+
+
+def test_of_several_that_make_it_at_once_one_does_and_all_have_it(path: Path, folder: Path) -> None:
+    code = "import sys; from fedloop_tasks.models import registry; print(registry.add(sys.argv[1]).new)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    said = [each.communicate(timeout=120)[0].strip() for each in started]
+    assert sorted(said) == ["False", "False", "True"]
+    assert [each.name for each in folder.iterdir()] == ["small"]
+
+
+def test_one_that_is_made_while_another_writes_it_is_taken(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free: Callable[[Path], int | None] = files.free_bytes
+
+    def meanwhile(at: Path) -> int | None:
+        monkeypatch.setattr(files, "free_bytes", free)
+        assert registry.add(str(path)).new
+        return free(at)
+
+    monkeypatch.setattr(files, "free_bytes", meanwhile)
+    assert not registry.add(str(path)).new
+    assert [each.name for each in folder.iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize("step", range(9))
