@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,9 +23,16 @@ _MAX_ITEMS: Final = 4_194_304
 """Of one array: ten times the largest vocabulary in use."""
 _MAX_TEXT_BYTES: Final = 1_048_576
 _MAX_DIMENSIONS: Final = 4
+_BLOCK_VALUES: Final = 1_048_576
 _TEXT, _ARRAY = 8, 9
 _SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _PLAIN: Final = {"F32": "<f4", "F16": "<f2"}
+
+
+def blocks(array: Array) -> Iterator[Array]:
+    """Its rows in their order, so many at a time that they are not large in any type; as many for each type."""
+    rows = max(1, _BLOCK_VALUES * len(array) // max(array.size, 1))
+    return (array[at : at + rows] for at in range(0, len(array), rows))
 
 
 class GgufTensor(Struct, frozen=True):
@@ -78,22 +86,23 @@ class GgufFile:
             raise self._wrong(f"its {key} is no {kind.__name__}")
         return value
 
-    def read(self, name: str) -> Array:
-        """The tensor's values in float32, and in the file's shape. Raises UsageError for a quantisation that cannot be read."""
+    def read(self, name: str) -> Iterator[Array]:
+        """The tensor's values in float32, and in the file's shape, some rows at a time. Raises UsageError for a quantisation that
+        cannot be read."""
         tensor = self.tensors[name]
         data = np.frombuffer(self._data, np.uint8, tensor.size_bytes, tensor.begin)
         if (plain := _PLAIN.get(tensor.quantisation)) is not None:
-            return data.view(plain).reshape(tensor.shape).astype(np.float32, copy=False)
+            yield from (rows.astype(np.float32, copy=False) for rows in blocks(data.view(plain).reshape(tensor.shape)))
+            return
         from gguf import GGMLQuantizationType, dequantize
 
-        rows = data.reshape(*tensor.shape[:-1], -1)
-        try:
-            values = dequantize(rows, GGMLQuantizationType[tensor.quantisation])
-        except (NotImplementedError, ValueError):
-            raise self._wrong(
-                f"{name} is quantised as {tensor.quantisation}, which cannot be read", "take a file in Q8_0 or F16"
-            ) from None
-        return values.reshape(tensor.shape)
+        for rows in blocks(data.reshape(*tensor.shape[:-1], -1)):
+            try:
+                yield dequantize(rows, GGMLQuantizationType[tensor.quantisation])
+            except (NotImplementedError, ValueError):
+                raise self._wrong(
+                    f"{name} is quantised as {tensor.quantisation}, which cannot be read", "take a file in Q8_0 or F16"
+                ) from None
 
     def _read_tensors(self, count: int) -> dict[str, GgufTensor]:
         found: list[tuple[str, tuple[int, ...], str, int, int]] = []

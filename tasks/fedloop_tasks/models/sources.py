@@ -49,8 +49,8 @@ class Source(Protocol):
     def sha256(self) -> str:
         """Of what the model is made from."""
 
-    def read(self, part: Part) -> Array:
-        """The values of a tensor in float32, as Hugging Face lays them out."""
+    def read(self, part: Part) -> Iterator[Array]:
+        """The values of a tensor in float32, as Hugging Face lays them out, some rows at a time."""
 
 
 def find(source: str) -> tuple[Path, str]:
@@ -104,8 +104,9 @@ class Gguf:
     def sha256(self) -> str:
         return _sha256([self._file.path])
 
-    def read(self, part: Part) -> Array:
-        return part.restored(self._file.read(part.gguf))
+    def read(self, part: Part) -> Iterator[Array]:
+        found = self._file.read(part.gguf)
+        return found if part.laid == "alike" else iter([part.restored(np.concatenate([*found]))])
 
     def _check(self) -> None:
         rest = dict(self._file.tensors)
@@ -145,7 +146,7 @@ class HuggingFace:
     def sha256(self) -> str:
         return _sha256(self._paths)
 
-    def read(self, part: Part) -> Array:
+    def read(self, part: Part) -> Iterator[Array]:
         name = self._name(part)
         return self._where[name].read(name)
 
@@ -188,8 +189,11 @@ class HuggingFace:
 
     def _is_tied(self) -> bool:
         """Whether the output's matrix, which is stored though it is the embedding, is equal to it."""
-        embedding = self._name(self.parts[0])
-        return np.array_equal(self._where["lm_head.weight"].read("lm_head.weight"), self._where[embedding].read(embedding))
+        names = ("lm_head.weight", self._name(self.parts[0]))
+        if self._where[names[0]].specs[names[0]].shape != self.parts[0].shape:
+            return False
+        both = (self._where[name].read(name) for name in names)
+        return all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
 
     def _read_tokenizer(self) -> Iterator[Path]:
         """The tokenizer's files, which are read on the way."""

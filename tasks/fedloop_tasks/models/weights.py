@@ -1,9 +1,9 @@
-"""A model's tensors in and out of safetensors files, one at a time: there is never a second copy of the model in memory."""
+"""A model's tensors in and out of safetensors files, some rows at a time: there is never a copy of the model in memory."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,10 +13,11 @@ from fedloop_events.blobs.tensors import Array, TensorSpec, read_header
 from fedloop_events.errors import TensorError, UsageError
 
 from fedloop_tasks.models.families import Part
+from fedloop_tasks.models.gguf_file import blocks
 
 Dtype = Literal["f32", "bf16"]
-Read = Callable[[Part], Array]
-"""The values of a tensor in float32, as Hugging Face lays them out."""
+Read = Callable[[Part], Iterable[Array]]
+"""The values of a tensor in float32, as Hugging Face lays them out, in blocks of rows."""
 _MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
 
 
@@ -38,13 +39,14 @@ def written(parts: Sequence[Part], dtype: Dtype, read: Read) -> Iterator[bytes |
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
+    exponent = np.uint32(0x7F80_0000) if dtype == "f32" else np.uint16(0x7F80)
     for part in parts:
-        values = np.ascontiguousarray(read(part), "<f4")
-        stored = values if dtype == "f32" else bfloat16(values)
-        exponent = np.uint32(0x7F80_0000) if dtype == "f32" else np.uint16(0x7F80)
-        if np.any((stored.view(exponent.dtype) & exponent) == exponent):
-            raise UsageError(f"the tensor {part.name} holds values that are not finite in {dtype}")
-        yield stored.reshape(-1).view(np.uint8).data
+        for block in read(part):
+            values = np.ascontiguousarray(block, "<f4")
+            stored = values if dtype == "f32" else bfloat16(values)
+            if np.any((stored.view(exponent.dtype) & exponent) == exponent):
+                raise UsageError(f"the tensor {part.name} holds values that are not finite in {dtype}")
+            yield stored.reshape(-1).view(np.uint8).data
 
 
 def bfloat16(values: Array) -> Array:
@@ -74,17 +76,16 @@ class TensorFile:
             self.specs[spec.name], self._begins[spec.name] = spec, at
             at += spec.size_bytes
 
-    def read(self, name: str) -> Array:
-        """The tensor in float32. Raises UsageError for one of another type than F32, F16 and BF16."""
+    def read(self, name: str) -> Iterator[Array]:
+        """The tensor in float32, some rows at a time. Raises UsageError for one of another type than F32, F16 and BF16."""
         spec = self.specs[name]
         code = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(spec.dtype)
         if code is None:
             raise UsageError(f"{self._path}: the tensor {name} is {spec.dtype}", hint="take weights in F32, F16 or BF16")
         count = spec.size_bytes // np.dtype(code).itemsize
         values = np.frombuffer(self._data, code, count, self._begins[name]).reshape(spec.shape)
-        if spec.dtype == "BF16":
-            return (values.astype("<u4") << np.uint32(16)).view("<f4")
-        return values.astype("<f4", copy=False)
+        for rows in blocks(values):
+            yield (rows.astype("<u4") << np.uint32(16)).view("<f4") if spec.dtype == "BF16" else rows.astype("<f4", copy=False)
 
 
 def _specs(parts: Sequence[Part], dtype: Dtype) -> Iterator[TensorSpec]:

@@ -114,6 +114,17 @@ def test_what_older_files_hold_beside_the_weights_changes_nothing(tmp_path: Path
     assert old.manifest.files == new.manifest.files
 
 
+def test_a_tied_matrix_may_be_stored_in_another_type(tmp_path: Path) -> None:
+    model = gguf_files.small("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.to(torch.bfloat16))
+    folder = saved(tmp_path / "one", model)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].to(torch.bfloat16)
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(logits(loaded(registry.add(str(folder)).folder)), logits(model))
+
+
 def test_a_model_in_bfloat16_is_rounded_as_torch_rounds_it(tmp_path: Path) -> None:
     model = gguf_files.small("llama")
     made = registry.add(str(gguf_files.write(tmp_path / "small.gguf", model)), dtype="bf16")

@@ -215,6 +215,7 @@ def text(name: str, content: str) -> Callable[[Path], None]:
             tensors(lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"] + 1})),
             "'lm_head.weight' among",
         ),
+        (tensors(lambda found: found.update({"lm_head.weight": torch.ones(())})), "'lm_head.weight' among"),
         (tensors(lambda found: found.update({"model.norm.weight": torch.ones(3)})), "has the shape [3], not [64]"),
         (tensors(lambda found: found.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)})), "is I32"),
         (tensors(lambda found: found.update({"model.norm.weight": torch.full((64,), torch.inf)})), "not finite in f32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tracemalloc
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,15 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
         models.from_pretrained(path.parent, dtype=torch.float32, **theirs).eval(),
         AutoTokenizer.from_pretrained(path.parent, **theirs),
     )
+
+
+def test_it_is_made_with_a_small_part_of_it_in_memory(both: Both, tmp_path: Path) -> None:
+    tracemalloc.start()
+    made = registry.add(PACKAGE, model_dir=tmp_path, dtype="bf16")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < both.made.size_bytes / 4
+    assert made.size_bytes < 0.51 * both.made.size_bytes
 
 
 def test_its_logits_are_equal(both: Both) -> None:
