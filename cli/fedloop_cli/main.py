@@ -19,7 +19,7 @@ from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.files import is_full, reason
 
 from fedloop_cli import console, options
-from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, release, rounds, server
+from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, model, release, rounds, server
 
 INTERRUPTED: Final = 130
 _REFRESHING: Final = "fedloop-refresh"
@@ -31,6 +31,7 @@ app.command(cls=options.Command)(doctor.doctor)
 app.add_typer(init.app, name="init")
 app.add_typer(server.app, name="server")
 app.add_typer(agent.app, name="agent")
+app.add_typer(model.app, name="model")
 app.add_typer(rounds.app, name="round")
 app.add_typer(release.app, name="release")
 app.add_typer(audit.app, name="audit")

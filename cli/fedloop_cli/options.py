@@ -124,6 +124,8 @@ _ARGUMENTS: Final = {
     "[DIR] [RELEASE]": "Folder of the deployment; a release's id.",
     "OUT": "Folder to make; it must be new or empty.",
     "CLIENT": "A client's id.",
+    "MODEL": "The name of a model that was added.",
+    "GGUF_OR_FOLDER": "A GGUF file, the name of a package that carries one, or a folder with config.json and safetensors.",
     "FEEDBACK_ID": "The id that recording the feedback printed.",
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""

@@ -39,7 +39,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
     bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
-    models lie that are not installed packages.
+    models lie that this user has not added and that are no installed packages.
     """
 
     model: str = types.DEFAULT_MODEL

@@ -6,7 +6,7 @@ import errno
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -105,10 +105,11 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(path: Path, files: Mapping[str, bytes | Iterable[bytes | memoryview]]) -> None:
     """Make the folder `path` of these files, durably; it appears whole or not at all, in place of an empty one at most.
 
-    Raises FileExistsError if something else is there, or another OSError.
+    A file that is given in chunks is never in memory as a whole. Raises FileExistsError if something else is there, or another
+    OSError.
     """
     folder = path.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -118,7 +119,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, data in files.items():
             with (made / name).open("xb") as file:
-                file.write(data)
+                for chunk in (data,) if isinstance(data, bytes) else data:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
         fsync_folder(made)

@@ -98,7 +98,7 @@ _MEANING: Final = {
     "schedule": 'When a round is requested, as cron says it: "30 2 * * *" is at half past two at night; "none": only on request.',
     "windows": 'Hours in which rounds may open, as in "22-06" or "12:30-13:15,22-06"; "none": at all hours.',
     "time_zone": 'Time zone of the schedule and the windows, as in "Europe/Berlin".',
-    "model_dir": "Folder of base models; empty: the installed packages.",
+    "model_dir": "Folder of base models; empty: those that this user has added, and the installed packages.",
 }
 
 

