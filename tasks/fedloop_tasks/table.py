@@ -11,6 +11,7 @@ from fedloop_events.types import Spec
 from fedloop_tasks.classification.task import Classification
 from fedloop_tasks.programs.adapter import AdapterTraining
 from fedloop_tasks.programs.class_sums import ClassSums
+from fedloop_tasks.programs.svd import SvdTraining
 from fedloop_tasks.task import Program, Task
 
 TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification}
@@ -18,7 +19,13 @@ TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification}
 DEFAULT: Final[type[Task]] = Classification
 """What a deployment is made for."""
 PROGRAMS: Final[Mapping[str, Program]] = {
-    each.name: each for each in (ClassSums(), AdapterTraining("ffa", freezes_a=True), AdapterTraining("fedavg", freezes_a=False))
+    each.name: each
+    for each in (
+        ClassSums(),
+        AdapterTraining("ffa", freezes_a=True),
+        AdapterTraining("fedavg", freezes_a=False),
+        SvdTraining("svd"),
+    )
 }
 """By the name that stands in `RoundOpened.strategy`."""
 

@@ -163,6 +163,14 @@ class Model(Protocol):
         """Each text's answer, and how sure the model is of it, from 0 to 1."""
 
 
+Combine = Callable[[RoundOpened, Arrays, Arrays, Iterable[tuple[Arrays, float]]], dict[str, Array]]
+"""How updates become one where their mean is not enough: of a round, its base's tensors, the updates' weighted mean, and the
+updates themselves, each with its share of the weights. They are read once, one at a time, each gone when the next is there.
+
+A function of its arguments whose bytes are the same on every machine: what it computes with is in `linalg`.
+"""
+
+
 class Program(Protocol):
     """How one round learns: what is uploaded, what a device computes, and what becomes of it."""
 
@@ -175,8 +183,11 @@ class Program(Protocol):
         """What a list of rounds shows."""
 
     @property
-    def combines(self) -> Literal["sum", "mean"]:
-        """How the updates become one: the linear part of a merge, which `fedloop_server.aggregation` does."""
+    def combines(self) -> Literal["sum", "mean"] | Combine:
+        """How the updates become one: the linear part of a merge, which `fedloop_server.aggregation` does, or a way of its own.
+
+        Updates of different bases mix by their mean alone.
+        """
 
     @property
     def from_base(self) -> bool:

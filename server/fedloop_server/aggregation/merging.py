@@ -79,6 +79,8 @@ def merge(
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
         combined = weighted_mean(blobs, updates, specs)
+        if callable(program.combines):
+            combined = program.combines(opened, base, combined, _shares(blobs, updates))
     return program.apply(opened, base, combined)
 
 
@@ -122,6 +124,12 @@ def _buffered_mean(
         for name, values in result.items():
             values += arrays[name].astype(values.dtype) * values.dtype.type(share)
     return result
+
+
+def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]]) -> Iterator[tuple[Arrays, float]]:
+    """The tensors of each update, and its share of the weights."""
+    whole = sum(weight for _, weight in updates)
+    return ((tensors.decode(blobs.get(ref)), weight / whole) for ref, weight in updates)
 
 
 def _accumulate(

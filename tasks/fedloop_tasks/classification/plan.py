@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from fedloop_tasks.programs import class_sums
 from fedloop_tasks.task import Terms
 
-Strategy = Literal["ffa", "fedavg"]
+Strategy = Literal["ffa", "fedavg", "svd"]
 PRIVATE_RATES: Final = {"head_lr": 40.0, "bias_lr": 0.0, "lora_lr": 4.0}
 """SGD's. The bias is frozen: between devices with different labels it learns their priors alone."""
 PLAIN_RATES: Final = {"head_lr": 0.05, "bias_lr": 0.05, "lora_lr": 0.002}
@@ -38,7 +38,8 @@ _NORMS_PER_EXAMPLE: Final = 4.0
 _MEANING: Final[Mapping[str, str]] = {
     "epsilon": 'Privacy budget of each client for its whole life; "none": rounds without differential privacy.',
     "delta": "The delta of that budget; below 1 / nominal_examples.",
-    "strategy": '"ffa" (A frozen, B averaged), "fedavg" (both averaged), or "default": ffa with an epsilon, else fedavg.',
+    "strategy": 'How adapters are merged: "ffa" (A frozen, B averaged), "fedavg" (both averaged), "svd" (their products '
+    'averaged, and cut down to the rank again; never buffered), or "default": ffa with an epsilon, else fedavg.',
     "planned_rounds": "Rounds that the budget is planned for, the sums included; under differential privacy there are no more.",
     "sums_share": "Share of epsilon that the first round, of noisy sums per class, takes; below 1.",
     "nominal_examples": "Examples a device is assumed to have, from public knowledge: never counted on devices.",
