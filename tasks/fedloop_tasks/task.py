@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import FedloopError
@@ -20,6 +20,9 @@ from msgspec import Struct
 
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
+STATE: Final = "state."
+"""The beginning of the names of a release's tensors that only a program reads: `state.PROGRAM.`, and what is its own. They are no
+part of the model: devices, evaluation and export never see them, and neither do rounds of another program."""
 Evaluate = Callable[[Arrays], Evaluation]
 """What a release is worth, given its tensors, on the server's held-out set."""
 
@@ -207,7 +210,10 @@ class Program(Protocol):
         """
 
     def apply(self, opened: RoundOpened, base: Arrays, combined: Arrays) -> dict[str, Array]:
-        """The release that the combined updates make of the base: a function of its arguments, the same on every machine."""
+        """The release that the combined updates make of the base: a function of its arguments, the same on every machine.
+
+        A program that remembers something gives it tensors named as `STATE` says, and finds them in the next base.
+        """
 
 
 # --- the task ------------------------------------------------------------------------------------------------------------
