@@ -1,4 +1,4 @@
-"""The mean of updates from the blob store, against reading and hashing the same bytes."""
+"""Merges: the mean of updates from the blob store, against reading and hashing the same bytes; low-rank products, against SVD."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.types import BlobRef
 from fedloop_server.aggregation.merging import weighted_mean
+from fedloop_tasks.linalg.lowrank import Products
 
 from benchmarks.harness import Row, costs, peak_rss_bytes, per_second, rates, scratch, timed_in_turn
 
@@ -25,7 +26,31 @@ THREADS = (1, 2, 4)
 
 def rows(quick: bool) -> list[Row]:
     sizes = [(4, 1_000_000)] if quick else [(100, 1_000_000), (10, 50_000_000)]
-    return [row for count, elements in sizes for row in _merge(count, elements, runs=1 if quick else 5)]
+    means = [row for count, elements in sizes for row in _merge(count, elements, runs=1 if quick else 5)]
+    size, ranks = (256, [(8, None)]) if quick else (4096, [(8, 500.0), (64, 30.0)])
+    return means + [_low_rank(size, rank, at_least, runs=1 if quick else 3) for rank, at_least in ranks]
+
+
+def _low_rank(size: int, rank: int, at_least: float | None, *, runs: int, clients: int = 10) -> Row:
+    """The best factors of a mean of products, against the dense mean in float32 and numpy's singular value decomposition."""
+    random = np.random.default_rng(0)
+    pairs = [
+        (random.standard_normal((size, rank), dtype=np.float32), random.standard_normal((rank, size), dtype=np.float32))
+        for _ in range(clients)
+    ]
+
+    def ours() -> None:
+        products = Products(size, size)
+        for left, right in pairs:
+            products.add(left.astype(np.float64) / clients, right.astype(np.float64))
+        products.best(rank)
+
+    def peer() -> None:
+        u, s, v = np.linalg.svd(sum((left @ right for left, right in pairs), np.zeros((size, size), np.float32)) / clients)
+        u[:, :rank] * s[:rank], v[:rank]
+
+    what = f"rank-{rank} merge of {clients} updates of {size} x {size}"
+    return costs(what, "their dense mean, and its SVD", timed_in_turn(ours, peer, runs=runs), "s", at_least)
 
 
 def _merge(count: int, elements: int, *, runs: int) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from fedloop_events.errors import FedloopError
@@ -11,15 +11,22 @@ from fedloop_events.types import Spec
 from fedloop_tasks.classification.task import Classification
 from fedloop_tasks.programs.adapter import AdapterTraining
 from fedloop_tasks.programs.class_sums import ClassSums
+from fedloop_tasks.programs.optimisers import OPTIMISERS
+from fedloop_tasks.programs.svd import SvdTraining
 from fedloop_tasks.task import Program, Task
 
 TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification}
 """By the tag of their specs."""
 DEFAULT: Final[type[Task]] = Classification
 """What a deployment is made for."""
-PROGRAMS: Final[Mapping[str, Program]] = {
-    each.name: each for each in (ClassSums(), AdapterTraining("ffa", freezes_a=True), AdapterTraining("fedavg", freezes_a=False))
-}
+_PROGRAMS: Final[Sequence[Program]] = (
+    ClassSums(),
+    AdapterTraining("ffa", freezes_a=True),
+    AdapterTraining("fedavg", freezes_a=False),
+    SvdTraining("svd"),
+    *OPTIMISERS.values(),
+)
+PROGRAMS: Final[Mapping[str, Program]] = {each.name: each for each in _PROGRAMS}
 """By the name that stands in `RoundOpened.strategy`."""
 
 

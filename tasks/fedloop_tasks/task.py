@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import FedloopError
@@ -20,6 +20,9 @@ from msgspec import Struct
 
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
+STATE: Final = "state."
+"""The beginning of the names of a release's tensors that only a program reads: `state.PROGRAM.`, and what is its own. They are no
+part of the model: devices, evaluation and export never see them, and neither do rounds of another program."""
 Evaluate = Callable[[Arrays], Evaluation]
 """What a release is worth, given its tensors, on the server's held-out set."""
 
@@ -163,6 +166,14 @@ class Model(Protocol):
         """Each text's answer, and how sure the model is of it, from 0 to 1."""
 
 
+Combine = Callable[[RoundOpened, Arrays, Arrays, Iterable[tuple[Arrays, float]]], dict[str, Array]]
+"""How updates become one where their mean is not enough: of a round, its base's tensors, the updates' weighted mean, and the
+updates themselves, each with its share of the weights. They are read once, one at a time, each gone when the next is there.
+
+A function of its arguments whose bytes are the same on every machine: what it computes with is in `linalg`.
+"""
+
+
 class Program(Protocol):
     """How one round learns: what is uploaded, what a device computes, and what becomes of it."""
 
@@ -175,8 +186,11 @@ class Program(Protocol):
         """What a list of rounds shows."""
 
     @property
-    def combines(self) -> Literal["sum", "mean"]:
-        """How the updates become one: the linear part of a merge, which `fedloop_server.aggregation` does."""
+    def combines(self) -> Literal["sum", "mean"] | Combine:
+        """How the updates become one: the linear part of a merge, which `fedloop_server.aggregation` does, or a way of its own.
+
+        Updates of different bases mix by their mean alone.
+        """
 
     @property
     def from_base(self) -> bool:
@@ -196,7 +210,10 @@ class Program(Protocol):
         """
 
     def apply(self, opened: RoundOpened, base: Arrays, combined: Arrays) -> dict[str, Array]:
-        """The release that the combined updates make of the base: a function of its arguments, the same on every machine."""
+        """The release that the combined updates make of the base: a function of its arguments, the same on every machine.
+
+        A program that remembers something gives it tensors named as `STATE` says, and finds them in the next base.
+        """
 
 
 # --- the task ------------------------------------------------------------------------------------------------------------

@@ -198,3 +198,14 @@ def test_check_names_the_first_difference() -> None:
     ):
         with pytest.raises(TensorError, match=message):
             tensors.check(got, expected)
+
+
+def test_free_text_in_the_header_changes_no_tensor_and_is_read_where_it_is_asked_for() -> None:
+    arrays = {"a": np.arange(3, dtype=np.float32)}
+    plain, noted = (b"".join(map(bytes, tensors.encode(arrays, each))) for each in ({}, {"state": "x 1"}))
+    assert plain == b"".join(map(bytes, tensors.encode(arrays)))
+    assert list(tensors.decode(noted)) == ["a"]
+    assert tensors.decode(noted)["a"].tobytes() == arrays["a"].tobytes()
+    assert (tensors.metadata(plain), tensors.metadata(noted)) == ({}, {"state": "x 1"})
+    with pytest.raises(TensorError):
+        tensors.metadata(noted[:-1])

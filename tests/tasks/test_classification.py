@@ -178,8 +178,12 @@ def test_labels_come_from_their_file_or_the_training_file_or_the_held_out_one(tm
 def test_every_spec_has_its_task_and_every_program_its_name() -> None:
     assert isinstance(task_of(SPEC), Classification)
     assert list(TASKS) == ["classification"]
-    assert {name: program.name for name, program in PROGRAMS.items()} == {name: name for name in ("sums", "ffa", "fedavg")}
-    assert [kind_of(name) for name in PROGRAMS] == ["sums", "train", "train"]
+    assert (
+        [program.name for program in PROGRAMS.values()]
+        == list(PROGRAMS)
+        == ["sums", "ffa", "fedavg", "svd", "fedavgm", "fedadam"]
+    )
+    assert [kind_of(name) for name in PROGRAMS] == ["sums", *["train"] * 5]
 
 
 def test_a_program_that_is_not_there_is_an_error_and_has_no_kind() -> None:

@@ -21,7 +21,8 @@ def demo(
     epsilon: Annotated[float, typer.Option(help="Privacy budget of each device for its whole life.")] = 8.0,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Without differential privacy.")] = False,
     strategy: Annotated[
-        Literal["default", "ffa", "fedavg"], typer.Option(help="How adapters are merged: ffa, and fedavg without privacy.")
+        Literal["default", "ffa", "fedavg", "svd", "fedavgm", "fedadam"],
+        typer.Option(help="How adapters are merged; default: ffa, without privacy fedavg."),
     ] = "default",
     seed: Annotated[int, typer.Option(min=0, help="Of who writes what, and of the first release. Noise has none.")] = 0,
     directory: Annotated[

@@ -31,7 +31,10 @@ def init(
     delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Rounds without differential privacy.")] = False,
     strategy: Annotated[
-        str, typer.Option(metavar="ffa|fedavg", help="How adapters are merged; default: ffa, without privacy fedavg.")
+        str,
+        typer.Option(
+            metavar="ffa|fedavg|svd|fedavgm|fedadam", help="How adapters are merged; default: ffa, without privacy fedavg."
+        ),
     ] = "default",
     rounds: Annotated[int, typer.Option(help="How many rounds the budget is planned for.")] = 8,
     examples: Annotated[int, typer.Option(help="How many examples a device is assumed to have, from public knowledge.")] = 1000,

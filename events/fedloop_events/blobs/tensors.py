@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Final, NoReturn
 
 import msgspec
@@ -60,12 +61,13 @@ def specs(arrays: Mapping[str, Array]) -> list[TensorSpec]:
     return [_spec(name, array) for name, array in arrays.items()]
 
 
-def encode(arrays: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
+def encode(arrays: Mapping[str, Array], metadata: Mapping[str, str] = MappingProxyType({})) -> Iterator[bytes | memoryview]:
     """The safetensors file of `arrays`, in their order, without copying those that are C-contiguous and little-endian.
 
-    A function of names, dtypes, shapes and values alone. Raises `TensorError` before the first chunk.
+    A function of names, dtypes, shapes, values and `metadata` alone. Raises `TensorError` before the first chunk.
     """
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for spec in specs(arrays):
         end = offset + spec.size_bytes
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, end]}
@@ -123,6 +125,13 @@ def read_header(
     if 8 + length + end != total:
         raise TensorError(f"a tensor file has {total:,} bytes; its header describes {8 + length + end:,}")
     return entries, 8 + length
+
+
+def metadata(data: bytes | memoryview) -> dict[str, str]:
+    """The free text in the header of a file that `decode` takes. Raises `TensorError`."""
+    _, start = read_header(data)
+    found = json.loads(bytes(memoryview(data).cast("B")[8:start])).get("__metadata__", {})
+    return msgspec.convert(found, dict[str, str])
 
 
 def check(got: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:

@@ -18,7 +18,7 @@ from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
 from fedloop_tasks.table import program_of
-from fedloop_tasks.task import Arrays, Program
+from fedloop_tasks.task import STATE, Arrays, Program
 from numpy.typing import NDArray
 
 BLOCK_BYTES: Final = 256 * 1024
@@ -62,13 +62,16 @@ def merge(
 ) -> dict[str, NDArray[Any]]:
     """The release that a round makes of its accepted updates: a function of its arguments alone, so that anyone can repeat it.
 
-    `base` are the arrays of the round's base release. What is made of the total, or of the mean, is the round's program's.
+    `base` are the arrays of the round's base release, with what its program remembers (`releases.get`); so are those that are
+    returned. What is made of the total, or of the mean, is the round's program's.
     `stale` are the terms of the earlier rounds that some of the updates, by id, were made in: of such a one what counts is its
     change of its own base, times `staleness_weight`.
 
     Raises MergeError, TensorError and BlobError as `weighted_mean` does, UnknownProgramError for a program that is not there.
     """
     program = program_of(opened.strategy)
+    own = f"{STATE}{program.name}."
+    base = {name: values for name, values in base.items() if not name.startswith(STATE) or name.startswith(own)}
     updates = [(update.blob, update.weight) for update in accepted if update.blob is not None]
     if len(updates) != len(accepted):
         raise MergeError("an accepted update has no tensors")
@@ -79,6 +82,8 @@ def merge(
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
         combined = weighted_mean(blobs, updates, specs)
+        if callable(program.combines):
+            combined = program.combines(opened, base, combined, _shares(blobs, updates))
     return program.apply(opened, base, combined)
 
 
@@ -122,6 +127,12 @@ def _buffered_mean(
         for name, values in result.items():
             values += arrays[name].astype(values.dtype) * values.dtype.type(share)
     return result
+
+
+def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]]) -> Iterator[tuple[Arrays, float]]:
+    """The tensors of each update, and its share of the weights."""
+    whole = sum(weight for _, weight in updates)
+    return ((tensors.decode(blobs.get(ref)), weight / whole) for ref, weight in updates)
 
 
 def _accumulate(

@@ -14,6 +14,7 @@ from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Evaluate, Verdict
 from msgspec.structs import replace
 
+from fedloop_server.aggregation import releases
 from fedloop_server.aggregation.merging import MergeError, merge
 from fedloop_server.deciding import Draft
 from fedloop_server.deployment import release_id
@@ -142,8 +143,8 @@ class Drafting:
         earlier = self._state.rounds.earlier(state)
         stale = {update_id: each.opened for update_id, each in earlier.items() if each.opened is not None}
         try:
-            merged = merge(self._blobs, opened, self._arrays(opened.base), closed.accepted, stale)
-            blob = self._blobs.put(tensors.encode(merged))
+            base = releases.get(self._blobs, opened.base)
+            blob = releases.put(self._blobs, merge(self._blobs, opened, base, closed.accepted, stale))
         except (BlobError, TensorError, MergeError) as error:
             return self._aborted(actions.AbortRound(round_id, "unmergeable", type(error).__name__))
         number = self._state.releases.next_number(self._model)

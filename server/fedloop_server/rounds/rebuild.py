@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 from fedloop_events import envelope, topics, types
-from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Record
@@ -25,6 +24,7 @@ from fedloop_events.types import DEFAULT_MODEL
 from msgspec import Struct
 
 from fedloop_server.aggregation.merging import merge
+from fedloop_server.aggregation.releases import encode, get
 from fedloop_server.operations import registry
 
 
@@ -182,9 +182,9 @@ def _remake(
     for each in accepted:
         _check_submitted(each, submitted.get(each.update_id), stale.get(each.update_id, opened))
     _check_bases(state, stale.values(), releases)
-    arrays = merge(blobs, opened, tensors.decode(blobs.get(opened.base)) if base is None else base, accepted, stale)
+    arrays = merge(blobs, opened, get(blobs, opened.base) if base is None else base, accepted, stale)
     digest = hashlib.sha256()
-    for chunk in tensors.encode(arrays):
+    for chunk in encode(arrays):
         digest.update(chunk)
     clients = [each.client_id for each in accepted]
     return RebuiltRelease(state.release, state.blob.sha256, digest.hexdigest(), clients), arrays

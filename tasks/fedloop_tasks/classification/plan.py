@@ -15,9 +15,10 @@ from fedloop_events.types import Mechanism
 from msgspec import Meta, Struct
 
 from fedloop_tasks.programs import class_sums
+from fedloop_tasks.programs.optimisers import OPTIMISERS, RATE
 from fedloop_tasks.task import Terms
 
-Strategy = Literal["ffa", "fedavg"]
+Strategy = Literal["ffa", "fedavg", "svd", "fedavgm", "fedadam"]
 PRIVATE_RATES: Final = {"head_lr": 40.0, "bias_lr": 0.0, "lora_lr": 4.0}
 """SGD's. The bias is frozen: between devices with different labels it learns their priors alone."""
 PLAIN_RATES: Final = {"head_lr": 0.05, "bias_lr": 0.05, "lora_lr": 0.002}
@@ -38,7 +39,9 @@ _NORMS_PER_EXAMPLE: Final = 4.0
 _MEANING: Final[Mapping[str, str]] = {
     "epsilon": 'Privacy budget of each client for its whole life; "none": rounds without differential privacy.',
     "delta": "The delta of that budget; below 1 / nominal_examples.",
-    "strategy": '"ffa" (A frozen, B averaged), "fedavg" (both averaged), or "default": ffa with an epsilon, else fedavg.',
+    "strategy": 'How adapters are merged: "ffa" (A frozen, B averaged), "fedavg" (both averaged), "svd" (their products '
+    'averaged, and cut down to the rank again; never buffered), "fedavgm" and "fedadam" (as ffa, '
+    'the mean change being a gradient for momentum or Adam on the server), or "default": ffa with an epsilon, else fedavg.',
     "planned_rounds": "Rounds that the budget is planned for, the sums included; under differential privacy there are no more.",
     "sums_share": "Share of epsilon that the first round, of noisy sums per class, takes; below 1.",
     "nominal_examples": "Examples a device is assumed to have, from public knowledge: never counted on devices.",
@@ -47,6 +50,7 @@ _MEANING: Final[Mapping[str, str]] = {
     "clip_norm": "L2 bound on one example's gradient.",
     "head_lr": 'Learning rate of the head; "default": 40 with an epsilon (SGD), else 0.05 (AdamW).',
     "lora_lr": 'Learning rate of the adapters; "default": 4 with an epsilon (SGD), else 0.002 (AdamW).',
+    "server_lr": 'Learning rate on the server with fedavgm and fedadam; "default": 1 and 0.01.',
     "head_scale": "Norm of a row of the head that starts from the sums of its class.",
     "local_epochs": "Passes over a device's examples in a round without differential privacy.",
     "local_batch": "Examples of a step in such a round.",
@@ -70,13 +74,14 @@ class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     clip_norm: _Number = 1.0
     head_lr: _Number | None = None
     lora_lr: _Number | None = None
+    server_lr: _Number | None = None
     head_scale: _Number = 20.0
     local_epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     local_batch: Annotated[int, Meta(ge=1, le=65_536)] = 32
 
     MEANING: ClassVar[Mapping[str, str]] = _MEANING
     NONE: ClassVar[Mapping[str, str]] = {"epsilon": "none"} | dict.fromkeys(
-        ("strategy", "steps", "head_lr", "lora_lr"), "default"
+        ("strategy", "steps", "head_lr", "lora_lr", "server_lr"), "default"
     )
 
     def __post_init__(self) -> None:
@@ -178,6 +183,8 @@ class ClassificationPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """Of a training round, by the names that its program reads."""
         usual = PLAIN_RATES if self.epsilon is None else PRIVATE_RATES
         rates = {"head_lr": self.head_lr or usual["head_lr"], "lora_lr": self.lora_lr or usual["lora_lr"]}
+        if (optimiser := OPTIMISERS.get(self.merge)) is not None:
+            rates[RATE] = self.server_lr or optimiser.rate
         return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})
 
     @property

@@ -17,7 +17,7 @@ from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import TensorError
 from fedloop_events.types import RoundOpened
 
-from fedloop_tasks.task import Arrays, TermsError
+from fedloop_tasks.task import Arrays, Combine, TermsError
 
 if TYPE_CHECKING:
     from fedloop_privacy.dp.dpsgd import Examples, ParameterGroup
@@ -57,7 +57,7 @@ class AdapterTraining:
     """
 
     kind: Literal["sums", "train"] = "train"
-    combines: Literal["sum", "mean"] = "mean"
+    combines: Literal["sum", "mean"] | Combine = "mean"
     from_base = True
 
     def __init__(self, name: str, *, freezes_a: bool) -> None:

@@ -1,0 +1,61 @@
+"""A release's tensors in blobs: the model's in its own, what its program remembers in another one, which it names by its hash.
+
+The name stands in the `__metadata__` of the release's file, so a release's hash covers what its program remembers, and devices,
+which read tensors alone, neither fetch nor see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from fedloop_events.blobs import tensors
+from fedloop_events.blobs.store import BlobStore
+from fedloop_events.blobs.tensors import Array
+from fedloop_events.errors import TensorError
+from fedloop_events.types import BlobRef
+from fedloop_tasks.task import STATE, Arrays
+
+_KEY: Final = "state"
+_MAX_HEADER_BYTES: Final = 1 << 20
+"""Several tensors for each one of the model's, with longer names."""
+
+
+def put(blobs: BlobStore, arrays: Arrays) -> BlobRef:
+    """Store a release, what its program remembers first."""
+    if state := _state(arrays):
+        blobs.put(tensors.encode(state))
+    return blobs.put(encode(arrays))
+
+
+def get(blobs: BlobStore, ref: BlobRef) -> dict[str, Array]:
+    """A release, with what its program remembers. Raises BlobError, and TensorError for a file that is none."""
+    data = blobs.get(ref)
+    arrays = tensors.decode(data)
+    if (named := tensors.metadata(data).get(_KEY)) is not None:
+        sha256, _, size = named.partition(" ")
+        if not size.isdecimal():
+            raise TensorError("a release names no blob as what its program remembers")
+        arrays |= tensors.decode(blobs.get(BlobRef(sha256, int(size))), max_header_bytes=_MAX_HEADER_BYTES)
+    return arrays
+
+
+def encode(arrays: Arrays) -> Iterator[bytes | memoryview]:
+    """The bytes of a release's own blob: a function of all of its tensors."""
+    model = {name: values for name, values in arrays.items() if not name.startswith(STATE)}
+    return tensors.encode(model, _named(_state(arrays)))
+
+
+def _state(arrays: Arrays) -> dict[str, Array]:
+    return {name: values for name, values in arrays.items() if name.startswith(STATE)}
+
+
+def _named(state: Mapping[str, Array]) -> dict[str, str]:
+    if not state:
+        return {}
+    digest, size = hashlib.sha256(), 0
+    for chunk in tensors.encode(state):
+        digest.update(chunk)
+        size += len(chunk)
+    return {_KEY: f"{digest.hexdigest()} {size}"}
