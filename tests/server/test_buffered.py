@@ -252,6 +252,22 @@ def test_a_server_that_counts_an_update_of_a_withdrawn_release_is_found_out(
         rebuild(world.log, world.blobs)
 
 
+def test_an_optimiser_on_the_server_takes_the_mean_of_a_buffered_round(tmp_path: Path) -> None:
+    plan = replace(BUFFERED.plan, strategy="fedavgm", server_lr=0.5)  # type: ignore[type-var]
+    world = world_of(tmp_path, replace(BUFFERED, plan=plan))
+    run(world.server(on_wait=Script(world, STALE)))
+    assert accepted(world, 2) == ["ann", "cem"]
+    assert rebuild(world.log, world.blobs, deep=True).identical
+
+
+def test_a_merge_that_needs_all_updates_of_one_base_is_not_buffered(tmp_path: Path) -> None:
+    plan = replace(BUFFERED.plan, strategy="svd")  # type: ignore[type-var]
+    world = world_of(tmp_path, replace(BUFFERED, plan=plan), rounds=1)
+    run(world.server(on_wait=Script(world, {1: [(name, 1) for name in NAMES]})))
+    assert world.payloads(types.RoundOpened)[0].max_staleness == 0
+    assert accepted(world, 1) == [*NAMES]
+
+
 @pytest.mark.parametrize("change", ["rate", "synchronous"])
 def test_updates_that_were_made_under_other_terms_do_not_mix(tmp_path: Path, change: str) -> None:
     world = world_of(tmp_path)

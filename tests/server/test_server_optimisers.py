@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import BlobError, TensorError
+from fedloop_events.locations import locate
 from fedloop_server.aggregation import releases
 from fedloop_server.config import ServerConfig
+from fedloop_server.operations.sweeping import DAY_S, sweep
 from fedloop_server.rounds.rebuild import rebuild
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.programs.optimisers import ADAPTIVITY, FIRST_DECAY, OPTIMISERS, SECOND_DECAY
@@ -167,3 +170,15 @@ def test_the_plan_sets_the_servers_learning_rate_for_its_optimisers_alone() -> N
     assert ClassificationPlan(strategy="fedavgm", server_lr=0.3).hyperparameters["server_lr"] == 0.3
     assert "server_lr" not in ClassificationPlan(server_lr=0.3).hyperparameters
     assert "fedadam" in ClassificationPlan(strategy="fedadam", sampling_rate=1.0, steps=1, nominal_examples=100).mechanisms()
+
+
+def test_a_sweep_keeps_what_a_program_remembers(tmp_path: Path) -> None:
+    """No event names it: the release's file does."""
+    world = world_of(tmp_path / "deployment", "fedadam", rounds=2)
+    run(world, 2)
+    before = set(world.blobs.all())
+    world.blobs.put([b"nobody's"])
+    at, later = locate(tmp_path / "deployment"), time.time() + 30 * DAY_S
+    swept = sweep(at, world.log, world.blobs, None, older_than_s=7 * DAY_S, now=lambda: later)
+    assert (swept.removed, set(world.blobs.all())) == (1, before)
+    assert rebuild(world.log, world.blobs).identical

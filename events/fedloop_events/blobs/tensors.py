@@ -127,9 +127,9 @@ def read_header(
     return entries, 8 + length
 
 
-def metadata(data: bytes | memoryview) -> dict[str, str]:
-    """The free text in the header of a file that `decode` takes. Raises `TensorError`."""
-    _, start = read_header(data)
+def metadata(data: bytes | memoryview, *, total_bytes: int | None = None) -> dict[str, str]:
+    """The free text in the header of a file that `read_header` takes. Raises `TensorError`."""
+    _, start = read_header(data, total_bytes=total_bytes)
     found = json.loads(bytes(memoryview(data).cast("B")[8:start])).get("__metadata__", {})
     return msgspec.convert(found, dict[str, str])
 

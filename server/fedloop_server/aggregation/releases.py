@@ -33,12 +33,26 @@ def get(blobs: BlobStore, ref: BlobRef) -> dict[str, Array]:
     """A release, with what its program remembers. Raises BlobError, and TensorError for a file that is none."""
     data = blobs.get(ref)
     arrays = tensors.decode(data)
-    if (named := tensors.metadata(data).get(_KEY)) is not None:
-        sha256, _, size = named.partition(" ")
-        if not size.isdecimal():
-            raise TensorError("a release names no blob as what its program remembers")
-        arrays |= tensors.decode(blobs.get(BlobRef(sha256, int(size))), max_header_bytes=_MAX_HEADER_BYTES)
+    if (state := _state_of(tensors.metadata(data))) is not None:
+        arrays |= tensors.decode(blobs.get(state), max_header_bytes=_MAX_HEADER_BYTES)
     return arrays
+
+
+def remembered(blobs: BlobStore, ref: BlobRef) -> BlobRef | None:
+    """The blob with what a release's program remembers, if it names one; of the release its header alone is read.
+
+    Raises BlobError for a release that is not there, TensorError for a file that is none.
+    """
+    return _state_of(tensors.metadata(next(blobs.blocks(ref), b""), total_bytes=ref.size_bytes))
+
+
+def _state_of(metadata: Mapping[str, str]) -> BlobRef | None:
+    if (named := metadata.get(_KEY)) is None:
+        return None
+    sha256, _, size = named.partition(" ")
+    if not size.isdecimal():
+        raise TensorError("a release names no blob as what its program remembers")
+    return BlobRef(sha256, int(size))
 
 
 def encode(arrays: Arrays) -> Iterator[bytes | memoryview]:

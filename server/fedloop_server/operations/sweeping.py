@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from fedloop_events import locations, topics, types
+from fedloop_events import envelope, locations, topics, types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.envelope import Record
-from fedloop_events.errors import LogError, UsageError
+from fedloop_events.errors import BlobError, InvalidEventError, LogError, TensorError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.port import READ_AHEAD, START, EventLog
+from fedloop_events.types import BlobRef
 from msgspec import Struct
 
+from fedloop_server.aggregation import releases
 from fedloop_server.deployment import SERVER_FOLDER
 from fedloop_server.state import IDENTITIES_FILE, STATE_FILE, ServerState
 
@@ -64,7 +67,8 @@ def sweep(
     if directory is not None:
         _check_read(log, directory / SERVER_FOLDER)
     before_s = now() - older_than_s
-    named = names_in(log, stopped)
+    named, made = names_in(log, stopped)
+    named |= _remembered(blobs, made)
     count, old = [0, 0, 0], []
     for each in blobs.stored() if not stopped() else ():
         kind = 0 if each.sha256 in named else 1 if each.written_s >= before_s else 2
@@ -86,9 +90,22 @@ def _check_read(log: EventLog, folder: Path) -> None:
     Reader(log, ServerState(types.DEFAULT_RUN, people.fold), identities=people, snapshots=Snapshots(folder / STATE_FILE))
 
 
-def names_in(log: EventLog, stopped: Callable[[], bool] = lambda: False) -> set[str]:
-    """Whatever looks like a hash in any event, of any type and version, and whoever has signed it. Raises as `sweep`."""
+def _remembered(blobs: BlobStore, made: Iterable[BlobRef]) -> set[str]:
+    """What the files of releases name: no event does. Of a release whose file is gone or broken nothing can be made any more."""
     found: set[str] = set()
+    for ref in made:
+        with suppress(BlobError, TensorError):
+            if (state := releases.remembered(blobs, ref)) is not None:
+                found.add(state.sha256)
+    return found
+
+
+def names_in(log: EventLog, stopped: Callable[[], bool] = lambda: False) -> tuple[set[str], set[BlobRef]]:
+    """Whatever looks like a hash in any event, of any type and version, and whoever has signed it; and the files of releases.
+
+    Raises as `sweep`.
+    """
+    found, made = set[str](), set[BlobRef]()
     end, after, begun, created = log.end(), START, set[str](), False
     while (batch := log.read(topics.ALL, after, limit=READ_AHEAD)).records and not stopped():
         for record in batch.records:
@@ -99,15 +116,18 @@ def names_in(log: EventLog, stopped: Callable[[], bool] = lambda: False) -> set[
                 )
             begun.add(record.stream)
             created = created or record.type == types.DeploymentCreated.type_name
+            if record.type == types.ReleaseProposed.type_name:
+                with suppress(InvalidEventError):
+                    made.add(envelope.expect(record, types.ReleaseProposed).blob)
             found.update(match.decode() for match in _HASH.findall(_plain(record)))
         after = batch.position
     if stopped():
-        return found
+        return found, made
     if not all(after.covers(stream, offset) for stream, offset in end.offsets.items()):
         raise LogError("the log could not be read to its end", hint="try again; `fedloop log verify` says what is broken")
     if not created:
         raise UsageError("the log belongs to no deployment: nothing says which blobs are needed")
-    return found
+    return found, made
 
 
 def _plain(record: Record) -> bytes:
