@@ -320,7 +320,7 @@ def test_what_is_at_work_for_a_round_that_is_aborted_is_refused(tmp_path: Path) 
 
 def test_a_client_that_is_at_work_has_as_long_as_its_own_round_gave_it(tmp_path: Path) -> None:
     """The second round waits for it no longer, though its own deadline is far, and the third asks it again."""
-    with clock_ahead(-597.0):
+    with clock_ahead(-592.0):
         world = world_of(tmp_path, replace(BUFFERED, deadline_s=600.0))
         script = Script(world, {**STALE, 2: [("bob", 2)], 3: [("bob", 3), ("cem", 3)]})
         until_closed(world, script)
