@@ -41,7 +41,7 @@ _MEANING: Final[Mapping[str, str]] = {
     "delta": "The delta of that budget; below 1 / nominal_examples.",
     "strategy": 'How adapters are merged: "ffa" (A frozen, B averaged), "fedavg" (both averaged), "svd" (their products '
     'averaged, and cut down to the rank again; never buffered), "fedavgm" and "fedadam" (as ffa, '
-    'the mean change being a gradient for momentum or Adam on the server), or "default": ffa with an epsilon, else fedavg.',
+    'the mean change being a gradient for an optimiser on the server), or "default": ffa with an epsilon, else fedavg.',
     "planned_rounds": "Rounds that the budget is planned for, the sums included; under differential privacy there are no more.",
     "sums_share": "Share of epsilon that the first round, of noisy sums per class, takes; below 1.",
     "nominal_examples": "Examples a device is assumed to have, from public knowledge: never counted on devices.",
