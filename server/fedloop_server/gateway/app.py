@@ -194,9 +194,11 @@ class Gateway:
 
     async def _check_upload(self, client_id: str, sha256: str, size: int) -> None:
         """Raises `Problem` for a blob that nobody asked a device for."""
-        if not self.feed.uploads.asks(client_id):
+        try:
+            self.feed.uploads.take(client_id, sha256, size)
+        except Problem:
             await self.feed.sync()  # the instruction may have been read through another gateway
-        self.feed.uploads.take(client_id, sha256, size)
+            self.feed.uploads.take(client_id, sha256, size)
         if wait_s := self._quota.take(client_id, size, self._clock()):
             raise Problem("quota", "more has been sent than a device may send at this time", retry_after_s=wait_s)
 

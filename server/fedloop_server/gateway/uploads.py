@@ -65,11 +65,6 @@ class Uploads:
             if len(self._answered) > _ANSWERED:
                 self._answered.popitem(last=False)
 
-    def asks(self, client_id: str) -> bool:
-        """Whether there is an instruction that the client has not answered."""
-        with self._lock:
-            return bool(self._asked.get(client_id))
-
     def take(self, client_id: str, sha256: str, size_bytes: int) -> None:
         """Count a blob that the client is about to send; the same once more costs nothing. Raises `Problem`."""
         with self._lock:
