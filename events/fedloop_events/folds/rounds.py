@@ -184,6 +184,10 @@ class RoundsView(Struct):
                         found[update.update_id] = state
         return found
 
+    def stale(self, closed: RoundState) -> dict[str, types.RoundOpened]:
+        """The terms that those updates were made under, by update."""
+        return {update_id: each.opened for update_id, each in self.earlier(closed).items() if each.opened is not None}
+
     @property
     def last(self) -> RoundState | None:
         return next(reversed(self.rounds.values()), None)

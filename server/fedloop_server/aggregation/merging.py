@@ -40,10 +40,8 @@ def weighted_mean(
     Raises MergeError without updates or with a weight that is not positive and finite, TensorError if a blob holds anything but
     `specs`, BlobError if its bytes are wrong.
     """
-    total = sum(weight for _, weight in updates)
-    if not updates or not all(weight > 0 for _, weight in updates) or not np.isfinite(total):
-        raise MergeError("a mean needs at least one update, and weights that are positive and finite")
-    return _accumulate(blobs, [(ref, weight / total) for ref, weight in updates], specs)
+    whole = _whole([weight for _, weight in updates])
+    return _accumulate(blobs, [(ref, weight / whole) for ref, weight in updates], specs)
 
 
 def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
@@ -108,9 +106,7 @@ def _buffered_mean(
     """base + sum of c (update - its base), where c is an update's share of the weights times what its staleness leaves of it."""
     if not buffers(program_of(opened.strategy)):
         raise MergeError(f"updates of earlier rounds do not count in a round of {opened.strategy}")
-    weights, whole = [each.weight for each in accepted], sum(each.weight for each in accepted)
-    if not all(weight > 0 for weight in weights) or not np.isfinite(whole):
-        raise MergeError("a mean needs weights that are positive and finite")
+    whole = _whole([each.weight for each in accepted])
     shares: list[tuple[BlobRef, float]] = []
     of_base: dict[BlobRef, float] = {}
     for update in accepted:
@@ -127,6 +123,13 @@ def _buffered_mean(
         for name, values in result.items():
             values += arrays[name].astype(values.dtype) * values.dtype.type(share)
     return result
+
+
+def _whole(weights: Sequence[float]) -> float:
+    whole = sum(weights)
+    if not weights or not all(weight > 0 for weight in weights) or not np.isfinite(whole):
+        raise MergeError("a mean needs at least one update, and weights that are positive and finite")
+    return whole
 
 
 def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]]) -> Iterator[tuple[Arrays, float]]:

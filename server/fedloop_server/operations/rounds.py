@@ -132,7 +132,7 @@ def summaries(followed: Followed) -> list[RoundSummary]:
 
 
 def detail(state: RoundState, rounds: RoundsView) -> RoundDetail:
-    opened, earlier = state.opened, rounds.earlier(state)
+    opened, stale = state.opened, rounds.stale(state)
     accepted = state.closed.accepted if state.closed is not None else []
     return RoundDetail(
         opened.mechanism if opened is not None else None,
@@ -142,7 +142,7 @@ def detail(state: RoundState, rounds: RoundsView) -> RoundDetail:
         opened.enough if opened is not None else None,
         opened.grace_s if opened is not None else None,
         opened.max_staleness if opened is not None else 0,
-        {each.client_id: state.number - earlier[each.update_id].number for each in accepted if each.update_id in earlier},
+        {each.client_id: state.number - stale[each.update_id].number for each in accepted if each.update_id in stale},
         state.declined,
         [RefusedUpdate(each.client_id, each.update_id, each.reason) for each in state.refused.values()],
     )

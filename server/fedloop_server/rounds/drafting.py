@@ -140,8 +140,7 @@ class Drafting:
         opened, closed = state.opened, state.closed
         assert opened is not None
         assert closed is not None
-        earlier = self._state.rounds.earlier(state)
-        stale = {update_id: each.opened for update_id, each in earlier.items() if each.opened is not None}
+        stale = self._state.rounds.stale(state)
         try:
             base = releases.get(self._blobs, opened.base)
             blob = releases.put(self._blobs, merge(self._blobs, opened, base, closed.accepted, stale))

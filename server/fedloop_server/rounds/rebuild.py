@@ -178,7 +178,7 @@ def _remake(
         raise RebuildError(f"release {state.release} names another base than its round {opened.round_id}")
     if state.updates != [each.update_id for each in accepted] or len(accepted) < opened.quorum:
         raise RebuildError(f"release {state.release} names other updates than its round {opened.round_id} accepted")
-    stale = {update_id: each.opened for update_id, each in rounds.earlier(made).items() if each.opened is not None}
+    stale = rounds.stale(made)
     for each in accepted:
         _check_submitted(each, submitted.get(each.update_id), stale.get(each.update_id, opened))
     _check_bases(state, stale.values(), releases)
