@@ -24,9 +24,8 @@ _MAX_HEADER_BYTES: Final = 1 << 20
 
 def put(blobs: BlobStore, arrays: Arrays) -> BlobRef:
     """Store a release, what its program remembers first."""
-    if state := _state(arrays):
-        blobs.put(tensors.encode(state))
-    return blobs.put(encode(arrays))
+    state = _state(arrays)
+    return blobs.put(_encoded(arrays, blobs.put(tensors.encode(state)) if state else None))
 
 
 def get(blobs: BlobStore, ref: BlobRef) -> dict[str, Array]:
@@ -57,19 +56,19 @@ def _state_of(metadata: Mapping[str, str]) -> BlobRef | None:
 
 def encode(arrays: Arrays) -> Iterator[bytes | memoryview]:
     """The bytes of a release's own blob: a function of all of its tensors."""
-    model = {name: values for name, values in arrays.items() if not name.startswith(STATE)}
-    return tensors.encode(model, _named(_state(arrays)))
-
-
-def _state(arrays: Arrays) -> dict[str, Array]:
-    return {name: values for name, values in arrays.items() if name.startswith(STATE)}
-
-
-def _named(state: Mapping[str, Array]) -> dict[str, str]:
-    if not state:
-        return {}
+    if not (state := _state(arrays)):
+        return _encoded(arrays, None)
     digest, size = hashlib.sha256(), 0
     for chunk in tensors.encode(state):
         digest.update(chunk)
         size += len(chunk)
-    return {_KEY: f"{digest.hexdigest()} {size}"}
+    return _encoded(arrays, BlobRef(digest.hexdigest(), size))
+
+
+def _encoded(arrays: Arrays, state: BlobRef | None) -> Iterator[bytes | memoryview]:
+    model = {name: values for name, values in arrays.items() if not name.startswith(STATE)}
+    return tensors.encode(model, {} if state is None else {_KEY: f"{state.sha256} {state.size_bytes}"})
+
+
+def _state(arrays: Arrays) -> dict[str, Array]:
+    return {name: values for name, values in arrays.items() if name.startswith(STATE)}
