@@ -69,12 +69,18 @@ def test_a_server_that_does_not_run_aborts_the_round_when_it_starts(world: World
     assert world.payloads(types.InstructionSent) == [], "nobody is asked for a round that is to be aborted"
 
 
-def test_a_round_that_has_closed_is_aborted_before_its_release_is_proposed(tmp_path: Path) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> World:
+    """Two devices, and a round that is requested."""
     world = World(tmp_path / "deployment")
     for name in ("ann", "bob"):
         world.device(name)
     world.request()
-    server = world.server()
+    return world
+
+
+def test_a_round_that_has_closed_is_aborted_before_its_release_is_proposed(asked: World) -> None:
+    world, server = asked, asked.server()
     with world.serving():
         step_to(server, actions.ProposeRelease)
     rounds.abort(world.writer, "r0001", "wrong terms")
@@ -83,12 +89,8 @@ def test_a_round_that_has_closed_is_aborted_before_its_release_is_proposed(tmp_p
     assert (state.state, state.participants, list(world.releases.by_round)) == ("aborted", [], [])
 
 
-def test_a_round_that_is_over_cannot_be_aborted_and_what_it_came_to_is_said(tmp_path: Path) -> None:
-    world = World(tmp_path / "deployment")
-    for name in ("ann", "bob"):
-        world.device(name)
-    world.request()
-    server = world.server()
+def test_a_round_that_is_over_cannot_be_aborted_and_what_it_came_to_is_said(asked: World) -> None:
+    world, server = asked, asked.server()
     with world.serving():
         step_to(server, actions.EvaluateRelease)
         server.step()
@@ -107,12 +109,8 @@ def test_a_round_that_is_over_cannot_be_aborted_and_what_it_came_to_is_said(tmp_
     assert world.payloads(types.RoundAbortRequested) == []
 
 
-def test_a_request_to_abort_that_comes_just_as_the_release_is_proposed_changes_nothing(tmp_path: Path) -> None:
-    world = World(tmp_path / "deployment")
-    for name in ("ann", "bob"):
-        world.device(name)
-    world.request()
-    server = world.server()
+def test_a_request_to_abort_that_comes_just_as_the_release_is_proposed_changes_nothing(asked: World) -> None:
+    world, server = asked, asked.server()
     with world.serving():
         step_to(server, actions.ProposeRelease)
         server.step()
