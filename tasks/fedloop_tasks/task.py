@@ -154,7 +154,8 @@ class Plan(Protocol):
 class Model(Protocol):
     """A model in memory that holds one release at a time. Not safe for concurrent use."""
 
-    spec: Spec
+    @property
+    def spec(self) -> Spec: ...
 
     def load(self, arrays: Arrays) -> None:
         """Take a release's tensors. Raises `TensorError`, and is then as it was, unless they are exactly this model's."""
