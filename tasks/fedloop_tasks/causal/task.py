@@ -10,6 +10,7 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
+from msgspec.structs import replace
 
 from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, examples
@@ -79,7 +80,7 @@ class Chat:
     def make(cls, material: Material, base_model: str, model_dir: Path | None, seed: int) -> tuple[CausalSpec, dict[str, Array]]:
         from fedloop_tasks.causal.model import CausalModel, describe
 
-        spec = describe(base_model, model_dir=model_dir)
+        spec = replace(describe(base_model, model_dir=model_dir), learns=next(iter(material.about), "feedback"))
         model = CausalModel(spec, model_dir=model_dir)
         first = model.initial_arrays(seed)
         if material.public:
