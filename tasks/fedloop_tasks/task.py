@@ -112,13 +112,15 @@ class Option(Struct, frozen=True):
 
 class Material(Struct, frozen=True):
     """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
-    what in it may be a mistake; `public` is nobody's own, and what the first release may have learnt."""
+    what in it may be a mistake; `public` is nobody's own, and what the first release may learn; `shape` is what the operator
+    sets of the model's spec."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
     notes: list[str] = []
     public: list[Message] = []
+    shape: dict[str, Any] = {}
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class Task(Protocol):
         """A file of messages; `columns` are given by the names of the options. Raises `UsageError`."""
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         """What the `files` hold, by the names of the options. Raises `UsageError`."""
 
     @classmethod

@@ -36,14 +36,12 @@ def task_of(folder: Path) -> Chat:
 
 def test_the_first_release_is_the_base_model_and_learns_what_is_public_the_same_bytes_each_time(folder: Path) -> None:
     public = [Message("where is my card", "we have sent it"), Message("a loan", "yes")]
-    spec, plain = Chat.make(Material(["feedback"], HELD_OUT, {}), folder.name, folder, 3)
+    spec, plain = Chat.make(Material([], HELD_OUT, {}), folder.name, folder, 3)
     assert all(not values.any() for name, values in plain.items() if name.endswith(".B"))
-    (_, first), (same, again) = (
-        Chat.make(Material(["feedback"], HELD_OUT, {}, public=public), folder.name, folder, 3) for _ in range(2)
-    )
+    (_, first), (same, again) = (Chat.make(Material([], HELD_OUT, {}, public=public), folder.name, folder, 3) for _ in range(2))
     assert same == spec
     assert spec.learns == "feedback"
-    assert Chat.make(Material(["kto"], HELD_OUT, {}), folder.name, folder, 3)[0].learns == "kto"
+    assert Chat.make(Material([], HELD_OUT, {}, shape={"learns": "kto", "layers": 1}), folder.name, folder, 3)[0].learns == "kto"
     assert all(np.array_equal(values, again[name]) for name, values in first.items())
     model = CausalModel(spec, model_dir=folder, device="cpu")
     losses = []
@@ -115,3 +113,13 @@ def test_tensors_that_are_no_pairs_of_factors_are_no_first_release(folder: Path)
     for wrong in ({}, {**arrays, "x": arrays[min(arrays)]}, dict(list(arrays.items())[1:])):
         with pytest.raises(UsageError, match="pairs of adapter factors"):
             task.check(wrong)
+
+
+def test_what_the_operator_sets_of_the_model_is_checked_before_anything_is_made(tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    files = {"test": test, "layers": 2, "rank": 4, "targets": "q_proj, v_proj", "learns": "sft"}
+    assert Chat.material(files).shape == {"layers": 2, "rank": 4, "targets": ["q_proj", "v_proj"], "learns": "sft"}
+    for wrong in ({"learns": "all"}, {"layers": 0}, {"rank": 257}):
+        with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+            Chat.material({"test": test, **wrong})
