@@ -138,7 +138,8 @@ class Terms(Struct, frozen=True):
 class Plan(Protocol):
     """The rounds of a deployment, planned by its task from the operator's settings: public numbers alone, none from a device.
 
-    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them.
+    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them. Every plan has those
+    that `fedloop server init` sets: `epsilon`, `delta`, `strategy`, `planned_rounds` and `nominal_examples`.
     """
 
     MEANING: ClassVar[Mapping[str, str]]
@@ -277,7 +278,8 @@ class Task(Protocol):
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
-    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`, with a
+    hyphen for each underscore."""
     metrics: ClassVar[Sequence[str]]
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[Sequence[Option]]
