@@ -57,6 +57,8 @@ class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     """Of a prompt and its answer in training."""
     max_answer_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 128
     """Of an answer that is given, its end included."""
+    activated: bool = True
+    """Whether the adapters act only from where the assistant's turn begins on (activated LoRA), and not on what is before it."""
 
 
 Spec = ClassificationSpec
