@@ -14,8 +14,8 @@ from fedloop_events.types import CausalSpec
 from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, examples
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
