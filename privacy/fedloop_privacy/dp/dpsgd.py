@@ -100,8 +100,9 @@ def dp_sgd(
     Each step draws a Poisson sample, clips each sampled example's gradient over all groups together to L2 norm
     `terms.clip_norm`, adds N(0, (noise_multiplier x clip_norm)^2) to each coordinate of the sum in float64, and divides by
     `terms.divisor`. The sample is sorted by length and cut into micro-batches, each padded to its own longest example, which
-    changes no clipped gradient; an example of several rows (`SeveralRows`) is clipped as a whole. The model trains on the device it is on, in train mode with dropout off, and is handed back
-    in the mode it came in, without hooks. `on_step(n)` is called after step n, counted from 1.
+    changes no clipped gradient; an example of several rows (`SeveralRows`) is clipped as a whole. The model trains on the
+    device it is on, in train mode with dropout off, and is handed back in the mode it came in, without hooks. `on_step(n)` is
+    called after step n, counted from 1.
 
     Raises MechanismError for invalid terms, and TrainingError for a model whose per-example gradients would be wrong (batch
     normalisation, gradient checkpointing, DoRA, LoRA on embeddings, a trainable parameter in no group or not reached by the
