@@ -12,8 +12,9 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 
 from fedloop_tasks.causal import corpus, heldout
-from fedloop_tasks.causal.examples import Example, examples
+from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
+from fedloop_tasks.causal.reactions import examples
 from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
 from fedloop_tasks.turns import Turn
 
@@ -125,15 +126,22 @@ class Chat:
         return ()
 
     def taught(self, interaction: Interaction) -> str | None:
-        return next((each.answer for each in self.examples([interaction])), None)
+        return next((_answer(each) for each in self.examples([interaction])), None)
 
-    def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
-        return examples(interactions)
+    def examples(self, interactions: Iterable[Interaction]) -> list[Feedback]:
+        return examples(interactions, self.spec.learns)
 
     def model(self, model_dir: Path | None) -> CausalModel:
         from fedloop_tasks.causal.model import CausalModel
 
         return CausalModel(self.spec, model_dir=model_dir)
+
+
+def _answer(taught: Feedback) -> str | None:
+    """The answer that an example makes more probable, if it does."""
+    if isinstance(taught, Pair):
+        return taught.chosen
+    return taught.answer if isinstance(taught, Example) or taught.good else None
 
 
 def _shape(given: Mapping[str, Any]) -> dict[str, Any]:
