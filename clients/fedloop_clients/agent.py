@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from fedloop_events.masked import MaskedText
 from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
 from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Task
 
 from fedloop_clients import enrolment
 from fedloop_clients.device import Device, Settings, Status
@@ -243,11 +244,13 @@ class Agent:
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
 
     @property
-    def words(self) -> Sequence[str]:
-        """The closed set of words that the model answers with; none as long as the device knows no model."""
+    def task(self) -> Task:
+        """What the deployment's model learns. Raises `UsageError` as long as the device knows no model."""
         if self._device.spec is None:
             self._refresher.refresh_first()
-        return self._device.task.words if self._device.task else ()
+        if (task := self._device.task) is None:
+            raise self._no_release()
+        return task
 
     def knows(self, feedback_id: str) -> bool:
         """Whether feedback with this id is in the store."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
-from fedloop_tasks.table import DEFAULT
-from fedloop_tasks.task import BadRow, Message, Messages
+from fedloop_tasks.task import BadRow, Message, Messages, Task
 from fedloop_tasks.words import normalised
 from msgspec import Struct
 
@@ -30,9 +29,11 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
 
     A message is known by this device, its text, its answer, and how many equal ones came before it in the file, so that the file
     may grow, change its order or its line ends: texts are compared as `fedloop_tasks.words.normalised`. Every row is checked
-    before the first is recorded. Raises `UsageError` for one that cannot be used, with its line or number, unless `skip_bad`.
+    before the first is recorded. Raises `UsageError` for one that cannot be used, with its line or number, unless `skip_bad`; and
+    what `Agent.task` raises.
     """
-    good, bad = _checked(messages, agent.words)
+    task = agent.task
+    good, bad = _checked(messages, task)
     if bad and not skip_bad:
         first = min(bad, key=lambda each: each.line)
         raise UsageError(
@@ -46,7 +47,7 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
             continue
         response = agent.predict(message.text)
         try:
-            agent.feedback(response.response_id, feedback_id=feedback_id, **DEFAULT.remark(message.answer))
+            agent.feedback(response.response_id, feedback_id=feedback_id, **task.remark(message.answer))
         except ConflictingFeedbackError:  # another process takes in the same file
             continue
         recorded += 1
@@ -54,12 +55,12 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
     return Imported(recorded, len(good) - recorded, right, dict(Counter(each.reason for each in bad)))
 
 
-def _checked(messages: Messages, words: Sequence[str]) -> tuple[list[Message], list[BadRow]]:
+def _checked(messages: Messages, task: Task) -> tuple[list[Message], list[BadRow]]:
     good, bad = [], [*messages.bad]
     for line, message in zip(messages.lines, messages.rows, strict=True):
         try:
             check_text("text", message.text, MAX_TEXT_CHARS)
-            check_input(FeedbackInput(**DEFAULT.remark(message.answer)), words)
+            check_input(FeedbackInput(**task.remark(message.answer)), task.words)
             good.append(message)
         except UsageError as error:
             bad.append(BadRow(line, error.message))
