@@ -1,7 +1,8 @@
 """The on-device language model: a frozen decoder with LoRA on its last layers.
 
-What lies below the adapted layers never changes, so it is computed once for a text and kept (bounded, in memory, float32). A
-training step then costs the adapted layers alone, and logits where an answer stands.
+What lies below the adapted layers never changes, so it is computed once for a text and kept; and if the adapters act only from
+the assistant's turn on (activated LoRA: Greenewald et al. 2025, arXiv 2504.12397), so are the prompt's keys and values. A step
+of training then costs the answer's tokens in the adapted layers alone, and logits where they stand.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from typing import Final, Literal, NamedTuple
 import torch
 from fedloop_events.types import CausalSpec
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from fedloop_tasks.causal import decoder, generation, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
+from fedloop_tasks.causal.decoder import Prompts
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.generation import Answer
+from fedloop_tasks.causal.keeping import BATCH_TOKENS, Kept
 from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import folder as folders
-from fedloop_tasks.models.kept import KeptStates, batches, best_device
+from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.task import ModelError
 
 CACHE_BYTES: Final = 256 * 2**20
-"""Bound on the kept states of a model: about 2,000 texts of 60 tokens at width 576."""
+"""Bound on what is kept of a model's texts, in memory: 500 of 40 tokens of SmolLM2 with 8 adapted layers (0.5 MB each), or 2,000
+of 60 tokens whose adapters act everywhere. Others are computed again, which costs a forward pass and nothing else."""
 FILES: Final = (
     "config.json",
     folders.WEIGHTS,
@@ -43,7 +46,6 @@ FILES: Final = (
 )
 """What a base model is made of: the last three where it has them."""
 _NEEDED: Final = FILES[:4]
-_BATCH_TOKENS: Final = 2048  # padded tokens in one forward pass without gradients
 _log = logging.getLogger(__name__)
 
 
@@ -76,13 +78,15 @@ def describe(
     max_tokens: int = 512,
     max_answer_tokens: int = 128,
     learns: Literal["feedback", "sft", "kto", "dpo"] = "feedback",
+    activated: bool = True,
     model_dir: Path | None = None,
 ) -> CausalSpec:
-    """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many; without
-    `targets`, every linear module of a layer is adapted. Raises ModelError if the base is not there."""
+    """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many, and not
+    activated if its chat template marks no assistant's turn; without `targets`, every linear module of a layer is adapted. Raises
+    ModelError if the base is not there."""
     folder = folders.locate(base_model, model_dir)
     files = hashes(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config, tokenizer = folders.described(folder)
     family = decoder.family_of(config)
     most = min(max_tokens, decoder.context(config))
     return CausalSpec(
@@ -95,6 +99,7 @@ def describe(
         max_tokens=most,
         max_answer_tokens=min(max_answer_tokens, most // 2),
         learns=learns,
+        activated=activated and bool(Chat(tokenizer).invocation),
     )
 
 
@@ -103,11 +108,13 @@ class CausalModel(Adapted):
 
     Tensors of a release, in this order: `lora.<layer>.<module>.A` [r, in] and `lora.<layer>.<module>.B` [out, r] for each adapted
     layer and module (by its path within the layer, such as `self_attn.q_proj`, in alphabetical order); all float32. A target of
-    the spec names every module whose path ends with it, as in PEFT.
+    the spec names every module whose path ends with it, as in PEFT. Activated adapters act on the tokens of `chat.invocation` and
+    those after them, as PEFT's do with these `alora_invocation_tokens`.
 
     A folder of a LLaMA, Mistral, Qwen2 or GPT-2 serves; a probe at construction compares the split model with the whole one, and
     one before the first training the gradients of a batch with those of its examples. Raises ModelError if the base is absent,
-    a file of it has another hash, or it fails the probe. Not safe for concurrent use by several threads.
+    a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe. Not safe for
+    concurrent use by several threads.
     """
 
     def __init__(
@@ -123,15 +130,20 @@ class CausalModel(Adapted):
         self.spec = spec
         self.device = torch.device(device or best_device())
         tokenizer, base = decoder.load(folder)
-        self.chat = Chat(tokenizer)
+        self.chat = Chat(tokenizer, activated=spec.activated)
         self._context = decoder.context(base.config)
-        self._probe = probe.sample(int(base.config.vocab_size))
-        whole = probe.logits_of(base, self._probe)
-        self._trunk, self.tail, self._tensors = decoder.adapt(base, spec)
-        probe.check_split(self._trunk, self.tail, self._probe, whole, spec.base_model)  # B is zero: it must be the whole one
-        self._trunk.to(self.device)
+        self._longest = self._context - 1 - (len(self.chat.invocation) if spec.activated else 0)
+        if spec.max_answer_tokens > self._longest:
+            raise ModelError(f"max_answer_tokens must be at most {self._longest} for {spec.base_model!r}")
+        texts = probe.sample(int(base.config.vocab_size))
+        self._tried = [Encoded(ids, len(ids) // 2, 0, len(ids) // 3 if spec.activated else 0) for ids in texts]
+        whole = probe.logits_of(base, texts)
+        trunk, self.tail, self._tensors = decoder.adapt(base, spec)
+        probe.check_split(trunk, self.tail, texts, whole, spec.base_model)  # B is zero: it must be the whole one
+        self._trunk = trunk.to(self.device)
         self.tail.to(self.device)
-        self._cache = KeptStates(cache_bytes)
+        self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
+        probe.check_kept(self.tail, self._tried, Answers(self._tried, self.states), whole, spec.base_model)
         self._trained: set[str] = set()
 
     # --- what programs ask for ---
@@ -168,29 +180,14 @@ class CausalModel(Adapted):
             _log.warning("%d of %d examples are left out: their answers do not fit", left_out, len(examples))
         return found
 
-    def states(self, encoded: Sequence[Encoded]) -> Tensor:
-        """What the adapted layers get of each example, [B, T, d], padded to the longest; its last token, after which nothing is
-        learnt, is left out."""
-        known: dict[tuple[int, ...], Tensor] = {}
-        keys = [tuple(each.ids[:-1]) for each in encoded]
-        for key in keys:
-            if (kept := self._cache.get(key)) is not None:
-                known[key] = kept
-        missing = [key for key in dict.fromkeys(keys) if key not in known]
-        for batch in batches([len(key) for key in missing], _BATCH_TOKENS):
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(missing[i]) for i in batch], batch_first=True)
-            with torch.no_grad():
-                out = self._trunk(ids.to(self.device))
-            for row, i in enumerate(batch):
-                known[missing[i]] = out[row, : len(missing[i])].to("cpu", copy=True)
-                self._cache.put(missing[i], known[missing[i]])
-        return nn.utils.rnn.pad_sequence([known[key] for key in keys], batch_first=True).to(self.device)
+    def states(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Prompts | None]:
+        """What the adapted layers get of each example: see `Kept.states`."""
+        return self._kept.states(encoded)
 
     def _check_gradients(self, chosen: Mapping[str, nn.Parameter]) -> None:
         """Once for each set of tensors, before they are trained."""
         if not chosen.keys() <= self._trained:
-            tried = Answers([Encoded(ids, len(ids) // 2, 0) for ids in self._probe], self.states)
-            probe.check_gradients(self.tail, self._tensors, chosen, tried, self.spec.base_model)
+            probe.check_gradients(self.tail, self._tensors, chosen, Answers(self._tried, self.states), self.spec.base_model)
             self._trained.update(chosen)
 
     # --- answers ---
@@ -200,7 +197,7 @@ class CausalModel(Adapted):
         included, is the most probable one after those before it."""
         answers = Answers(examples, self.states)
         found: dict[int, Score] = {}
-        for batch in batches(answers.lengths, _BATCH_TOKENS):
+        for batch in batches(answers.lengths, BATCH_TOKENS):
             taken = answers.collate(batch)
             with torch.no_grad():
                 losses, hits = training.token_losses(self.tail, taken)
@@ -226,15 +223,23 @@ class CausalModel(Adapted):
         """The answer to the turns, of at most `most` tokens (the spec's, if None); `stream` gets its text as it is written.
 
         Greedy, or at a temperature above 0 drawn, and then the same for the same seed. A prompt that is longer than what the
-        model looks back over loses its beginning.
+        model looks back over loses its beginning, but not where activated adapters begin to act.
         """
         most = self.spec.max_answer_tokens if most is None else most
-        if not 0 < most < self._context or temperature < 0:
-            raise ValueError(f"an answer has 1 to {self._context - 1} tokens and a temperature of 0 or more")
+        if not 0 < most <= self._longest or temperature < 0:
+            raise ValueError(f"an answer has 1 to {self._longest} tokens and a temperature of 0 or more")
         prompt = self.chat.prompt(turns)
         cut = max(0, len(prompt) + most - self._context)
+        begin = self.chat.begin(prompt[cut:])
         found = generation.tokens(
-            self._trunk, self.tail, prompt[cut:], most=most, ends=self.chat.ends, temperature=temperature, seed=seed
+            self._trunk,
+            self.tail,
+            prompt[cut:],
+            begin=begin,
+            most=most,
+            ends=self.chat.ends,
+            temperature=temperature,
+            seed=seed,
         )
         return generation.written(found, self.chat.decode, self.chat.ends, cut, stream)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedloop_tasks.causal.chat import Encoded
 from fedloop_tasks.causal.decoder import Tail, Trunk
 from fedloop_tasks.causal.training import Answers, losses
 from fedloop_tasks.task import ModelError
@@ -39,12 +40,23 @@ def check_split(trunk: Trunk, tail: Tail, texts: Sequence[Sequence[int]], whole:
     states = trunk(ids)
     for row, wanted in enumerate(whole):
         columns = torch.arange(len(wanted))
-        found = tail(states, torch.full_like(columns, row), columns)
-        if not torch.allclose(found, wanted, atol=_LOGITS * float(wanted.abs().max())):
-            raise ModelError(
-                f"the layers of {name!r} need more than states and positions, or see what follows a token",
-                hint="use a plain LLaMA, Mistral, Qwen2 or GPT-2",
-            )
+        _check_logits(tail(states, torch.full_like(columns, row), columns), wanted, name)
+
+
+@torch.no_grad()
+def check_kept(tail: Tail, texts: Sequence[Encoded], answers: Answers, whole: Sequence[Tensor], name: str) -> None:
+    """Raises ModelError unless the `answers` of the texts have the logits of the whole model, after what is kept of each."""
+    batch = answers.collate(range(len(texts)))
+    found = tail(batch.states, batch.rows, batch.columns, batch.prompts).cpu()
+    _check_logits(found, torch.cat([logits[each.start - 1 : -1] for each, logits in zip(texts, whole, strict=True)]), name)
+
+
+def _check_logits(found: Tensor, wanted: Tensor, name: str) -> None:
+    if not torch.allclose(found, wanted, atol=_LOGITS * float(wanted.abs().max())):
+        raise ModelError(
+            f"the layers of {name!r} need more than states and positions, or see what follows a token",
+            hint="use a plain LLaMA, Mistral, Qwen2 or GPT-2",
+        )
 
 
 def check_gradients(
