@@ -58,6 +58,8 @@ def test_each_format_is_written_and_its_files_are_listed(made: Made, tmp_path: P
     assert {each["name"]: (each["size_bytes"], each["sha256"]) for each in document["files"]} == {
         name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in found.items()
     }
+    assert len(document["notes"]) == (0 if form == "peft" else 1)
+    assert done.stderr.splitlines() == [f"note: {each}" for each in document["notes"]]
     assert f"# Release {document['release']} of default" in found["README.md"].decode()
     assert "nothing of a user went in" in found["README.md"].decode()
 

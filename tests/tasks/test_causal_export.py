@@ -3,113 +3,42 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import gguf_files
 import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from exported_models import (
+    ASKED,
+    FAMILIES,
+    PROVENANCE,
+    Pair,
+    answers,
+    asked,
+    chunks,
+    exported,
+    in_peft,
+    logits,
+    made,
+    program,
+    theirs,
+)
 from fedloop_events import files as durable
-from fedloop_events.blobs.tensors import Array
-from fedloop_events.errors import TensorError, UsageError
+from fedloop_events.errors import TensorError
 from fedloop_events.types import CausalSpec
-from fedloop_tasks.causal.model import CausalModel, describe
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import registry
 from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import ModelError, Provenance, Step, Streamed
+from fedloop_tasks.task import ModelError
 from msgspec.structs import replace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # PEFT 0.21 asks the base for an attribute that Transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-FAMILIES = ["llama", "mistral", "qwen2", "gpt2"]
-GGUF_FAMILIES = ["llama", "qwen2", "gpt2"]
-IDS = [5, 17, 40, 3, 99, 120, 7, 7, 250, 31]
-ASKED = ["where is my card", "a loan", "the card is lost, what now?"]
-PROVENANCE = Provenance(
-    release="0002-abc",
-    model="default",
-    sha256="a" * 64,
-    metrics={"loss_per_token": 0.5},
-    steps=[
-        Step("0002-abc", "0001-abc", "r0001", "ffa", ["b" * 64, "c" * 64], None),
-        Step("0001-abc", None, None, None, [], None),
-    ],
-    unprotected=["r0001"],
-    epsilon=0.0,
-    delta=0.0,
-)
-
-
-def made(folder: Path, **settings: Any) -> CausalModel:
-    """A model with a release that says something else than the base."""
-    spec = describe(folder.name, model_dir=folder, **{"rank": 4, "alpha": 6.0, "layers": 2, "max_answer_tokens": 12} | settings)
-    model = CausalModel(spec, model_dir=folder, device="cpu")
-    random = np.random.default_rng(0)
-    model.load({name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in model.shapes.items()})
-    return model
-
-
-def exported(model: CausalModel, folder: Path, form: str, out: Path) -> Path:
-    export = task_of(model.spec).export(model.arrays(), PROVENANCE, form, folder)
-    sizes = {name: each.size_bytes if isinstance(each, Streamed) else len(each) for name, each in export.files.items()}
-    durable.write_folder(out, {name: chunks(each) for name, each in export.files.items()})
-    assert {each.name: each.stat().st_size for each in out.iterdir()} == sizes
-    return out
-
-
-def chunks(data: bytes | Streamed) -> Any:
-    return data.chunks if isinstance(data, Streamed) else data
-
-
-def logits(model: CausalModel, ids: list[int] = IDS) -> torch.Tensor:
-    """Of every token, by the model on the device."""
-    columns = torch.arange(len(ids))
-    with torch.no_grad():
-        found: torch.Tensor = model.tail(model._trunk(torch.tensor([ids])), torch.zeros_like(columns), columns)
-    return found
-
-
-def theirs(model: Any, ids: list[int] = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=torch.tensor([ids])).logits[0]
-    return found
-
-
-def in_peft(base: Path, folder: Path) -> Any:
-    from peft import PeftModel
-
-    whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(whole, folder)
-
-
-def program(folder: Path) -> Callable[..., str]:
-    """`answer` of the model card in `folder`."""
-    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
-    assert found is not None
-    names: dict[str, Any] = {}
-    exec(found[1], names)
-    answer: Callable[..., str] = names["answer"]
-    return answer
-
-
-def asked(text: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": "be short"}, {"role": "user", "content": text}]
-
-
-def answers(model: CausalModel) -> list[str]:
-    return [model.generate([Turn("system", "be short"), Turn("user", text)]).text for text in ASKED]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -218,100 +147,6 @@ def test_a_model_is_merged_with_a_small_part_of_it_in_memory(tmp_path: Path) -> 
     tracemalloc.stop()
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 150e6
     assert peak_bytes < 30e6
-
-
-# --- for llama.cpp ---
-
-
-class Pair:
-    """A base model as a GGUF file and as a folder, and a release of it."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        self.whole = gguf_files.small(family)
-        self.path = gguf_files.write(folder / f"{family}.gguf", self.whole)
-        self.base = registry.add(str(self.path), model_dir=folder / "models").folder
-        self.model = made(self.base)
-
-
-@pytest.fixture(scope="module", params=GGUF_FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(request.param, tmp_path_factory.mktemp("pairs"))
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Metadata and tensors, by the package's own reader."""
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return fields, {each.name: np.array(each.data) for each in reader.tensors}
-
-
-def test_a_lora_gguf_changes_a_gguf_base_as_the_release_changes_the_model(pair: Pair, tmp_path: Path) -> None:
-    """W of the base's GGUF file and `alpha / r` B A of the adapter's are the merged weights as llama.cpp has them."""
-    out = exported(pair.model, pair.base, "gguf", tmp_path / "out")
-    merged: Any = AutoModelForCausalLM.from_pretrained(exported(pair.model, pair.base, "merged", tmp_path / "merged"))
-    wanted = dict(gguf_files.tensors(merged))
-    (_, base), (fields, factors) = read(pair.path), read(out / "adapter.gguf")
-    scale = fields["adapter.lora.alpha"] / pair.model.spec.rank
-    names = {name.rpartition(".lora_")[0] for name in factors}
-    assert factors.keys() == {f"{name}.lora_{factor}" for name in names for factor in "ab"}
-    assert names == {name for name in wanted if not np.array_equal(wanted[name], base[name])}
-    for name in names:
-        found = base[name] + scale * factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"]
-        assert np.allclose(found, wanted[name], atol=1e-5), name
-
-
-def test_a_lora_gguf_says_what_llama_cpp_asks_for(pair: Pair, tmp_path: Path) -> None:
-    fields, factors = read(exported(pair.model, pair.base, "gguf", tmp_path / "out") / "adapter.gguf")
-    (of_base, base) = read(pair.path)
-    assert fields["general.architecture"] == of_base["general.architecture"]
-    assert {name: fields[name] for name in ("general.type", "adapter.type", "adapter.lora.alpha")} == {
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": 6.0,
-    }
-    assert "adapter.alora.invocation_tokens" not in fields
-    for name, values in factors.items():
-        weight = base[name.rpartition(".lora_")[0]]
-        assert values.dtype == np.float32
-        assert values.shape == ((4, weight.shape[1]) if name.endswith("_a") else (weight.shape[0], 4))
-
-
-def test_names_in_a_lora_gguf_are_those_of_the_package_gguf(folder: Path, tmp_path: Path) -> None:
-    model = made(folder)
-    out = exported(model, folder, "gguf", tmp_path / "out")
-    arch = (
-        gguf.MODEL_ARCH.GPT2
-        if folder.name == "gpt2"
-        else gguf.MODEL_ARCH.QWEN2
-        if folder.name == "qwen2"
-        else gguf.MODEL_ARCH.LLAMA
-    )
-    names = gguf.get_tensor_name_map(arch, 4)
-    inside = "transformer.h" if folder.name == "gpt2" else "model.layers"
-    wanted = {
-        f"{names.get_name(f'{inside}.{name[5:-2]}.weight', try_suffixes=('.weight',))}.lora_{name[-1].lower()}"
-        for name in model.shapes
-    }
-    fields, found = read(out / "adapter.gguf")
-    assert found.keys() == wanted
-    assert fields["general.architecture"] == gguf.MODEL_ARCH_NAMES[arch]
-
-
-def test_rows_of_queries_and_keys_alone_are_in_another_order_and_of_llama_alone(folder: Path, tmp_path: Path) -> None:
-    model = made(folder)
-    _, found = read(exported(model, folder, "gguf", tmp_path / "out") / "adapter.gguf")
-    ours = {value.tobytes() for value in model.arrays().values()}
-    moved = {name.split(".", 2)[2] for name, value in found.items() if value.tobytes() not in ours}
-    turned = {"attn_q.weight.lora_b", "attn_k.weight.lora_b"}
-    assert moved == (turned if folder.name in ("llama", "mistral") else set())
-
-
-def test_without_the_package_for_gguf_it_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(llama)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match="the package that writes GGUF files is not installed") as raised:
-        exported(model, llama, "gguf", tmp_path / "out")
-    assert raised.value.hint == "install fedloop[models]"
 
 
 # --- what is said of it, and refused ---

@@ -45,7 +45,7 @@ def _base(spec: CausalSpec, model_dir: Path | None) -> Base:
         registry.read(folder).manifest.licence if (folder / registry.MANIFEST).is_file() else "",
         sorted(chat.ends),
         tokenizer.chat_template is not None,
-        list(getattr(chat, "invocation", ())) if getattr(spec, "activated", False) else [],
+        list(chat.invocation) if spec.activated else [],
     )
 
 
