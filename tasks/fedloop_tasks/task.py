@@ -237,13 +237,14 @@ class Program(Protocol):
 
 
 class Step(Struct, frozen=True):
-    """One release of a lineage, the round that made it of its base, and how many updates went in; the first has no round."""
+    """One release of a lineage, the round that made it of its base, and the updates that went in; the first has no round."""
 
     release: str
     base_release: str | None
     round_id: str | None
     strategy: str | None
-    updates: int
+    updates: list[str]
+    """SHA-256 of the tensors of each update; "" of one without."""
     mechanism: Mechanism | None
 
 
@@ -263,6 +264,23 @@ class Provenance(Struct, frozen=True, kw_only=True):
     epsilon: float
     """The most that these rounds cost one of the clients whose updates went in, at its `delta`."""
     delta: float
+
+
+class Streamed(Struct, frozen=True):
+    """A file that is never in memory as a whole. Its chunks can be read once."""
+
+    size_bytes: int
+    chunks: Iterable[bytes | memoryview]
+
+
+class Export(Struct, frozen=True):
+    """A release as files by name, a model card among them, which programs that know nothing of this one load.
+
+    `notes` say where they do another thing with them than a device does.
+    """
+
+    files: dict[str, bytes | Streamed]
+    notes: list[str] = []
 
 
 class Verdict(Struct, frozen=True):
@@ -288,6 +306,8 @@ class Task(Protocol):
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[Sequence[Option]]
     """What the command line takes to read files of messages whose columns have names of their own."""
+    formats: ClassVar[Sequence[str]]
+    """What its releases are exported as, unless something else is asked for as the first one."""
 
     def __init__(self, spec: Any) -> None: ...
 
@@ -344,10 +364,10 @@ class Task(Protocol):
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
-        """A release as files by name, a model card among them, which programs that know nothing of this one load.
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
+        """A release in one of the `formats`; where that needs the base model, it is checked by hash.
 
-        Raises `TensorError` for tensors that are no release of the model.
+        Raises `TensorError` for tensors that are no release of the model, `ModelError` if the base is needed and not there.
         """
 
     @property

@@ -129,7 +129,7 @@ class CausalModel(Adapted):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
-        _check_files(folder, spec)
+        check_files(folder, spec)
         self.spec = spec
         self.device = torch.device(device or best_device())
         tokenizer, base = decoder.load(folder)
@@ -299,7 +299,8 @@ class CausalModel(Adapted):
         return len(self.chat.prompt(turns))
 
 
-def _check_files(folder: Path, spec: CausalSpec) -> None:
+def check_files(folder: Path, spec: CausalSpec) -> None:
+    """Raises ModelError unless the base model in `folder` is the one of the spec, file by file."""
     found = hashes(folder)
     for name in dict.fromkeys([*spec.files, *found]):
         if found.get(name) != spec.files.get(name):

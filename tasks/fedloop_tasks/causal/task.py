@@ -15,7 +15,19 @@ from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
 from fedloop_tasks.causal.reactions import examples
-from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+from fedloop_tasks.task import (
+    Arrays,
+    Evaluate,
+    Export,
+    Interaction,
+    Material,
+    Message,
+    Messages,
+    Option,
+    Plan,
+    Provenance,
+    Verdict,
+)
 from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
@@ -46,6 +58,8 @@ class Chat:
         Option("prompt-column", "NAME", "The column of prompts in a file of conversations; default: prompt.", str),
         Option("completion-column", "NAME", "The column of answers; default: completion.", str),
     )
+
+    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf")
 
     def __init__(self, spec: CausalSpec) -> None:
         self.spec = spec
@@ -118,8 +132,10 @@ class Chat:
             return Verdict()
         return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
-        raise NotImplementedError
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
+        from fedloop_tasks.causal import export
+
+        return export.files(self.spec, arrays, provenance, form, model_dir)
 
     @property
     def words(self) -> Sequence[str]:

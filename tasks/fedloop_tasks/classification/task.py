@@ -16,7 +16,19 @@ from fedloop_tasks.classification import corpus, heldout
 from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
-from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+from fedloop_tasks.task import (
+    Arrays,
+    Evaluate,
+    Export,
+    Interaction,
+    Material,
+    Message,
+    Messages,
+    Option,
+    Plan,
+    Provenance,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from fedloop_tasks.classification.model import EmbeddingClassifier
@@ -38,6 +50,8 @@ class Classification:
         Option("text-column", "NAME", "The column of texts in a file of messages; default: text.", str),
         Option("label-column", "NAME", "The column of labels; default: label, intent, category, or the only other one.", str),
     )
+
+    formats: ClassVar[Sequence[str]] = ("peft",)
 
     def __init__(self, spec: ClassificationSpec) -> None:
         self.spec = spec
@@ -118,7 +132,7 @@ class Classification:
             return Verdict()
         return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.classification import export
 
         return export.files(self.spec, arrays, provenance)
