@@ -297,6 +297,8 @@ class Task(Protocol):
     """What the operator sets, and the rounds that follow from it."""
     base_model: ClassVar[str]
     """The base model, unless the operator names another one."""
+    speaks: ClassVar[bool]
+    """Whether the model answers in words of its own, as `Chats` does, not with one of a closed set."""
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]

