@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.errors import FedloopError
@@ -143,27 +143,24 @@ class DemoUser:
     def _converse(self, feedback_id: str, number: int, message: Message) -> None:
         """Read an answer in words of the model's own. A user who knows a better one mostly gives it; every sixth gives a thumb
         down, every sixth asks again and chooses. What a file says of two answers, or of one, is done about these."""
+        from fedloop_clients import importing
+
+        if message.rejected is not None or message.good is not None:
+            response, what = importing.told(self._agent, message)
+            self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
+            return
         asked = [*msgspec.to_builtins(message.earlier), {"role": "user", "content": message.text}]
-        what: dict[str, Any] = {}
-        if message.rejected is not None:
-            other = self._agent.record_answer(asked, message.rejected)
-            response = self._agent.record_answer(asked, message.answer)
-            what["preferred_over"] = other.response_id
-        elif message.good is not None:
-            response = self._agent.record_answer(asked, message.answer)
-            what["thumb"] = "up" if message.good else "down"
+        response = self._agent.chat(asked, max_tokens=MAX_TOKENS)
+        if response.text.strip() == message.answer:
+            what = {"thumb": "up"}
+        elif number % 6 == DISLIKES:
+            what = {"thumb": "down"}
+        elif number % 6 == CHOOSES:
+            second = self._agent.chat(asked, max_tokens=MAX_TOKENS, temperature=1.0, seed=number)
+            response, other = sorted((response, second), key=lambda each: _alike(each.text, message.answer), reverse=True)
+            what = {"preferred_over": other.response_id} if response.text != other.text else {"thumb": "down"}
         else:
-            response = self._agent.chat(asked, max_tokens=MAX_TOKENS)
-            if response.text.strip() == message.answer:
-                what["thumb"] = "up"
-            elif number % 6 == DISLIKES:
-                what["thumb"] = "down"
-            elif number % 6 == CHOOSES:
-                second = self._agent.chat(asked, max_tokens=MAX_TOKENS, temperature=1.0, seed=number)
-                response, other = sorted((response, second), key=lambda each: _alike(each.text, message.answer), reverse=True)
-                what["preferred_over"] = other.response_id
-            else:
-                what |= self._agent.task.remark(message.answer)
+            what = self._agent.task.remark(message.answer)
         self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
 
     def _given(self) -> int:
