@@ -13,17 +13,18 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import FedloopError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
+
+from fedloop_tasks.evaluation import Measured
 
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
 STATE: Final = "state."
 """The beginning of the names of a release's tensors that only a program reads: `state.PROGRAM.`, and what is its own. They are no
 part of the model: devices, evaluation and export never see them, and neither do rounds of another program."""
-Evaluate = Callable[[Arrays], Evaluation]
+Evaluate = Callable[[Arrays], Measured]
 """What a release is worth, given its tensors, on the server's held-out set."""
 
 
@@ -323,8 +324,9 @@ class Task(Protocol):
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         """Evaluation on the held-out set in `folder`. Raises `UsageError` if there is none; the model is loaded when needed."""
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set: a function of
+        its arguments. `gating.gate` will do."""
 
     def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
         """A release as files by name, a model card among them, which programs that know nothing of this one load.
