@@ -10,6 +10,7 @@ import msgspec
 from fedloop_events import locations, topics, types
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
+from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.verify.log import verify
@@ -39,8 +40,10 @@ class DemoReport(Struct):
     log: str
     directory: str
     rounds: list[RoundSummary]
-    baseline_accuracy: float | None
-    final_accuracy: float | None
+    baseline: Evaluation | None
+    """Of the first release."""
+    final: Evaluation | None
+    """Of the one in force."""
     budgets: list[Budget]
     examples: dict[str, int]
     masked: dict[str, dict[str, int]]
@@ -77,8 +80,8 @@ def report(scene: Scene) -> DemoReport:
         where.place.log if locations.is_url(where.place.log) else str(Path(where.place.log) / locations.LOG_FILE),
         str(scene.directory),
         summaries(followed),
-        first.evaluation.score if first is not None and first.evaluation is not None else None,
-        current.evaluation.score if current is not None and current.evaluation is not None else None,
+        first.evaluation if first is not None else None,
+        current.evaluation if current is not None else None,
         spent,
         {name: progress.given for name, progress in scene.progress.items()},
         _masked(log),
@@ -103,7 +106,7 @@ def as_document(report: DemoReport) -> dict[str, Any]:
             {
                 "round_id": each.round_id,
                 "release": each.release,
-                "accuracy": each.accuracy,
+                **documents.metrics_document(each.evaluation),
                 "participants": each.participants,
                 "excluded": [{"client": out.client_id, "reason": out.reason} for out in each.excluded],
                 "seconds": documents.seconds(each.took_ms),
@@ -112,8 +115,11 @@ def as_document(report: DemoReport) -> dict[str, Any]:
             }
             for each in report.rounds
         ],
-        "baseline_accuracy": report.baseline_accuracy,
-        "final_accuracy": report.final_accuracy,
+        "baseline_accuracy": documents.metric_of(report.baseline, "accuracy"),
+        "final_accuracy": documents.metric_of(report.final, "accuracy"),
+        "baseline_metrics": {} if report.baseline is None else report.baseline.metrics,
+        "final_metrics": {} if report.final is None else report.final.metrics,
+        "leading": documents.leading([report.baseline, report.final]) or None,
         "clients": [
             {
                 "client_id": each.client_id,
@@ -133,20 +139,24 @@ def as_document(report: DemoReport) -> dict[str, Any]:
 def as_text(report: DemoReport) -> str:
     """The same for a person."""
     parts = [_rounds(report), _clients(report), _masking(report), _checks(report)]
-    accuracy = f"accuracy {_figure(report.baseline_accuracy)} before, {_figure(report.final_accuracy)} after"
+    leads = documents.leading([report.baseline, report.final])
+    before, after = (_figure(documents.metric_of(each, leads)) for each in (report.baseline, report.final))
+    changed = f"{documents.readable(leads) or documents.NO_METRIC} {before} before, {after} after"
     log = f", the log {report.log}" if locations.is_url(report.log) else ""
-    parts.append(f"{accuracy}; {report.seconds:.0f} s; everything is in {report.directory}{log}")
+    parts.append(f"{changed}; {report.seconds:.0f} s; everything is in {report.directory}{log}")
     return "\n\n".join(parts)
 
 
 def _rounds(report: DemoReport) -> str:
-    heads = ["round", "kind", "took part", "accuracy", "release", "seconds", "up", "down", "excluded"]
+    leads = documents.leading(each.evaluation for each in report.rounds)
+    metric = documents.readable(leads) or documents.NO_METRIC
+    heads = ["round", "kind", "took part", metric, "release", "seconds", "up", "down", "excluded"]
     rows = [
         [
             each.round_id,
             each.kind,
             len(each.participants),
-            _figure(each.accuracy),
+            _figure(documents.metric_of(each.evaluation, leads)),
             each.release or f"{each.state}: {each.reason or each.decision}",
             documents.seconds(each.took_ms),
             _size(each.bytes_up),

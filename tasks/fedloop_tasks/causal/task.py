@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 
+from fedloop_tasks import gating
 from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
 from fedloop_tasks.causal.reactions import examples
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -26,6 +27,7 @@ from fedloop_tasks.task import (
     Option,
     Plan,
     Provenance,
+    Sample,
     Verdict,
 )
 from fedloop_tasks.turns import Turn
@@ -125,13 +127,11 @@ class Chat:
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         return heldout.Evaluator(folder, self.spec, model_dir)
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """A candidate passes if its loss per token is at most `margin` more."""
-        if candidate.dataset_sha256 != incumbent.dataset_sha256:
-            raise ValueError("two losses on different held-out sets say nothing about each other")
-        if candidate.score <= incumbent.score + margin:
-            return Verdict()
-        return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+    def samples(self, folder: Path, arrays: Arrays) -> list[Sample]:
+        return heldout.samples(folder, arrays)
+
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        return gating.gate(candidate, incumbent, margin)
 
     def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.causal import export
