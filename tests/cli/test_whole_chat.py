@@ -50,6 +50,7 @@ def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedl
         first, second = agent.chat(asked), agent.chat(asked, temperature=1.0, seed=1)
         agent.feedback(first.response_id, preferred_over=second.response_id)
         assert first.text != second.text
+        agent.run(until=lambda status: status.settled)
         assert agent.status().examples == 33
     assert fedloop("round", "start", directory, "--rounds", "2").status == 0
 

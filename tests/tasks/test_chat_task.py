@@ -47,7 +47,7 @@ def test_the_first_release_is_the_base_model_and_learns_what_is_public_the_same_
     for arrays in (plain, first):
         model.load(arrays)
         losses.append(sum(each.loss for each in model.scores(model.encoded([example(each) for each in public]))))
-    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] < losses[0]
 
 
 def example(message: Message) -> Example:

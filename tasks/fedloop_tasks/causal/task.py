@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
 LEARNS: Final = ("feedback", "sft", "kto", "dpo")
-WARM_STEPS: Final = 90
-"""Of the first release on public examples: with three of each kind of answer the most that helped."""
+WARM_EPOCHS: Final = 15
+"""Passes of the first release over public examples: with two or three of each kind of answer more of them helped little."""
 WARM_BATCH: Final = 32
 
 
@@ -182,10 +182,9 @@ def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
 
     with model.training(known, list(model.shapes), PLAIN_RATES) as training:
         if training is not None:
-            batches = -(-len(known) // WARM_BATCH)
             plain_sgd(
                 *training,
-                epochs=-(-WARM_STEPS // batches),
+                epochs=WARM_EPOCHS,
                 batch_size=WARM_BATCH,
                 seed=seed,
                 make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
