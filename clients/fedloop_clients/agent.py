@@ -38,7 +38,7 @@ from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.refreshing import Refresher, refresh_now
-from fedloop_clients.releases import KeptRelease
+from fedloop_clients.releases import KeptRelease, NoReleaseError
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import NotWritableError, cannot_write
@@ -328,13 +328,13 @@ class Agent:
                 return release
         raise self._no_release()
 
-    def _no_release(self) -> UsageError:
+    def _no_release(self) -> NoReleaseError:
         known = self._device.view.releases.current(self.settings.model) is not None
         what = "could not be read yet" if known else "is known to this device"
         hint = (
             "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
         )
-        return UsageError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
+        return NoReleaseError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
 
     def _masked(self, text: str) -> MaskedText:
         """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""

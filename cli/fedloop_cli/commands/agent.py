@@ -11,6 +11,7 @@ import typer
 from msgspec.structs import replace
 
 from fedloop_cli import console, options
+from fedloop_cli.commands import sidecar
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fedloop_tasks.task import Messages
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
+app.command(cls=options.Command)(sidecar.serve)
 
 Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]

@@ -1,0 +1,59 @@
+"""`fedloop agent serve`: the device's agent for programs that speak OpenAI's interface."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloop_cli import console, options
+
+
+def serve(
+    store: options.StoreFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 11435,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages that may use it, as in http://localhost:3000; repeatable."),
+    ] = None,
+    no_rounds: Annotated[bool, typer.Option("--no-rounds", help="Answer alone: another process takes part in rounds.")] = False,
+    model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Answer programs of this machine that speak OpenAI's interface, take feedback, and take part in rounds, until Ctrl-C.
+
+    Every request needs the key, which is made at the first start in the file sidecar.key of STORE.
+    """
+    from fedloop_events.errors import UsageError
+
+    try:
+        from fedloop_clients.sidecar import access, app, serving
+        from fedloop_clients.sidecar.answering import OwnModel
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the sidecar needs the package {error.name}, which is not installed", hint="pip install 'fedloop[client,sidecar]'"
+        ) from None
+    from fedloop_clients.agent import Agent
+    from fedloop_clients.device import Settings
+
+    origins = [access.check_origin(each) for each in allow_origin or ()]
+    log, blobs = options.given()
+    key_file = store / access.KEY_FILE
+
+    def listening(address: str) -> None:
+        document = {"base_url": f"{address}/v1", "key_file": str(key_file)}
+        console.show(document, lambda: console.fields(document), as_json=json)
+
+    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
+        key, answering = access.key_of(store), OwnModel(agent)
+        served = app.create_app(agent, answering, key, origins=origins)
+        with serving.listen(port) as opened:
+            try:
+                with nullcontext() if no_rounds else serving.rounds(agent):
+                    interrupted = serving.SidecarServer(served, opened, listening).serve_here()
+            finally:
+                answering.close()
+    if interrupted:
+        raise typer.Exit(130)

@@ -1,0 +1,170 @@
+"""The sidecar's application: requests in OpenAI's form in, answers of the device's model and feedback about them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Coroutine
+from typing import Any, Final, TypeVar
+
+import msgspec
+from fedloop_events.errors import FedloopError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from fedloop_clients.agent import Agent
+from fedloop_clients.sidecar import asked as asking
+from fedloop_clients.sidecar import errors
+from fedloop_clients.sidecar.access import HostCheck, KeyCheck
+from fedloop_clients.sidecar.answering import Answering, Begun, Parts
+from fedloop_clients.sidecar.asked import Asked, Judged
+from fedloop_clients.sidecar.errors import JSON, NO_STORE, ApiError
+from fedloop_clients.sidecar.written import EventStream, completion, events
+
+MOST_BODY_BYTES: Final = 1 << 20
+BODY_TIMEOUT_S: Final = 30.0
+ALIAS: Final = "fedloop"
+"""A name of the model that holds for every deployment."""
+T = TypeVar("T")
+
+
+def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collection[str] = ()) -> Starlette:
+    """The sidecar of `agent`, which stays the caller's to close; pages of the `origins` may use it, if they have the key."""
+    sidecar = Sidecar(agent, answering)
+    routes = (
+        ("/v1/chat/completions", "POST", sidecar.chat),
+        ("/v1/completions", "POST", sidecar.text),
+        ("/v1/models", "GET", sidecar.models),
+        ("/v1/models/{model}", "GET", sidecar.model),
+        ("/v1/feedback", "POST", sidecar.feedback),
+        ("/healthz", "GET", sidecar.health),
+    )
+    browsers = Middleware(
+        CORSMiddleware,
+        allow_origins=tuple(origins),
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+    )
+    return Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for path, method, endpoint in routes],
+        middleware=[Middleware(HostCheck), browsers, Middleware(KeyCheck, key=key)],
+        exception_handlers={
+            ApiError: errors.on_api_error,
+            FedloopError: errors.on_fedloop_error,
+            ClientDisconnect: _on_gone,
+            404: errors.on_missing,
+            405: errors.on_method,
+            Exception: errors.on_defect,
+        },
+    )
+
+
+class Sidecar:
+    """The routes, and what they share."""
+
+    def __init__(self, agent: Agent, answering: Answering) -> None:
+        self._agent, self._answering = agent, answering
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, asking.chat(await _body(request)))
+
+    async def text(self, request: Request) -> Response:
+        return await self._complete(request, asking.text(await _body(request)))
+
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [_model(self._agent.settings.model)]})
+
+    async def model(self, request: Request) -> Response:
+        return _json(_model(self._checked(request.path_params["model"])))
+
+    async def feedback(self, request: Request) -> Response:
+        given = asking.decode(await _body(request), Judged)
+        about = given.response_id if given.id is None else given.id
+        if about is None or (given.response_id or about) != about:
+            raise ApiError("invalid_request", "id (or response_id) names the one response that the feedback is about", param="id")
+        found = await asyncio.to_thread(
+            self._agent.feedback,
+            about,
+            thumb=given.thumb,
+            rating=given.rating,
+            label=given.label,
+            correction=given.correction,
+            comment=given.comment,
+            preferred_over=given.preferred_over,
+            feedback_id=given.feedback_id,
+        )
+        return _json(
+            {"object": "feedback", "id": found.feedback_id, "response_id": about, "teaches": found.teaches, "note": found.note}
+        )
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def _complete(self, request: Request, asked: Asked) -> Response:
+        model = self._checked(asked.model)
+        parts = self._answering.answer(asked)
+        if not asked.stream:
+            return _json(await _unless_gone(request, completion(asked, model, parts)))
+        begun = await _unless_gone(request, _begun(parts))
+        return EventStream(events(asked, model, begun, parts))
+
+    def _checked(self, model: str | None) -> str:
+        """The model that is asked for. Raises `ApiError` for another one than the device's."""
+        own = self._agent.settings.model
+        if model not in (None, own, ALIAS):
+            raise ApiError("model_not_found", f"this device has the model {own!r} alone, also named {ALIAS!r}", param="model")
+        return own
+
+
+async def _begun(parts: Parts) -> Begun:
+    begun = await anext(parts)
+    assert isinstance(begun, Begun)
+    return begun
+
+
+async def _body(request: Request) -> bytes:
+    """Raises `ApiError` for one that is too long, or comes too slowly."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BODY_BYTES:
+                    raise ApiError("too_large", f"the body is longer than {MOST_BODY_BYTES:,} bytes")
+    except TimeoutError:
+        raise ApiError("too_slow", f"the body did not come within {BODY_TIMEOUT_S:g} seconds") from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Whoever asked and goes away ends it, with `ClientDisconnect`."""
+    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return await doing
+    finally:
+        doing.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(document), 200, NO_STORE, JSON)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "fedloop"}
