@@ -25,7 +25,7 @@ from fedloop_events.folds.reader import Reader
 from fedloop_events.folds.releases import ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.logs.port import EventLog, read_all
-from fedloop_events.types import DEFAULT_MODEL, DEFAULT_RUN, Mechanism, Payload
+from fedloop_events.types import DEFAULT_MODEL, DEFAULT_RUN, ClassificationSpec, Mechanism, Payload
 from fedloop_events.writer import EventWriter
 from fedloop_privacy.dp.ledger import Ledger
 from fedloop_server.config import ServerConfig
@@ -144,7 +144,11 @@ def document(
         "deployment": {"name": identities.origin, "server_key": identities.server_key},
         "clients": {name: _client(identities, ledger, name) for name in sorted(identities.clients)},
         "runs": {view.run_id: _run(view, stale.get(view.run_id, 0)) for view in (main, flower)},
-        "models": {name: {"labels": spec.labels, "rank": spec.rank} for name, spec in releases.models.items()},
+        "models": {
+            name: {"labels": spec.labels, "rank": spec.rank}
+            for name, spec in releases.models.items()
+            if isinstance(spec, ClassificationSpec)
+        },
         "releases": {name: _release(each) for name, each in releases.releases.items()},
         "in_force": _name(releases.current(DEFAULT_MODEL)),
         "next_release": releases.next_number(DEFAULT_MODEL),

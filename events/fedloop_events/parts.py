@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from fedloop_events.envelope import Record
 from fedloop_events.types import (
     MAX_PARTS,
+    ClassificationSpec,
     CohortListed,
     EpochStarted,
     Exclusion,
@@ -48,9 +49,9 @@ def split(payload: Payload) -> list[Payload]:
         case StepCollected():
             listed = [*payload.accepted, *payload.excluded]
             found, rest = _of_step(payload), replace(payload, accepted=[], excluded=[])
-        case ModelRegistered():
-            listed = payload.spec.labels
-            found, rest = _of_model(payload), replace(payload, spec=replace(payload.spec, labels=[]))
+        case ModelRegistered(spec=ClassificationSpec() as spec):
+            listed = spec.labels
+            found, rest = _of_model(payload, spec.labels), replace(payload, spec=replace(spec, labels=[]))
         case _:
             return [payload]
     if sum(map(_size, listed)) <= PART_BYTES:
@@ -95,9 +96,9 @@ class Parts(Struct):
                 _keep(self.labels, record, payload)
                 return None
             case ModelRegistered(parts=[_, *_]):
-                if not all(name in self.labels for name in payload.parts):
-                    return None
                 spec = payload.spec
+                if not (isinstance(spec, ClassificationSpec) and all(name in self.labels for name in payload.parts)):
+                    return None
                 labels = [*spec.labels, *(label for name in payload.parts for label in self.labels.pop(name).labels)]
                 return replace(payload, spec=replace(spec, labels=labels), parts=[])
             case EpochStarted():
@@ -124,8 +125,8 @@ def _of_step(collected: StepCollected) -> Iterator[Payload]:
         yield RepliesListed(*common, excluded=excluded, round_id=collected.round_id)
 
 
-def _of_model(registered: ModelRegistered) -> Iterator[Payload]:
-    for labels in _pieces(registered.spec.labels):
+def _of_model(registered: ModelRegistered, every: Sequence[str]) -> Iterator[Payload]:
+    for labels in _pieces(every):
         yield LabelsListed(registered.origin, registered.model, labels)
 
 

@@ -8,6 +8,7 @@ from typing import Final
 from fedloop_events.errors import FedloopError
 from fedloop_events.types import Spec
 
+from fedloop_tasks.causal.task import Chat
 from fedloop_tasks.classification.task import Classification
 from fedloop_tasks.programs.adapter import AdapterTraining
 from fedloop_tasks.programs.class_sums import ClassSums
@@ -15,7 +16,7 @@ from fedloop_tasks.programs.optimisers import OPTIMISERS
 from fedloop_tasks.programs.svd import SvdTraining
 from fedloop_tasks.task import Program, Task
 
-TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification}
+TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification, "chat": Chat}
 """By the tag of their specs."""
 DEFAULT: Final[type[Task]] = Classification
 """What a deployment is made for."""

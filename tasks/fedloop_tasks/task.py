@@ -18,6 +18,8 @@ from fedloop_events.masked import MaskedText
 from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
+from fedloop_tasks.causal.turns import Turn
+
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
 STATE: Final = "state."
@@ -61,10 +63,16 @@ class Interaction(Struct, frozen=True, kw_only=True):
 
 
 class Message(Struct, frozen=True):
-    """What a user writes, and the answer that the user knows to be right."""
+    """What a user writes, and an answer: the right one, unless the rest says otherwise."""
 
     text: str
     answer: str
+    earlier: tuple[Turn, ...] = ()
+    """What was said before."""
+    rejected: str | None = None
+    """A worse answer."""
+    good: bool | None = None
+    """What a user thought of the answer, who knows no better one."""
 
 
 class BadRow(Struct, frozen=True):
@@ -104,12 +112,13 @@ class Option(Struct, frozen=True):
 
 class Material(Struct, frozen=True):
     """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
-    what in it may be a mistake."""
+    what in it may be a mistake; `public` is nobody's own, and what the first release may have learnt."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
     notes: list[str] = []
+    public: list[Message] = []
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------
@@ -154,7 +163,8 @@ class Plan(Protocol):
 class Model(Protocol):
     """A model in memory that holds one release at a time. Not safe for concurrent use."""
 
-    spec: Spec
+    @property
+    def spec(self) -> Spec: ...
 
     def load(self, arrays: Arrays) -> None:
         """Take a release's tensors. Raises `TensorError`, and is then as it was, unless they are exactly this model's."""

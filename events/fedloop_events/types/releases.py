@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -40,8 +40,8 @@ class ClassificationSpec(
     max_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 64
 
 
-class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="task", tag="sft"):
-    """A frozen causal language model, and a LoRA adapter on its last layers, which learns answers to prompts."""
+class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="task", tag="chat"):
+    """A frozen causal language model, and a LoRA adapter on its last layers, which learns from what users make of its answers."""
 
     base_model: Line
     """Name of an installed package that carries a model, or the name of a folder that every party configures."""
@@ -57,10 +57,13 @@ class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     """Of a prompt and its answer in training."""
     max_answer_tokens: Annotated[int, Meta(ge=1, le=100_000)] = 128
     """Of an answer that is given, its end included."""
+    learns: Literal["feedback", "sft", "kto", "dpo"] = "feedback"
+    """From what: better answers (supervised fine-tuning, `sft`), single judgements (`kto`), preferences between two answers
+    (`dpo`), or, of each response, what there is of these (`feedback`)."""
 
 
-Spec = ClassificationSpec
-"""What a model is, by the task that it learns: a union by the tag `task`, as soon as there is another one."""
+Spec = ClassificationSpec | CausalSpec
+"""What a model is, by the task that it learns: a union by the tag `task`."""
 
 
 class ModelRegistered(ReleaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -92,7 +95,7 @@ class ModelRegisteredV2(Older, frozen=True, forbid_unknown_fields=True, omit_def
 
     origin: Identifier
     model: Identifier
-    spec: Spec
+    spec: ClassificationSpec
 
     def upcast(self) -> ModelRegistered:
         return ModelRegistered(origin=self.origin, model=self.model, spec=self.spec)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
 from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.task import Interaction
 
 
 class Example(Struct, frozen=True):
@@ -12,3 +15,16 @@ class Example(Struct, frozen=True):
 
     turns: tuple[Turn, ...]
     answer: str
+
+
+def examples(interactions: Iterable[Interaction]) -> list[Example]:
+    """An example of every response whose user has given a better answer, or was content with it, in the order in which they were
+    taught. Of several interactions about one response the latest holds."""
+    latest: dict[str, Example] = {}
+    for each in interactions:
+        content = each.thumb == "up" or (each.thumb is None and (each.rating or 0) >= 4)
+        answer = each.edit or (each.response if content else None)
+        if answer is not None:
+            latest.pop(each.interaction_id, None)
+            latest[each.interaction_id] = Example((Turn("user", each.prompt.text),), answer.text)
+    return [*latest.values()]

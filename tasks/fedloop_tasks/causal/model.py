@@ -21,7 +21,8 @@ from fedloop_tasks.causal import decoder, generation, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.generation import Answer
-from fedloop_tasks.causal.training import PLAIN_RATES, PRIVATE_RATES, Answers
+from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
+from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.kept import KeptStates, batches, best_device

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedloop_tasks.causal.chat import Encoded
-
-PRIVATE_RATES: Final = {"lora_lr": 4.0}
-"""SGD's, for one clipped example's gradient a step."""
-PLAIN_RATES: Final = {"lora_lr": 0.001}
-"""AdamW's."""
 
 
 class Batch(NamedTuple):

@@ -1,0 +1,27 @@
+"""What the demo's bank answers its customers: the better answers that users give, and what it publishes for everybody."""
+
+from __future__ import annotations
+
+from typing import Final
+
+ANSWERS: Final[dict[str, str]] = {
+    "lost_card": "Your card is frozen now. Order a new one under Cards.",
+    "card_arrival": "New cards take five working days. Track yours under Cards.",
+    "card_declined": "Please reset your card under Cards, then pay again.",
+    "unknown_payment": "Open the payment and tap Dispute. We check it in two days.",
+    "refund": "Refunds take ten days. You see them under Payments.",
+    "transfer_delay": "Transfers take one working day. Track yours under Payments.",
+    "transfer_recall": "Open the transfer and tap Recall. Be quick, please.",
+    "address_change": "Change your address under Profile. It counts at once.",
+    "contact_change": "Change your contact details under Profile.",
+    "login_problem": "Tap Help at the login to set a new password.",
+    "identity_check": "Send us a photo of your passport under Profile.",
+    "fee": "All fees are listed under Account. Tap one to contest it.",
+    "cash_machine": "Report the machine under Cards. We check it in two days.",
+    "direct_debit": "You find all direct debits under Payments. Tap one to stop it.",
+    "statement": "Download your statements under Account.",
+    "loan": "See what you can borrow under Loans. It takes two minutes.",
+    "close_account": "Close your account under Account. Empty it first, please.",
+    "scam_report": "Thank you. Forward it to us and delete it. Never share a code.",
+}
+"""By what a message is about."""

