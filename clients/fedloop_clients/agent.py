@@ -33,6 +33,7 @@ from fedloop_clients.feedback import (
     identifier,
     mended,
 )
+from fedloop_clients.feedback_links import DEFAULT_TTL_S, FeedbackLinks
 from fedloop_clients.gate import Apps
 from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
@@ -70,7 +71,8 @@ class Agent:
     that has one declines what no mechanism covers.
 
     `settings.eligibility` are the owner's terms. `conditions` tells whether they hold now: an application knows more than
-    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day alone.
+    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day and for
+    links.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Agent:
         self._device = Device(store, identity, place, settings, Surroundings(conditions, clock))
         self._apps = Apps(dict(apps or {}), app)
         self._masker = masker
+        self.links = FeedbackLinks(store, identity.secret("link"), clock)
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
 
@@ -241,6 +244,15 @@ class Agent:
         response_id = self._own_id("response", response_id)
         feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
+
+    def feedback_url(self, response_id: str, *, ttl: float = DEFAULT_TTL_S) -> str:
+        """A link that opens a page for feedback on the response, of this device's sidecar, without its key, for `ttl` seconds.
+
+        The page opens as often as it is asked for; feedback is taken from it once, and the same again counts once. The link holds
+        nothing but the response's id, when it expires, and a signature. Raises `UnknownResponseError`, and `UsageError` for a
+        time that a link cannot hold, or as long as no sidecar has served this device.
+        """
+        return self.links.url(self._own_id("response", response_id), ttl)
 
     @property
     def words(self) -> Sequence[str]:

@@ -25,14 +25,18 @@ class Served:
         self.listening = listen(0)
         self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self.base_url = f"{self.address}/v1"
-        ready = threading.Event()
+        self._ready = threading.Event()
         app = create_app(agent, answering, KEY, origins=origins)
-        self.server = SidecarServer(app, self.listening, lambda address: ready.set())
+        self.server = SidecarServer(app, self.listening, self._listens)
         self.thread = threading.Thread(target=self.server.serve_here, daemon=True)
         self.thread.start()
-        assert ready.wait(30)
+        assert self._ready.wait(30)
         self.openai = openai.OpenAI(base_url=self.base_url, api_key=KEY, max_retries=0, timeout=60)
         self.http = httpx.Client(base_url=self.address, headers={"authorization": f"Bearer {KEY}"}, trust_env=False, timeout=60)
+
+    def _listens(self, address: str) -> None:
+        self.agent.links.serve_at(address)
+        self._ready.set()
 
     def feedback(self, response_id: str, **given: Any) -> httpx.Response:
         return self.http.post("/v1/feedback", json={"id": response_id, **given})

@@ -43,6 +43,7 @@ def serve(
     key_file = store / access.KEY_FILE
 
     def listening(address: str) -> None:
+        agent.links.serve_at(address)
         document = {"base_url": f"{address}/v1", "key_file": str(key_file)}
         console.show(document, lambda: console.fields(document), as_json=json)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import Collection
+from typing import Any, Final
 
 import msgspec
 from fedloop_events.errors import FedloopError
@@ -15,31 +15,33 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fedloop_clients import feedback_links
 from fedloop_clients.agent import Agent
 from fedloop_clients.sidecar import asked as asking
-from fedloop_clients.sidecar import errors
+from fedloop_clients.sidecar import bodies, errors
 from fedloop_clients.sidecar.access import HostCheck, KeyCheck
 from fedloop_clients.sidecar.answering import Answering, Begun, Parts
 from fedloop_clients.sidecar.asked import Asked, Judged
 from fedloop_clients.sidecar.errors import JSON, NO_STORE, ApiError
+from fedloop_clients.sidecar.linked import Linked
 from fedloop_clients.sidecar.written import EventStream, completion, events
 
-MOST_BODY_BYTES: Final = 1 << 20
-BODY_TIMEOUT_S: Final = 30.0
 ALIAS: Final = "fedloop"
 """A name of the model that holds for every deployment."""
-T = TypeVar("T")
 
 
 def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collection[str] = ()) -> Starlette:
     """The sidecar of `agent`, which stays the caller's to close; pages of the `origins` may use it, if they have the key."""
-    sidecar = Sidecar(agent, answering)
+    sidecar, linked = Sidecar(agent, answering), Linked(agent)
     routes = (
         ("/v1/chat/completions", "POST", sidecar.chat),
         ("/v1/completions", "POST", sidecar.text),
         ("/v1/models", "GET", sidecar.models),
         ("/v1/models/{model}", "GET", sidecar.model),
         ("/v1/feedback", "POST", sidecar.feedback),
+        ("/v1/feedback/links", "POST", sidecar.link),
+        (f"{feedback_links.PATH}{{token}}", "GET", linked.show),
+        (f"{feedback_links.PATH}{{token}}", "POST", linked.take),
         ("/healthz", "GET", sidecar.health),
     )
     browsers = Middleware(
@@ -70,10 +72,10 @@ class Sidecar:
         self._agent, self._answering = agent, answering
 
     async def chat(self, request: Request) -> Response:
-        return await self._complete(request, asking.chat(await _body(request)))
+        return await self._complete(request, asking.chat(await bodies.read(request)))
 
     async def text(self, request: Request) -> Response:
-        return await self._complete(request, asking.text(await _body(request)))
+        return await self._complete(request, asking.text(await bodies.read(request)))
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [_model(self._agent.settings.model)]})
@@ -82,7 +84,7 @@ class Sidecar:
         return _json(_model(self._checked(request.path_params["model"])))
 
     async def feedback(self, request: Request) -> Response:
-        given = asking.decode(await _body(request), Judged)
+        given = asking.decode(await bodies.read(request), Judged)
         about = given.response_id if given.id is None else given.id
         if about is None or (given.response_id or about) != about:
             raise ApiError("invalid_request", "id (or response_id) names the one response that the feedback is about", param="id")
@@ -101,6 +103,12 @@ class Sidecar:
             {"object": "feedback", "id": found.feedback_id, "response_id": about, "teaches": found.teaches, "note": found.note}
         )
 
+    async def link(self, request: Request) -> Response:
+        given = asking.decode(await bodies.read(request), asking.LinkWanted)
+        ttl_s = feedback_links.DEFAULT_TTL_S if given.ttl_s is None else given.ttl_s
+        url = await asyncio.to_thread(self._agent.feedback_url, given.id, ttl=ttl_s)
+        return _json({"object": "feedback.link", "id": given.id, "url": url})
+
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
 
@@ -108,8 +116,8 @@ class Sidecar:
         model = self._checked(asked.model)
         parts = self._answering.answer(asked)
         if not asked.stream:
-            return _json(await _unless_gone(request, completion(asked, model, parts)))
-        begun = await _unless_gone(request, _begun(parts))
+            return _json(await bodies.unless_gone(request, completion(asked, model, parts)))
+        begun = await bodies.unless_gone(request, _begun(parts))
         return EventStream(events(asked, model, begun, parts))
 
     def _checked(self, model: str | None) -> str:
@@ -124,38 +132,6 @@ async def _begun(parts: Parts) -> Begun:
     begun = await anext(parts)
     assert isinstance(begun, Begun)
     return begun
-
-
-async def _body(request: Request) -> bytes:
-    """Raises `ApiError` for one that is too long, or comes too slowly."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > MOST_BODY_BYTES:
-                    raise ApiError("too_large", f"the body is longer than {MOST_BODY_BYTES:,} bytes")
-    except TimeoutError:
-        raise ApiError("too_slow", f"the body did not come within {BODY_TIMEOUT_S:g} seconds") from None
-    return bytes(body)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. Whoever asked and goes away ends it, with `ClientDisconnect`."""
-    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnect
-        return await doing
-    finally:
-        doing.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _on_gone(request: Request, error: Exception) -> Response:

@@ -103,6 +103,13 @@ class Judged(Struct, kw_only=True, forbid_unknown_fields=True):
     feedback_id: str | None = None
 
 
+class LinkWanted(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A response for which a feedback link is wanted, and for how long."""
+
+    id: str
+    ttl_s: float | None = None
+
+
 def decode(body: bytes, type_: type[T]) -> T:
     """Raises `ApiError` that names the field which is wrong."""
     try:
