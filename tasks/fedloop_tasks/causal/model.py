@@ -20,15 +20,15 @@ from transformers import AutoConfig
 from fedloop_tasks.causal import decoder, generation, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.examples import Example
-from fedloop_tasks.causal.generation import Answer
 from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
 from fedloop_tasks.causal.training import Answers
-from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.kept import KeptStates, batches, best_device
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 
 CACHE_BYTES: Final = 256 * 2**20
 """Bound on the kept states of a model: about 2,000 texts of 60 tokens at width 576."""
@@ -226,7 +226,16 @@ class CausalModel(Adapted):
         Greedy, or at a temperature above 0 drawn, and then the same for the same seed. A prompt that is longer than what the
         model looks back over loses its beginning.
         """
-        most = self.spec.max_answer_tokens if most is None else most
+        whole, before = None, ""
+        for whole in self.writing(turns, most=self.longest_answer if most is None else most, temperature=temperature, seed=seed):
+            if stream is not None and len(whole.text) > len(before):
+                stream(whole.text[len(before) :])
+            before = whole.text
+        assert whole is not None
+        return whole
+
+    def writing(self, turns: Sequence[Turn], *, most: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Answer]:
+        """See `Chats`. A prompt that is longer than the context loses its beginning."""
         if not 0 < most < self._context or temperature < 0:
             raise ValueError(f"an answer has 1 to {self._context - 1} tokens and a temperature of 0 or more")
         prompt = self.chat.prompt(turns)
@@ -234,7 +243,21 @@ class CausalModel(Adapted):
         found = generation.tokens(
             self._trunk, self.tail, prompt[cut:], most=most, ends=self.chat.ends, temperature=temperature, seed=seed
         )
-        return generation.written(found, self.chat.decode, self.chat.ends, cut, stream)
+        return generation.writing(found, self.chat.decode, self.chat.ends, cut)
+
+    @property
+    def context(self) -> int:
+        """See `Chats`."""
+        return self._context
+
+    @property
+    def longest_answer(self) -> int:
+        """See `Chats`."""
+        return self.spec.max_answer_tokens
+
+    def prompt_tokens(self, turns: Sequence[Turn]) -> int:
+        """See `Chats`."""
+        return len(self.chat.prompt(turns))
 
 
 def _check_files(folder: Path, spec: CausalSpec) -> None:

@@ -2,13 +2,4 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from msgspec import Struct
-
-
-class Turn(Struct, frozen=True):
-    """What one side has written."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+from fedloop_tasks.turns import Turn as Turn
