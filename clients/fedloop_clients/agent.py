@@ -206,6 +206,7 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatResponse: ...
     @overload
     def chat(
@@ -216,6 +217,7 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatStream: ...
     def chat(
         self,
@@ -225,22 +227,24 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatResponse | ChatStream:
         """Answer the last of the `messages`, which is the user's, with the release in force, and keep the response, so that
         feedback can name it.
 
         A message is `{"role": "system" | "user" | "assistant", "content": TEXT}`; the system speaks first or not at all, then
         user and assistant take turns. The answer has at most `max_tokens` tokens (the model's own bound, if None), and no more
-        than the model has room for. It is greedy, or at a `temperature` above 0 drawn, and then the same for the same `seed`.
-        With `stream` the call returns when the answer begins, and what it returns gives its pieces. Unlike `predict` the model
-        sees what was written, not what is left of it masked: nothing of it leaves the device but masked, and it learns from that
+        than the model has room for. It is greedy, or at a `temperature` above 0 drawn, and then the same for the same `seed`; it
+        ends before the first of the texts `stop` that it would hold. With `stream` the call returns when the answer begins, and
+        what it returns gives its pieces. Unlike `predict` the model sees what was written, not what is left of it masked: nothing
+        of it leaves the device but masked, and it learns from that
         alone. Answers are written one at a time, whichever thread asks.
 
         On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
         kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
         words (`predict`), or where no release is known yet; `ModelError` and `BlobError` if there is no model to be had.
         """
-        turns, how = turns_of(messages), sampling(max_tokens, temperature, seed)
+        turns, how = turns_of(messages), sampling(max_tokens, temperature, seed, stop)
         return self._chatting.stream(turns, how) if stream else self._chatting.whole(turns, how)
 
     def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
+from fedloop_events.errors import FedloopError
 from msgspec import Struct
 
 from fedloop_clients.agent import Agent
 from fedloop_clients.sidecar.asked import Asked
-from fedloop_clients.sidecar.errors import ApiError
+from fedloop_clients.sidecar.errors import ApiError, internal_error
+
+_logger = logging.getLogger(__name__)
 
 MOST_WAITING: Final = 64
 """Answers that may be under way or waited for at once."""
+ALIAS: Final = "fedloop"
+"""A name of the model that holds for every deployment."""
 BUSY_S: Final = 5.0
 """After which who was not let in may ask again."""
 
@@ -50,6 +56,12 @@ class Answering(Protocol):
     def answer(self, asked: Asked) -> Parts:
         """Raises `ApiError` and `FedloopError`, before the first piece or after any."""
 
+    async def models(self) -> Sequence[str]:
+        """The models that can be asked for. Raises `ApiError`."""
+
+    def named(self, model: str | None) -> str:
+        """The model that is asked for, as answers name it. Raises `ApiError` if there is none such."""
+
     def close(self) -> None:
         """Let go of what answering needs."""
 
@@ -75,8 +87,11 @@ class OwnModel:
                 if not gone.is_set():
                     for part in self._written(asked, gone):
                         put(part)
-            except Exception as error:
+            except (ApiError, FedloopError) as error:
                 put(error)
+            except Exception as error:
+                _logger.exception("an answer could not be written")
+                put(internal_error(error))
             finally:
                 loop.call_soon_threadsafe(self._ended)
 
@@ -93,6 +108,15 @@ class OwnModel:
         finally:
             gone.set()
 
+    async def models(self) -> Sequence[str]:
+        return [self._agent.settings.model]
+
+    def named(self, model: str | None) -> str:
+        own = self._agent.settings.model
+        if model not in (None, own, ALIAS):
+            raise ApiError("model_not_found", f"this device has the model {own!r} alone, also named {ALIAS!r}", param="model")
+        return own
+
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
@@ -100,7 +124,36 @@ class OwnModel:
         self._waiting -= 1
 
     def _written(self, asked: Asked, gone: threading.Event) -> Iterator[Part]:
+        if not self._agent.words:
+            yield from self._chatted(asked, gone)
+            return
         response = self._agent.predict(asked.messages[-1]["content"])
         yield Begun(response.response_id)
         yield response.answer
         yield Answered(response.release, confidence=response.confidence, note=response.note)
+
+    def _chatted(self, asked: Asked, gone: threading.Event) -> Iterator[Part]:
+        """Left early, it keeps what was written until then."""
+        with self._agent.chat(
+            asked.messages,
+            stream=True,
+            max_tokens=asked.max_tokens,
+            temperature=asked.temperature,
+            seed=asked.seed,
+            stop=asked.stop,
+        ) as stream:
+            yield Begun(stream.response_id)
+            for piece in stream:
+                yield piece
+                if gone.is_set():
+                    return
+        whole = stream.response
+        assert whole is not None
+        yield Answered(
+            whole.release,
+            finished=whole.finished,
+            confidence=whole.confidence,
+            prompt_tokens=whole.prompt_tokens,
+            tokens=whole.tokens,
+            note=whole.note,
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from fedloop_events.errors import FedloopError
@@ -26,9 +26,6 @@ from fedloop_clients.sidecar.errors import JSON, NO_STORE, ApiError
 from fedloop_clients.sidecar.linked import Linked
 from fedloop_clients.sidecar.written import EventStream, completion, events
 
-ALIAS: Final = "fedloop"
-"""A name of the model that holds for every deployment."""
-
 
 def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collection[str] = ()) -> Starlette:
     """The sidecar of `agent`, which stays the caller's to close; pages of the `origins` may use it, if they have the key."""
@@ -37,7 +34,7 @@ def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collect
         ("/v1/chat/completions", "POST", sidecar.chat),
         ("/v1/completions", "POST", sidecar.text),
         ("/v1/models", "GET", sidecar.models),
-        ("/v1/models/{model}", "GET", sidecar.model),
+        ("/v1/models/{model:path}", "GET", sidecar.model),
         ("/v1/feedback", "POST", sidecar.feedback),
         ("/v1/feedback/links", "POST", sidecar.link),
         (f"{feedback_links.PATH}{{token}}", "GET", linked.show),
@@ -78,10 +75,10 @@ class Sidecar:
         return await self._complete(request, asking.text(await bodies.read(request)))
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [_model(self._agent.settings.model)]})
+        return _json({"object": "list", "data": [_model(each) for each in await self._answering.models()]})
 
     async def model(self, request: Request) -> Response:
-        return _json(_model(self._checked(request.path_params["model"])))
+        return _json(_model(self._answering.named(request.path_params["model"])))
 
     async def feedback(self, request: Request) -> Response:
         given = asking.decode(await bodies.read(request), Judged)
@@ -97,6 +94,7 @@ class Sidecar:
             correction=given.correction,
             comment=given.comment,
             preferred_over=given.preferred_over,
+            signal=given.signal,
             feedback_id=given.feedback_id,
         )
         return _json(
@@ -113,19 +111,12 @@ class Sidecar:
         return _json({"status": "ok"})
 
     async def _complete(self, request: Request, asked: Asked) -> Response:
-        model = self._checked(asked.model)
+        model = self._answering.named(asked.model)
         parts = self._answering.answer(asked)
         if not asked.stream:
             return _json(await bodies.unless_gone(request, completion(asked, model, parts)))
         begun = await bodies.unless_gone(request, _begun(parts))
         return EventStream(events(asked, model, begun, parts))
-
-    def _checked(self, model: str | None) -> str:
-        """The model that is asked for. Raises `ApiError` for another one than the device's."""
-        own = self._agent.settings.model
-        if model not in (None, own, ALIAS):
-            raise ApiError("model_not_found", f"this device has the model {own!r} alone, also named {ALIAS!r}", param="model")
-        return own
 
 
 async def _begun(parts: Parts) -> Begun:

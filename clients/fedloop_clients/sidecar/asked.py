@@ -34,6 +34,11 @@ class Asked(Struct, frozen=True, kw_only=True):
     body: dict[str, Any]
     """All that the client has sent."""
 
+    @property
+    def path(self) -> str:
+        """Where it was asked for, below `/v1`."""
+        return "chat/completions" if self.kind == "chat" else "completions"
+
 
 class _Part(Struct):
     type: str
@@ -100,6 +105,7 @@ class Judged(Struct, kw_only=True, forbid_unknown_fields=True):
     correction: str | None = None
     comment: str | None = None
     preferred_over: str | None = None
+    signal: str | None = None
     feedback_id: str | None = None
 
 

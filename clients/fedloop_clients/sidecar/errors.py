@@ -10,6 +10,7 @@ from fedloop_events.errors import FedloopError, UsageError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fedloop_clients.chatting import ConversationTooLongError
 from fedloop_clients.feedback import ConflictingFeedbackError, UnknownResponseError
 from fedloop_clients.releases import NoReleaseError
 
@@ -66,11 +67,18 @@ def as_api_error(error: FedloopError) -> ApiError:
     message = error.message + (f" ({error.cause})" if error.cause else "") + (f"; {error.hint}" if error.hint else "")
     if isinstance(error, NoReleaseError):
         return ApiError("no_model", message, retry_after_s=5)
+    if isinstance(error, ConversationTooLongError):
+        return ApiError("context_length_exceeded", message, param="messages")
     if isinstance(error, UnknownResponseError):
         return ApiError("response_not_found", message)
     if isinstance(error, ConflictingFeedbackError):
         return ApiError("conflicting_feedback", message)
     return ApiError("invalid_request" if isinstance(error, UsageError) else "unavailable", message)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """What is nobody's fault but the program's; its text may hold what somebody has written, so its kind alone is told."""
+    return ApiError("internal_error", f"an internal error ({type(error).__name__}): please report this defect")
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
@@ -92,4 +100,4 @@ async def on_method(request: Request, error: Exception) -> Response:
 
 
 async def on_defect(request: Request, error: Exception) -> Response:
-    return ApiError("internal_error", f"an internal error ({type(error).__name__}): please report this defect").response()
+    return internal_error(error).response()

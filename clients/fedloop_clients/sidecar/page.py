@@ -80,7 +80,7 @@ def form(given: Mapping[str, str] = {}, wrong: str = "") -> Response:
 <textarea class="short" id="comment" name="comment" maxlength="{MAX_TEXT_CHARS}">{escape(given.get("comment", ""))}</textarea>
 <button type="submit">Send</button>
 </form>
-<p class="small">What you write leaves this device only once the names, numbers and addresses that are found in it are masked.</p>""",
+<p class="small">What you write leaves this device only once names, numbers and addresses found in it are masked.</p>""",
         400 if wrong else 200,
     )
 
