@@ -110,5 +110,6 @@ def test_what_cannot_be_served_is_refused(store: Path, capsys: pytest.CaptureFix
     assert "can be read by other users" in refused(*here, status=1)
     assert "enrol this device first" in refused("--store", str(store / "none"), status=1)
     key.unlink()
+    assert "closed set of words" in refused(*here, "--upstream", "http://127.0.0.1:1/v1", status=2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused(*here, "--port", str(taken.getsockname()[1]), status=3)

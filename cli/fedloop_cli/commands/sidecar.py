@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Web pages that may use it, as in http://localhost:3000; repeatable."),
     ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Answer with another OpenAI-compatible server, as in http://127.0.0.1:11434/v1; feedback and learning stay here."
+            " Its key, if it wants one, is in FEDLOOP_UPSTREAM_KEY.",
+        ),
+    ] = None,
     no_rounds: Annotated[bool, typer.Option("--no-rounds", help="Answer alone: another process takes part in rounds.")] = False,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
     json: options.Json = False,
@@ -31,6 +40,7 @@ def serve(
     try:
         from fedloop_clients.sidecar import access, app, serving
         from fedloop_clients.sidecar.answering import OwnModel
+        from fedloop_clients.sidecar.upstream import KEY_VARIABLE, Upstream
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the sidecar needs the package {error.name}, which is not installed", hint="pip install 'fedloop[client,sidecar]'"
@@ -48,7 +58,8 @@ def serve(
         console.show(document, lambda: console.fields(document), as_json=json)
 
     with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
-        key, answering = access.key_of(store), OwnModel(agent)
+        key = access.key_of(store)
+        answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get(KEY_VARIABLE, ""))
         served = app.create_app(agent, answering, key, origins=origins)
         with serving.listen(port) as opened:
             try:
