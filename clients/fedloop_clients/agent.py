@@ -18,7 +18,7 @@ from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
 from fedloop_tasks.chats import Chats
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Model
+from fedloop_tasks.task import Model, Task
 
 from fedloop_clients import enrolment
 from fedloop_clients.chatting import ChatResponse, ChatStream, Chatting
@@ -328,11 +328,13 @@ class Agent:
         return self.links.url(self._own_id("response", response_id), ttl)
 
     @property
-    def words(self) -> Sequence[str]:
-        """The closed set of words that the model answers with; none as long as the device knows no model."""
+    def task(self) -> Task:
+        """What the deployment's model learns. Raises `UsageError` as long as the device knows no model."""
         if self._device.spec is None:
             self._refresher.refresh_first()
-        return self._device.task.words if self._device.task else ()
+        if (task := self._device.task) is None:
+            raise self._no_release()
+        return task
 
     def knows(self, feedback_id: str) -> bool:
         """Whether feedback with this id is in the store."""

@@ -116,13 +116,15 @@ class Option(Struct, frozen=True):
 
 class Material(Struct, frozen=True):
     """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
-    what in it may be a mistake; `public` is nobody's own, and what the first release may have learnt."""
+    what in it may be a mistake; `public` is nobody's own, and what the first release may learn; `shape` is what the operator
+    sets of the model's spec."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
     notes: list[str] = []
     public: list[Message] = []
+    shape: dict[str, Any] = {}
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------
@@ -140,7 +142,8 @@ class Terms(Struct, frozen=True):
 class Plan(Protocol):
     """The rounds of a deployment, planned by its task from the operator's settings: public numbers alone, none from a device.
 
-    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them.
+    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them. Every plan has those
+    that `fedloop server init` sets: `epsilon`, `delta`, `strategy`, `planned_rounds` and `nominal_examples`.
     """
 
     MEANING: ClassVar[Mapping[str, str]]
@@ -234,13 +237,14 @@ class Program(Protocol):
 
 
 class Step(Struct, frozen=True):
-    """One release of a lineage, the round that made it of its base, and how many updates went in; the first has no round."""
+    """One release of a lineage, the round that made it of its base, and the updates that went in; the first has no round."""
 
     release: str
     base_release: str | None
     round_id: str | None
     strategy: str | None
-    updates: int
+    updates: list[str]
+    """SHA-256 of the tensors of each update; "" of one without."""
     mechanism: Mechanism | None
 
 
@@ -262,6 +266,23 @@ class Provenance(Struct, frozen=True, kw_only=True):
     delta: float
 
 
+class Streamed(Struct, frozen=True):
+    """A file that is never in memory as a whole. Its chunks can be read once."""
+
+    size_bytes: int
+    chunks: Iterable[bytes | memoryview]
+
+
+class Export(Struct, frozen=True):
+    """A release as files by name, a model card among them, which programs that know nothing of this one load.
+
+    `notes` say where they do another thing with them than a device does.
+    """
+
+    files: dict[str, bytes | Streamed]
+    notes: list[str] = []
+
+
 class Verdict(Struct, frozen=True):
     """The gate's: `reason` is "" for a candidate that passes."""
 
@@ -276,14 +297,19 @@ class Task(Protocol):
     """What the operator sets, and the rounds that follow from it."""
     base_model: ClassVar[str]
     """The base model, unless the operator names another one."""
+    speaks: ClassVar[bool]
+    """Whether the model answers in words of its own, as `Chats` does, not with one of a closed set."""
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
-    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`, with a
+    hyphen for each underscore."""
     metrics: ClassVar[Sequence[str]]
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[Sequence[Option]]
     """What the command line takes to read files of messages whose columns have names of their own."""
+    formats: ClassVar[Sequence[str]]
+    """What its releases are exported as, unless something else is asked for as the first one."""
 
     def __init__(self, spec: Any) -> None: ...
 
@@ -294,7 +320,7 @@ class Task(Protocol):
         """A file of messages; `columns` are given by the names of the options. Raises `UsageError`."""
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         """What the `files` hold, by the names of the options. Raises `UsageError`."""
 
     @classmethod
@@ -340,10 +366,10 @@ class Task(Protocol):
     def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
         """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
-        """A release as files by name, a model card among them, which programs that know nothing of this one load.
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
+        """A release in one of the `formats`; where that needs the base model, it is checked by hash.
 
-        Raises `TensorError` for tensors that are no release of the model.
+        Raises `TensorError` for tensors that are no release of the model, `ModelError` if the base is needed and not there.
         """
 
     @property

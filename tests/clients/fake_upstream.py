@@ -43,19 +43,31 @@ class FakeUpstream:
         self._thread.start()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            body = await reader.readexactly(int(headers.get("content-length", "0")))
-            self.requests.append((first, headers, json.loads(body) if body else None))
-            if isinstance(self.answer, bytes):
-                writer.write(self.answer)
-                await writer.drain()
-            else:
-                watching = asyncio.ensure_future(reader.read(1))
-                watching.add_done_callback(lambda _: self.gone.set())
-                await self.answer(writer)
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                await self._answer(reader, writer)
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        self.requests.append((first, headers, json.loads(body) if body else None))
+        if isinstance(self.answer, bytes):
+            writer.write(self.answer)
+            await writer.drain()
+            return
+        answering = asyncio.ensure_future(self.answer(writer))
+        watching = asyncio.ensure_future(reader.read(1))
+        try:
+            done, _ = await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
+            if answering not in done:
+                self.gone.set()
+        finally:
+            answering.cancel()
+            watching.cancel()
+            await asyncio.gather(answering, watching, return_exceptions=True)
 
     def close_listener(self) -> None:
         """Take no connection any more."""
@@ -64,8 +76,10 @@ class FakeUpstream:
     def close(self) -> None:
         async def end() -> None:
             self._server.close()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            under_way = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in under_way:
                 task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
             await asyncio.sleep(0)
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(30)

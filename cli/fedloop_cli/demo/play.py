@@ -18,6 +18,8 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_server.operations import rounds
 from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.rounds import RoundSummary
+from fedloop_tasks.table import name_of
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_cli import deploying
@@ -29,9 +31,12 @@ DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
 """For one round: a device that is killed in it has to load everything again."""
 FEW: Final = 500
-FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3}
-"""Of a few hundred examples a device all take part in a step, and most of the budget goes to the sums: chosen on the corpus,
-which is public."""
+FEW_EXAMPLES: Final[dict[str, dict[str, float]]] = {
+    "classification": {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3},
+    "chat": {"sampling_rate": 1.0, "server_lr": 0.03},
+}
+"""By task: of a few hundred examples a device all take part in a step, and most of a classifier's budget goes to the sums. Chosen
+on the corpus, which is public."""
 STALL_TIMEOUT_S: Final = 900.0
 START_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.25
@@ -56,9 +61,9 @@ class Options(Struct, frozen=True):
 class Scene:
     """Everything a view shows: it is changed by the course of the demo, and read by the view."""
 
-    def __init__(self, where: Where, options: Options, given: users.Users) -> None:
+    def __init__(self, where: Where, task: type[Task], options: Options, given: users.Users) -> None:
         assert where.directory is not None
-        self.where, self.directory, self.options, self.users = where, where.directory, options, given
+        self.where, self.directory, self.task, self.options, self.users = where, where.directory, task, options, given
         self.began = time.monotonic()
         self.doing = "making the deployment"
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
@@ -113,13 +118,13 @@ def _deploy(scene: Scene) -> None:
         "strategy": options.strategy,
         "planned_rounds": max(2, options.rounds),
         "nominal_examples": examples,
-        **(FEW_EXAMPLES if options.epsilon is not None and examples < FEW else {}),
+        **(FEW_EXAMPLES.get(name_of(scene.task), {}) if options.epsilon is not None and examples < FEW else {}),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
         "deadline_s": DEADLINE_S,
         "quorum_wait_s": DEADLINE_S,
     }
-    deploying.deploy(scene.directory, scene.where.place, given.material, settings, seed=options.seed)
+    deploying.deploy(scene.directory, scene.where.place, scene.task, given.material, settings, seed=options.seed)
     scene.followed = scene.where.follow()
 
 
@@ -129,7 +134,7 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
     printed = scene.directory / _PRINTED
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as aside:
-        nursery = Nursery(Path(aside))
+        nursery = Nursery(Path(aside), scene.task)
         try:
             _deploy(scene)
             printed.mkdir()

@@ -124,7 +124,7 @@ class OwnModel:
         self._waiting -= 1
 
     def _written(self, asked: Asked, gone: threading.Event) -> Iterator[Part]:
-        if not self._agent.words:
+        if not self._agent.task.words:
             yield from self._chatted(asked, gone)
             return
         response = self._agent.predict(asked.messages[-1]["content"])

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final
 
 import httpx
@@ -18,6 +18,7 @@ from fedloop_events.errors import FedloopError, UsageError
 from msgspec import Struct
 
 from fedloop_clients.agent import Agent
+from fedloop_clients.releases import NoReleaseError
 from fedloop_clients.sidecar.answering import BUSY_S, MOST_WAITING, Answered, Begun, Part, Parts
 from fedloop_clients.sidecar.asked import Asked
 from fedloop_clients.sidecar.chunks import Usage, chunks, one_line
@@ -44,11 +45,12 @@ class Upstream:
     """The server at `base_url` (with its `/v1`), which wants `key`, if it wants one."""
 
     def __init__(self, agent: Agent, base_url: str, key: str = "", *, silence_s: float = SILENCE_S) -> None:
-        if agent.words:
-            raise UsageError(
-                "this device's model answers with one of a closed set of words, which no other server does for it",
-                hint="serve it without --upstream",
-            )
+        with suppress(NoReleaseError):
+            if agent.task.words:
+                raise UsageError(
+                    "this device's model answers with one of a closed set of words, which no other server does for it",
+                    hint="serve it without --upstream",
+                )
         self._agent, self._base_url, self._silence_s = agent, check_url(base_url).rstrip("/"), silence_s
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._recording = ThreadPoolExecutor(1, "fedloop-recording")

