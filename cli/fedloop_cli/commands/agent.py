@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 app.command(cls=options.Command)(sidecar.serve)
+app.command(cls=options.Command)(sidecar.chat)
 
 Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]

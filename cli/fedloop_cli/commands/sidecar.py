@@ -1,4 +1,4 @@
-"""`fedloop agent serve`: the device's agent for programs that speak OpenAI's interface."""
+"""`fedloop agent serve` and `fedloop agent chat`: a device's agent for programs that speak OpenAI's interface, and for people."""
 
 from __future__ import annotations
 
@@ -69,3 +69,28 @@ def serve(
                 answering.close()
     if interrupted:
         raise typer.Exit(130)
+
+
+def chat(
+    store: options.StoreFolder,
+    model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
+) -> None:
+    """Talk to the device's model in this terminal; /up, /down, /fix TEXT and /retry give feedback on its last answer, which
+    `fedloop agent run` publishes, masked.
+    """
+    from fedloop_clients.agent import Agent
+    from fedloop_clients.device import Settings
+    from rich.console import Console
+
+    from fedloop_cli.conversing import Conversation
+
+    log, blobs = options.given()
+    screen = Console(highlight=False)
+    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
+        conversation = Conversation(agent, screen)
+        conversation.help()
+        try:
+            while conversation.take(screen.input("[bold]> [/bold]")):
+                pass
+        except EOFError:
+            screen.print()
