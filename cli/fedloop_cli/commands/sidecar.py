@@ -40,7 +40,7 @@ def serve(
     try:
         from fedloop_clients.sidecar import access, app, serving
         from fedloop_clients.sidecar.answering import OwnModel
-        from fedloop_clients.sidecar.upstream import KEY_VARIABLE, Upstream
+        from fedloop_clients.sidecar.upstream import Upstream
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the sidecar needs the package {error.name}, which is not installed", hint="pip install 'fedloop[client,sidecar]'"
@@ -59,7 +59,7 @@ def serve(
 
     with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
         key = access.key_of(store)
-        answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get(KEY_VARIABLE, ""))
+        answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get("FEDLOOP_UPSTREAM_KEY", ""))
         served = app.create_app(agent, answering, key, origins=origins)
         with serving.listen(port) as opened:
             try:

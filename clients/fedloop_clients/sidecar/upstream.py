@@ -24,7 +24,6 @@ from fedloop_clients.sidecar.asked import Asked
 from fedloop_clients.sidecar.chunks import Usage, chunks, one_line
 from fedloop_clients.sidecar.errors import ApiError
 
-KEY_VARIABLE: Final = "FEDLOOP_UPSTREAM_KEY"
 CONNECT_TIMEOUT_S: Final = 10.0
 SILENCE_S: Final = 120.0
 """How long a server may send nothing: it may have to load its model first."""
