@@ -45,11 +45,18 @@ def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedl
         data = completions(tmp_path / f"{store.name}.jsonl", 8)
         given = ("agent", "feedback", "--store", store, "--data", data, "--model-dir", models, "--json")
         assert [fedloop(*given).document["recorded"] for _ in range(2)] == [32, 0]
+    said = ("--store", stores[1], "--model-dir", models, "--json")
+    answered = fedloop("agent", "predict", *said, "--text", "a house").document
+    shown = ("agent", "feedback", *said, "--text", "a house", "--predicted", "perhaps")
+    kept = fedloop(*shown, "--signal", "copied").document["response_id"]
+    chosen = ("agent", "feedback", *said, "--response", answered["response_id"], "--preferred-over", kept)
+    assert fedloop(*chosen).document["teaches"] == answered["text"]
     with Agent.open(stores[0], settings=Settings(model_dir=models / "tiny")) as agent:
         asked = [{"role": "user", "content": "where is my card 1"}]
         first, second = agent.chat(asked), agent.chat(asked, temperature=1.0, seed=1)
         agent.feedback(first.response_id, preferred_over=second.response_id)
         assert first.text != second.text
+        agent.run(until=lambda status: status.settled)
         assert agent.status().examples == 33
     assert fedloop("round", "start", directory, "--rounds", "2").status == 0
 

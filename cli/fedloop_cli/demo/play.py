@@ -22,7 +22,7 @@ from fedloop_tasks.table import name_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
 
-from fedloop_cli import deploying
+from fedloop_cli import deploying, documents
 from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
@@ -236,8 +236,8 @@ def _rounds_of(scene: Scene, request_id: str) -> list[RoundSummary]:
 
 def _note_rounds(scene: Scene, request_id: str) -> None:
     for each in _rounds_of(scene, request_id):
-        accuracy = f"accuracy {each.accuracy:.3f}" if each.accuracy is not None else each.reason
-        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
+        what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.reason
+        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {what}")
 
 
 def stage(directory: Path | None, log: str | None, blobs: str | None) -> Where:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 
+from fedloop_tasks import gating
 from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
 from fedloop_tasks.causal.reactions import examples
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -26,6 +27,7 @@ from fedloop_tasks.task import (
     Option,
     Plan,
     Provenance,
+    Sample,
     Verdict,
 )
 from fedloop_tasks.turns import Turn
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
 LEARNS: Final = ("feedback", "sft", "kto", "dpo")
-WARM_STEPS: Final = 90
-"""Of the first release on public examples: with three of each kind of answer the most that helped."""
+WARM_EPOCHS: Final = 15
+"""Passes of the first release over public examples: with two or three of each kind of answer more of them helped little."""
 WARM_BATCH: Final = 32
 
 
@@ -125,13 +127,11 @@ class Chat:
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         return heldout.Evaluator(folder, self.spec, model_dir)
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """A candidate passes if its loss per token is at most `margin` more."""
-        if candidate.dataset_sha256 != incumbent.dataset_sha256:
-            raise ValueError("two losses on different held-out sets say nothing about each other")
-        if candidate.score <= incumbent.score + margin:
-            return Verdict()
-        return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+    def samples(self, folder: Path, arrays: Arrays) -> list[Sample]:
+        return heldout.samples(folder, arrays)
+
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        return gating.gate(candidate, incumbent, margin)
 
     def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.causal import export
@@ -182,10 +182,9 @@ def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
 
     with model.training(known, list(model.shapes), PLAIN_RATES) as training:
         if training is not None:
-            batches = -(-len(known) // WARM_BATCH)
             plain_sgd(
                 *training,
-                epochs=-(-WARM_STEPS // batches),
+                epochs=WARM_EPOCHS,
                 batch_size=WARM_BATCH,
                 seed=seed,
                 make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),

@@ -172,8 +172,12 @@ class EmbeddingClassifier(Adapted):
 
     def accuracy(self, texts: Sequence[str], labels: Sequence[str]) -> float:
         """The part of the texts whose most probable label is the one given; 0 for no texts."""
+        return sum(self.correct(texts, labels)) / len(texts) if texts else 0.0
+
+    def correct(self, texts: Sequence[str], labels: Sequence[str]) -> list[bool]:
+        """Of each text, whether its most probable label is the one given."""
         predicted, _ = self.predict(texts)
-        return sum(map(str.__eq__, predicted, labels)) / len(texts) if texts else 0.0
+        return list(map(str.__eq__, predicted, labels))
 
     def _run(self, texts: Sequence[str], module: Any, width: int) -> NDArray[np.float32]:
         rows = np.empty((len(texts), width), dtype=np.float32)
