@@ -56,7 +56,7 @@ def _messages(name: str, found: Sequence[corpus.CorpusMessage]) -> Messages:
 
 def from_files(task: type[Task], train: Messages, held_out: Messages, devices: int, seed: int) -> Users:
     """Any messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
-    material = task.material_of(train, held_out)
+    material = replace(task.material_of(train, held_out), shape=SHAPE if task.speaks else {})
     if len(train.rows) < 2 * devices:
         raise UsageError(f"{train.path} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
     spread_out = spread(train.rows, devices, seed)
