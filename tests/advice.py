@@ -12,6 +12,8 @@ from typing import Any, Final, NamedTuple
 
 import click
 from fedloop_cli.main import app
+from fedloop_cli.task_options import TaskOption
+from fedloop_tasks.table import DEFAULT
 from typer.main import get_command
 
 ROOT: Final = Path(__file__).parent.parent
@@ -180,7 +182,8 @@ def _wrong_arguments(command: click.Command, words: list[str], line: str) -> str
         if each.metavar == "[DIR]" and each.nargs == -1 and given and len(values[each.name or ""]) > 1:
             return f"{line!r}: too many arguments"
         deployment = (each.metavar or "").startswith("[DIR]") and "--log" not in words
-        if not given and (each.required or deployment):
+        needed = each.required or (isinstance(each, TaskOption) and each.required_by(values.get("task") or DEFAULT))
+        if not given and (needed or deployment):
             return f"{line!r} lacks {each.opts[0]}"
         if given and isinstance(each.type, click.Choice) and values[each.name or ""] not in each.type.choices:
             return f"{line!r}: {each.opts[0]} is one of {', '.join(each.type.choices)}"

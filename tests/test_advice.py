@@ -14,6 +14,7 @@ import pytest
 from fedloop_clients.agent import Agent
 from fedloop_privacy.masking import Masker
 from fedloop_server import config
+from fedloop_tasks.table import TASKS
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {"--upgrade"}
@@ -94,7 +95,7 @@ def test_every_target_of_make_that_a_text_names_exists() -> None:
 
 
 def test_every_setting_and_argument_that_a_hint_names_exists() -> None:
-    known = {*config.meaning(), *FOREIGN, *MADE_HERE}
+    known = {*(key for task in TASKS.values() for key in config.meaning(task.plan)), *FOREIGN, *MADE_HERE}
     known |= {name for call in (Agent.enrol, Agent.open, Agent.feedback, Masker) for name in inspect.signature(call).parameters}
     named = {
         (each.where, name)

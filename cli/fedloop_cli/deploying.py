@@ -10,8 +10,8 @@ from typing import Any
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.types import DEFAULT_MODEL
-from fedloop_tasks.table import DEFAULT, task_of
-from fedloop_tasks.task import Material
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Material, Task
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -35,14 +35,15 @@ class Deployed(Struct, frozen=True):
 def deploy(
     directory: Path,
     place: DeploymentLocation,
+    task: type[Task],
     material: Material,
     settings: dict[str, Any],
     *,
-    base_model: str = DEFAULT.base_model,
+    base_model: str | None = None,
     seed: int = 0,
     as_is: bool = False,
 ) -> Deployed:
-    """Make the deployment in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
+    """Make a deployment of `task` in `directory`, its log and blobs at `place`; `settings` are keys of `server.toml`.
 
     Devices see masked texts alone, so the figure that counts is that on masked texts: held-out texts are masked when they are
     taken in, unless they are to be taken `as_is`. The words that a model answers with are published as they are, so one that
@@ -51,23 +52,24 @@ def deploy(
     """
     from fedloop_server import config as configuration
 
-    config = configuration.decode(settings, DEFAULT.plan)
+    config = configuration.decode(settings, task.plan)
     masking = _masking_or_none() if as_is else _masking()
 
     from fedloop_server.deployment import CONFIG_FILE, create_deployment
     from fedloop_server.rounds.planner import Planner
 
-    spec, initial = DEFAULT.make(material, base_model, Path(config.model_dir) if config.model_dir else None, seed)
+    model_dir = Path(config.model_dir) if config.model_dir else None
+    spec, initial = task.make(material, base_model or task.base_model, model_dir, seed)
     # An update has at most all of the model's tensors; twice that leaves room for a model that grows.
     config = replace(config, max_upload_bytes=max(config.max_upload_bytes, 2 * sum(each.nbytes for each in initial.values())))
-    task, planner = task_of(spec), Planner(config)
+    learnt, planner = task_of(spec), Planner(config)
     if masking is not None:
-        _check_words(task.words, masking)
+        _check_words(learnt.words, masking)
     planner.check(initial)  # seconds: what the first round would take
     made = create_deployment(directory, spec, initial, config, place)
     if made.config.plan == config.plan:
         planner.keep_in(made.plan_file)
-    failed = task.keep(made.folder, material.held_out, _as_it_is if as_is or masking is None else masking)
+    failed = learnt.keep(made.folder, material.held_out, _as_it_is if as_is or masking is None else masking)
 
     from fedloop_server.operations.followed import Followed
 
@@ -79,7 +81,7 @@ def deploy(
         str(directory),
         followed.identities.origin,
         current.release,
-        task.summary(),
+        learnt.summary(),
         len(material.held_out) - sum(failed.values()),
         failed,
         str(made.folder / CONFIG_FILE),

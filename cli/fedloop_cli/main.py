@@ -18,7 +18,7 @@ import typer
 from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.files import is_full, reason
 
-from fedloop_cli import console, options
+from fedloop_cli import console, options, task_options
 from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, model, release, rounds, server
 
 INTERRUPTED: Final = 130
@@ -26,7 +26,7 @@ _REFRESHING: Final = "fedloop-refresh"
 """The thread in which a device reads a log that may be away."""
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
-app.command(cls=options.MessagesCommand)(demo.demo)
+app.command(cls=task_options.MessagesCommand)(demo.demo)
 app.command(cls=options.Command)(doctor.doctor)
 app.add_typer(init.app, name="init")
 app.add_typer(server.app, name="server")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
     from fedloop_events.logs.port import EventLog
     from fedloop_server.config import ServerConfig
     from fedloop_server.operations.followed import Followed
-    from fedloop_tasks.task import Option
 
 _LOG: Final = "fedloop.log"
 _BLOBS: Final = "fedloop.blobs"
-_TASK: Final = "fedloop.task"
 
 
 class Where(Struct, frozen=True):
@@ -193,74 +190,6 @@ def _meaning(metavar: str) -> str:
     return _ARGUMENTS.get(metavar, "") or _ARGUMENTS.get(metavar.strip("[]"), "")
 
 
-class TaskCommand(Command):
-    """A command that also takes what the deployment's task declares; subclasses say which of it. `of_task` gives the values."""
-
-    def declared(self) -> Sequence[Option]:
-        raise NotImplementedError
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*self._of_task, *super().get_params(ctx)]
-
-    @cached_property
-    def _of_task(self) -> list[click.Parameter]:
-        return [
-            click.Option(
-                [f"--{each.name}"],
-                type=click.Path(path_type=Path) if each.kind is Path else each.kind,
-                metavar=each.metavar,
-                required=each.required,
-                help=each.help,
-                expose_value=False,
-                callback=partial(_keep_of_task, each.name),
-            )
-            for each in self.declared()
-        ]
-
-
-class FilesCommand(TaskCommand):
-    """Takes the files that a model is made from."""
-
-    def declared(self) -> Sequence[Option]:
-        from fedloop_tasks.table import DEFAULT
-
-        return [*DEFAULT.files, *DEFAULT.columns]
-
-
-class RemarksCommand(TaskCommand):
-    """Takes what a user can say of a response in this task alone."""
-
-    def declared(self) -> Sequence[Option]:
-        from fedloop_tasks.table import DEFAULT
-
-        return [*DEFAULT.remarks, *DEFAULT.columns]
-
-
-class MessagesCommand(TaskCommand):
-    """Takes files of messages."""
-
-    def declared(self) -> Sequence[Option]:
-        from fedloop_tasks.table import DEFAULT
-
-        return DEFAULT.columns
-
-
-def of_task(declared: Sequence[Option]) -> dict[str, Any]:
-    """The values of these options, which the task declares, by name; None for one that is not given."""
-    found: dict[str, Any] = click.get_current_context().meta.get(_TASK, {})
-    return {each.name: found.get(each.name) for each in declared}
-
-
-def columns_of(data: object) -> dict[str, str | None]:
-    """What the columns of a file of messages are called. Raises `UsageError` if something is, and there is no `data`."""
-    from fedloop_tasks.table import DEFAULT
-
-    found = of_task(DEFAULT.columns)
-    if data is None and (idle := [name for name, value in found.items() if value is not None]):
-        raise UsageError(f"--{idle[0]} is about a file of messages, and there is none", hint="give the file with --data")
-    return found
-
-
 def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002 (typer's word)
     """A group of commands."""
     return typer.Typer(
@@ -277,10 +206,6 @@ def group(name: str | None = None, help: str = "") -> typer.Typer:  # noqa: A002
 
 def _keep(name: str, context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     context.meta[name] = value
-
-
-def _keep_of_task(name: str, context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    context.meta.setdefault(_TASK, {})[name] = value
 
 
 def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Final, get_type_hints
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.hours import DayHours, zone
-from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Plan
 from msgspec import Meta, Struct
 
 from fedloop_server import schedules
 
 NONE: Final = "none"
+COHORT: Final = 64
+"""Most updates that one round needs, unless the operator says otherwise."""
 MAX_COHORT = 1_500
 """`ReleaseProposed` names each update that went in, and is one event of at most 60 KiB."""
 
@@ -32,9 +33,9 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     Raises `UsageError` for values that promise nothing sensible together (types and ranges are checked where a file is decoded).
     """
 
-    plan: Plan = msgspec.field(default_factory=DEFAULT.plan)
+    plan: Plan
     quorum: _Many = 2
-    cohort_size: Annotated[int, Meta(ge=1, le=MAX_COHORT)] = 64
+    cohort_size: Annotated[int, Meta(ge=1, le=MAX_COHORT)] = COHORT
     unasked_rounds: _Many = 20
     min_examples: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
     over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0
@@ -102,12 +103,12 @@ _MEANING: Final = {
 }
 
 
-def meaning(plan: type[Plan] = DEFAULT.plan) -> dict[str, str]:
-    """Every key of the configuration, with what it means."""
+def meaning(plan: type[Plan]) -> dict[str, str]:
+    """Every key of the configuration of a deployment whose task plans so, with what it means."""
     return {**plan.MEANING, **_MEANING}
 
 
-def load(path: Path, plan: type[Plan] = DEFAULT.plan) -> ServerConfig:
+def load(path: Path, plan: type[Plan]) -> ServerConfig:
     """The configuration in a TOML file. Raises `UsageError` that names the key, its value and what is allowed."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +122,7 @@ def load(path: Path, plan: type[Plan] = DEFAULT.plan) -> ServerConfig:
     return decode(found, plan)
 
 
-def decode(found: dict[str, Any], plan: type[Plan] = DEFAULT.plan) -> ServerConfig:
+def decode(found: dict[str, Any], plan: type[Plan]) -> ServerConfig:
     """The configuration that a parsed TOML table holds; `load` says what it raises."""
     fields = {key: kind for each in (plan, ServerConfig) for key, kind in get_type_hints(each, include_extras=True).items()}
     meanings = meaning(plan)

@@ -30,7 +30,7 @@ from fedloop_events.parts import split
 from fedloop_events.signatures import SigningKey
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
-from fedloop_tasks.table import DEFAULT, task_of
+from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Plan
 from msgspec import Struct
 
@@ -150,9 +150,7 @@ def read_config(directory: Path | None) -> ServerConfig | None:
 
 
 def _plan(intent_file: Path) -> type[Plan]:
-    """What the rounds are planned by: the task's."""
-    if not intent_file.exists():
-        return DEFAULT.plan
+    """What the rounds are planned by: what the deployment's task plans them by. Raises `UsageError`."""
     return task_of(_read_intent(intent_file).spec).plan
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Final
 
-from fedloop_events.errors import FedloopError
+from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.types import Spec
 
 from fedloop_tasks.causal.task import Chat
@@ -18,8 +19,8 @@ from fedloop_tasks.task import Program, Task
 
 TASKS: Final[Mapping[str, type[Task]]] = {"classification": Classification, "chat": Chat}
 """By the tag of their specs."""
-DEFAULT: Final[type[Task]] = Classification
-"""What a deployment is made for."""
+DEFAULT: Final = "classification"
+"""What a deployment is made for, unless its operator names another task."""
 _PROGRAMS: Final[Sequence[Program]] = (
     ClassSums(),
     AdapterTraining("ffa", freezes_a=True),
@@ -38,6 +39,21 @@ class UnknownProgramError(FedloopError):
 def task_of(spec: Spec) -> Task:
     """The task of a model."""
     return TASKS[str(spec.__struct_config__.tag)](spec)
+
+
+def task_named(name: str) -> type[Task]:
+    """The task of that name. Raises `UsageError`."""
+    if (task := TASKS.get(name)) is None:
+        near = get_close_matches(name, TASKS, 1)
+        meant = f'; did you mean "{near[0]}"?' if near else ""
+        raise UsageError(f'there is no task "{name}"{meant}', hint=f"choose one of {', '.join(TASKS)}")
+    return task
+
+
+def name_of(task: Task | type[Task]) -> str:
+    """What a task is called in the table."""
+    kind = task if isinstance(task, type) else type(task)
+    return next(name for name, each in TASKS.items() if each is kind)
 
 
 def program_of(strategy: str) -> Program:

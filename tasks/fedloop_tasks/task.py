@@ -116,13 +116,15 @@ class Option(Struct, frozen=True):
 
 class Material(Struct, frozen=True):
     """What a deployment is made of, as the operator's files have it. `about` is the task's own, such as its labels; `notes` say
-    what in it may be a mistake; `public` is nobody's own, and what the first release may have learnt."""
+    what in it may be a mistake; `public` is nobody's own, and what the first release may learn; `shape` is what the operator
+    sets of the model's spec."""
 
     about: list[str]
     held_out: list[Message]
     skipped: dict[str, int]
     notes: list[str] = []
     public: list[Message] = []
+    shape: dict[str, Any] = {}
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------
@@ -140,7 +142,8 @@ class Terms(Struct, frozen=True):
 class Plan(Protocol):
     """The rounds of a deployment, planned by its task from the operator's settings: public numbers alone, none from a device.
 
-    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them.
+    Implemented by a frozen struct whose fields are keys of `server.toml`; `MEANING` explains each of them. Every plan has those
+    that `fedloop server init` sets: `epsilon`, `delta`, `strategy`, `planned_rounds` and `nominal_examples`.
     """
 
     MEANING: ClassVar[Mapping[str, str]]
@@ -279,7 +282,8 @@ class Task(Protocol):
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
-    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`."""
+    """What a user can give about a response beside thumb, rating, correction and comment: arguments of `Agent.feedback`, with a
+    hyphen for each underscore."""
     metrics: ClassVar[Sequence[str]]
     """What its evaluations name, in letters, digits and underscores; the first one leads."""
     columns: ClassVar[Sequence[Option]]
@@ -294,7 +298,7 @@ class Task(Protocol):
         """A file of messages; `columns` are given by the names of the options. Raises `UsageError`."""
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         """What the `files` hold, by the names of the options. Raises `UsageError`."""
 
     @classmethod

@@ -16,6 +16,7 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.locations import DeploymentLocation
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
+from fedloop_tasks.classification.plan import ClassificationPlan
 
 
 class Ended(NamedTuple):
@@ -66,7 +67,7 @@ def release_arrays(labels: int = 2, width: int = 3) -> dict[str, Array]:
 def deploy(directory: Path, place: DeploymentLocation | None = None) -> Deployment:
     """A deployment without a real base model: its log can be read, and rounds can be asked for."""
     spec = types.ClassificationSpec("none", "0" * 64, ["ham", "spam"], rank=2, alpha=4.0, targets=["query"], layers=1)
-    return create_deployment(directory, spec, release_arrays(), ServerConfig(), place)
+    return create_deployment(directory, spec, release_arrays(), ServerConfig(plan=ClassificationPlan()), place)
 
 
 @pytest.fixture(params=["folder", pytest.param("kafka", marks=pytest.mark.kafka)])

@@ -229,7 +229,7 @@ def test_an_id_that_the_caller_gave_stays_on_the_device(deployment: Deployment, 
 
 
 def test_an_id_that_was_given_before_such_ids_were_derived_is_not_published_either(deployment: Deployment, agent: Agent) -> None:
-    interactions, words = agent._device.interactions, agent.words
+    interactions, words = agent._device.interactions, agent.task.words
     interactions.respond("old", None, "card-lost", "0000-a", words, response_id="old.jane")
     digest, _ = interactions.record("old.jane", FeedbackInput(thumb="up", comment="as it was"), words, "f.jane")
     assert digest == "f.jane"

@@ -11,7 +11,7 @@ from fedloop_clients import Agent
 from fedloop_clients.feedback import MAX_TEXT_CHARS, Response
 from fedloop_clients.importing import Imported, take_in
 from fedloop_events.errors import UsageError
-from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.classification.task import Classification
 from fedloop_tasks.task import Message, Messages
 from row_files import FORMATS
 
@@ -36,7 +36,7 @@ def given(agent: Agent, path: Path, *rows: str, end: str = "\n", skip_bad: bool 
     """What becomes of a file of these rows."""
     text = "\n".join(["text,label", *rows, ""])
     path.write_bytes(text.replace("\n", end).encode())
-    return take_in(agent, DEFAULT.read(path), skip_bad=skip_bad)
+    return take_in(agent, Classification.read(path), skip_bad=skip_bad)
 
 
 def learnt(agent: Agent) -> list[tuple[str, str]]:
@@ -66,7 +66,7 @@ def test_the_same_messages_count_once_in_whatever_formats_they_come(agent: Agent
     counts = []
     for write in FORMATS.values():
         path.write_bytes(write(PAIRS))
-        found = take_in(agent, DEFAULT.read(path))
+        found = take_in(agent, Classification.read(path))
         counts.append((found.recorded, found.known))
     assert counts == [(4, 0), *[(0, 4)] * (len(FORMATS) - 1)]
     assert learnt(agent) == sorted(PAIRS)
@@ -87,7 +87,7 @@ def test_two_processes_that_take_in_the_same_file_count_each_message_once(
     agent: Agent, classified: Classified, store_dir: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.write_bytes(FORMATS["csv"](PAIRS))
-    messages, predict, others = DEFAULT.read(path), agent.predict, list[Imported]()
+    messages, predict, others = Classification.read(path), agent.predict, list[Imported]()
     with enrol(classified, store_dir) as other:
 
         def overtaken(text: str) -> Response:
@@ -146,4 +146,4 @@ def test_a_row_that_cannot_be_used_refuses_the_file_with_its_line_before_anythin
 def test_a_label_that_the_model_does_not_have_is_refused_with_its_place(agent: Agent, path: Path, kind: str, place: str) -> None:
     path.write_bytes(FORMATS[kind]([PAIRS[0], PAIRS[2], ("my loan", "mortgage")]))
     with pytest.raises(UsageError, match=f"{place}: "):
-        take_in(agent, DEFAULT.read(path))
+        take_in(agent, Classification.read(path))

@@ -37,6 +37,7 @@ from fedloop_events.logs.kafka.rights import User
 from fedloop_events.logs.kafka.settings import KafkaSettings
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import create_deployment
+from fedloop_tasks.classification.plan import ClassificationPlan
 from gateway.harness import serving
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
@@ -70,7 +71,7 @@ def deployment(tmp_path: Path) -> Path:
         "head.weight": np.zeros((2, 3), np.float32),
         "head.bias": np.zeros(2, np.float32),
     }
-    create_deployment(tmp_path / "deployment", spec, arrays, ServerConfig()).log.close()
+    create_deployment(tmp_path / "deployment", spec, arrays, ServerConfig(plan=ClassificationPlan())).log.close()
     return tmp_path / "deployment"
 
 

@@ -17,6 +17,7 @@ from fedloop_server.config import ServerConfig, decode
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.schedules import due
+from fedloop_tasks.classification.plan import ClassificationPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -184,5 +185,6 @@ def test_the_wait_for_clients_begins_with_the_hours() -> None:
 )
 def test_what_names_no_time_is_refused_when_the_configuration_is_read(key: str, value: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        decode({key: value})
-    assert decode({"schedule": "none", "windows": "none"}) == ServerConfig()
+        decode({key: value}, ClassificationPlan)
+    never = decode({"schedule": "none", "windows": "none"}, ClassificationPlan)
+    assert never == ServerConfig(plan=ClassificationPlan())

@@ -12,7 +12,7 @@ from fedloop_events.errors import UsageError
 from fedloop_tasks.classification import heldout
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.task import Classification
-from fedloop_tasks.table import DEFAULT, PROGRAMS, TASKS, UnknownProgramError, kind_of, program_of, task_of
+from fedloop_tasks.table import PROGRAMS, TASKS, UnknownProgramError, kind_of, program_of, task_of
 from fedloop_tasks.task import Interaction, Material, Message
 from msgspec.structs import replace
 from samples import masked
@@ -152,10 +152,10 @@ def test_without_a_held_out_set_or_with_a_broken_one_there_is_no_evaluator(tmp_p
 
 def test_the_files_of_a_material_give_it_again(tmp_path: Path) -> None:
     material = Material(["a", "b,c"], [Message('say "hi",\nthen go', "a"), Message("x", "b,c")], {})
-    for name, text in DEFAULT.files_of(material).items():
+    for name, text in Classification.files_of(material).items():
         (tmp_path / name).write_text(text)
-    assert DEFAULT.material({"labels": tmp_path / "labels.txt", "test": tmp_path / "test.csv"}) == material
-    assert DEFAULT.read(tmp_path / "test.csv").rows == material.held_out
+    assert Classification.material({"labels": tmp_path / "labels.txt", "test": tmp_path / "test.csv"}) == material
+    assert Classification.read(tmp_path / "test.csv").rows == material.held_out
 
 
 def test_labels_come_from_their_file_or_the_training_file_or_the_held_out_one(tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def test_labels_come_from_their_file_or_the_training_file_or_the_held_out_one(tm
     (tmp_path / "data.csv").write_text("text,label\nx,a\ny,b\nz,c\n")
     (tmp_path / "labels").write_text("d\nb\na\n")
     test, data, labels = tmp_path / "test.csv", tmp_path / "data.csv", tmp_path / "labels"
-    assert DEFAULT.material({"test": test}).about == ["a", "b"]
-    assert DEFAULT.material({"test": test, "data": data, "labels": None}).about == ["a", "b", "c"]
-    assert DEFAULT.material({"test": test, "labels": labels}).about == ["d", "b", "a"]
+    assert Classification.material({"test": test}).about == ["a", "b"]
+    assert Classification.material({"test": test, "data": data, "labels": None}).about == ["a", "b", "c"]
+    assert Classification.material({"test": test, "labels": labels}).about == ["d", "b", "a"]
     with pytest.raises(UsageError, match="both say"):
-        DEFAULT.material({"test": test, "data": data, "labels": labels})
+        Classification.material({"test": test, "data": data, "labels": labels})
     with pytest.raises(UsageError, match="'c'"):
-        DEFAULT.material({"test": data, "data": test})
+        Classification.material({"test": data, "data": test})
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
 from msgspec.structs import replace
 
-from fedloop_cli import console, options
+from fedloop_cli import console, options, task_options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Status
     from fedloop_clients.eligibility import Eligibility
-    from fedloop_tasks.task import Messages
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -70,7 +69,7 @@ def predict(store: options.StoreFolder, text: Text = None, model_dir: ModelDir =
     console.show(document, lambda: console.fields(document), as_json=json)
 
 
-@app.command(cls=options.RemarksCommand)
+@app.command(cls=task_options.RemarksCommand)
 def feedback(
     store: options.StoreFolder,
     response: Annotated[str | None, typer.Option(metavar="ID", help="The response it is about.")] = None,
@@ -95,15 +94,15 @@ def feedback(
     made now (--text alone). It is on disk when this returns; `fedloop agent run` publishes it, masked.
     """
     from fedloop_events.errors import UsageError
-    from fedloop_tasks.table import DEFAULT
 
     if sum(each is not None for each in (response, text, data)) != 1:
         raise UsageError("feedback is about one of --response, --text or --data")
-    columns = options.columns_of(data)
+    task_options.check_columns(data)
     with _open(store, model_dir) as agent:
         if data is not None:
-            _take_in(agent, DEFAULT.read(data, columns), skip_bad, json)
+            _take_in(agent, data, skip_bad, json)
             return
+        remarks = _remarks(agent)
         if response is None:
             shown = _given(text)
             made = agent.record(shown, predicted) if predicted is not None else agent.predict(shown)
@@ -115,7 +114,7 @@ def feedback(
             correction=correction,
             comment=comment,
             feedback_id=feedback_id,
-            **options.of_task(DEFAULT.remarks),
+            **remarks,
         )
     document = {name: getattr(recorded, name) for name in recorded.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
@@ -218,10 +217,20 @@ def _given(text: str | None) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _take_in(agent: Agent, messages: Messages, skip_bad: bool, json: bool) -> None:
+def _remarks(agent: Agent) -> dict[str, Any]:
+    """What its task alone takes of a user. A device that knows no model yet takes what every task does."""
+    if not task_options.given():
+        return {}
+    task_options.check(agent.task)
+    return {name.replace("-", "_"): value for name, value in task_options.of_task(agent.task.remarks).items()}
+
+
+def _take_in(agent: Agent, data: Path, skip_bad: bool, json: bool) -> None:
     """Feedback on each row of a file; a message that was taken in before counts once."""
     from fedloop_clients.importing import take_in
 
+    task_options.check(agent.task)
+    messages = agent.task.read(data, task_options.of_task(agent.task.columns))
     found = take_in(agent, messages, skip_bad=skip_bad)
     for what, count in found.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")

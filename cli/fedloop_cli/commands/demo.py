@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedloop_cli import console, options
+from fedloop_cli import console, options, task_options
 
 
 def demo(
@@ -38,12 +38,12 @@ def demo(
     and shown.
     """
     from fedloop_events.errors import UsageError
-    from fedloop_tasks.table import DEFAULT
 
+    task = task_options.chosen()
     if (data is None) != (test is None):
         raise UsageError("--data and --test go together", hint="one file of messages to learn from, one to measure with")
 
-    columns = options.columns_of(data)
+    task_options.check_columns(data)
 
     from fedloop_cli.demo import live, play, report, users
 
@@ -51,12 +51,13 @@ def demo(
     if data is None or test is None:
         given = users.invented(clients, seed)
     else:
-        given = users.from_files(DEFAULT.read(data, columns), DEFAULT.read(test, columns), clients, seed)
+        columns = task_options.of_task(task.columns)
+        given = users.from_files(task, task.read(data, columns), task.read(test, columns), clients, seed)
     for note in given.material.notes:
         console.note(f"warning: {console.printable(note)}")
     for what, count in given.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")
-    scene = play.Scene(play.stage(directory, *options.given()), chosen, given)
+    scene = play.Scene(play.stage(directory, *options.given()), task, chosen, given)
     with live.view(scene) as refresh:
         refresh()
         play.play(scene, refresh)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloop_cli import console, documents, options
+from fedloop_cli import console, documents, options, task_options
 from fedloop_cli.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = options.group(help="Make a deployment, run its server, revoke a client.")
 
 
-@app.command(cls=options.FilesCommand)
+@app.command(cls=task_options.FilesCommand)
 def init(
     home: options.ServerFolder,
     as_is: Annotated[
@@ -52,11 +52,11 @@ def init(
     All other settings stand, each explained, in DIR/server/server.toml, which the server reads when it starts. Settings with
     which no round can ever run are refused.
     """
-    from fedloop_server.config import MAX_COHORT, ServerConfig
-    from fedloop_tasks.table import DEFAULT
+    from fedloop_server.config import COHORT, MAX_COHORT
 
     from fedloop_cli import deploying
 
+    task = task_options.chosen()
     settings: dict[str, Any] = {
         "epsilon": "none" if no_dp else epsilon,
         "delta": delta,
@@ -64,13 +64,11 @@ def init(
         "planned_rounds": rounds,
         "nominal_examples": examples,
         "quorum": quorum,
-        "cohort_size": min(max(quorum, ServerConfig().cohort_size), MAX_COHORT),
+        "cohort_size": min(max(quorum, COHORT), MAX_COHORT),
         "model_dir": str(model_dir.absolute()) if model_dir is not None else "",
     }
-    material = DEFAULT.material(options.of_task(DEFAULT.files), options.of_task(DEFAULT.columns))
-    made = deploying.deploy(
-        home.directory, home.place, material, settings, base_model=model or DEFAULT.base_model, seed=seed, as_is=as_is
-    )
+    material = task.material(task_options.of_task(task.files), task_options.of_task(task.columns))
+    made = deploying.deploy(home.directory, home.place, task, material, settings, base_model=model, seed=seed, as_is=as_is)
     for note in material.notes:
         console.note(f"warning: {console.printable(note)}")
     skipped = material.skipped | made.skipped

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from fedloop_events.errors import FedloopError
 from fedloop_events.files import write_whole
-from fedloop_tasks.table import DEFAULT
 from fedloop_tasks.task import Message
 from msgspec import Struct
 
@@ -128,7 +127,7 @@ class DemoUser:
                 response.response_id,
                 thumb="up" if right else None,
                 feedback_id=f"message-{number}",
-                **({} if right else DEFAULT.remark(message.answer)),
+                **({} if right else self._agent.task.remark(message.answer)),
             )
         write_whole(self._count, str(number + 1).encode())
 

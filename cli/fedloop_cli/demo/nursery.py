@@ -1,4 +1,5 @@
-"""The demo's nursery: a process that has loaded what a device and a server need, once, and forks them: `python -m` this module.
+"""The demo's nursery: a process that has loaded what a device and a server need, once, and forks them: `python -m` this module,
+with the name of the deployment's task.
 
 Loading takes fifteen seconds of a core, so eight devices one by one would take minutes. It has a single thread and opens nothing
 before it forks. Its standard input is a socket: each order comes with the channel of the new process, and is answered
@@ -47,7 +48,7 @@ def main() -> None:
     control = socket.socket(fileno=0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo alone: it ends its processes in order
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the dead; the demo sees their channels close
-    masker = _preload()
+    masker = _preload(sys.argv[1])
     while True:
         data, channels, _, _ = socket.recv_fds(control, MAX_ORDER_BYTES, 1)
         if not data or not channels:
@@ -61,15 +62,16 @@ def main() -> None:
         control.sendall(b"%d\n" % process)
 
 
-def _preload() -> Masker:
+def _preload(task_name: str) -> Masker:
     """Everything that a device or a server imports, also where its libraries do so late; and a masker, which is never changed."""
     from fedloop_privacy.masking import Masker
-    from fedloop_tasks.table import DEFAULT
+    from fedloop_tasks.table import task_named
     from fedloop_tasks.task import Material
 
     for name in LOADED:
         importlib.import_module(name)
-    DEFAULT.make(Material(["no", "yes"], [], {}), DEFAULT.base_model, None, 0)
+    task = task_named(task_name)
+    task.make(Material(["no", "yes"], [], {}), task.base_model, None, 0)
     masker = Masker()
     masker.mask("warm")
     return masker

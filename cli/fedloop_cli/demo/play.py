@@ -18,6 +18,7 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_server.operations import rounds
 from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.rounds import RoundSummary
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_cli import deploying
@@ -56,9 +57,9 @@ class Options(Struct, frozen=True):
 class Scene:
     """Everything a view shows: it is changed by the course of the demo, and read by the view."""
 
-    def __init__(self, where: Where, options: Options, given: users.Users) -> None:
+    def __init__(self, where: Where, task: type[Task], options: Options, given: users.Users) -> None:
         assert where.directory is not None
-        self.where, self.directory, self.options, self.users = where, where.directory, options, given
+        self.where, self.directory, self.task, self.options, self.users = where, where.directory, task, options, given
         self.began = time.monotonic()
         self.doing = "making the deployment"
         self.devices = [f"device-{number + 1}" for number in range(options.clients)]
@@ -119,7 +120,7 @@ def _deploy(scene: Scene) -> None:
         "deadline_s": DEADLINE_S,
         "quorum_wait_s": DEADLINE_S,
     }
-    deploying.deploy(scene.directory, scene.where.place, given.material, settings, seed=options.seed)
+    deploying.deploy(scene.directory, scene.where.place, scene.task, given.material, settings, seed=options.seed)
     scene.followed = scene.where.follow()
 
 
@@ -129,7 +130,7 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
     printed = scene.directory / _PRINTED
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as aside:
-        nursery = Nursery(Path(aside))
+        nursery = Nursery(Path(aside), scene.task)
         try:
             _deploy(scene)
             printed.mkdir()

@@ -15,6 +15,8 @@ from typing import Final, Literal
 
 import msgspec
 from fedloop_events.errors import FedloopError
+from fedloop_tasks.table import name_of
+from fedloop_tasks.task import Task
 
 from fedloop_cli.demo.nursery import Order
 
@@ -23,10 +25,11 @@ END_TIMEOUT_S: Final = 20.0
 
 
 class Nursery:
-    """Starts the nursery, and it again if it is killed. What it forks is not its any more, and lives on."""
+    """Starts the nursery of a deployment of `task`, and it again if it is killed. What it forks is not its any more, and lives
+    on."""
 
-    def __init__(self, folder: Path) -> None:
-        self._errors = folder / "nursery.err"
+    def __init__(self, folder: Path, task: type[Task]) -> None:
+        self._errors, self._task = folder / "nursery.err", name_of(task)
         self._start()
 
     def spawn(self, order: Order) -> tuple[int, socket.socket]:
@@ -55,7 +58,7 @@ class Nursery:
         self._control, theirs = socket.socketpair()
         with theirs, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedloop_cli.demo.nursery"],
+                [sys.executable, "-m", "fedloop_cli.demo.nursery", self._task],
                 stdin=theirs.fileno(),
                 stdout=errors,
                 stderr=errors,

@@ -7,8 +7,7 @@ from typing import Final
 
 import numpy as np
 from fedloop_events.errors import UsageError
-from fedloop_tasks.table import DEFAULT
-from fedloop_tasks.task import Material, Message, Messages
+from fedloop_tasks.task import Material, Message, Messages, Task
 from msgspec import Struct
 
 from fedloop_cli import corpus
@@ -39,9 +38,9 @@ def invented(devices: int, seed: int) -> Users:
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
 
 
-def from_files(train: Messages, held_out: Messages, devices: int, seed: int) -> Users:
+def from_files(task: type[Task], train: Messages, held_out: Messages, devices: int, seed: int) -> Users:
     """Any messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
-    material = DEFAULT.material_of(train, held_out)
+    material = task.material_of(train, held_out)
     if len(train.rows) < 2 * devices:
         raise UsageError(f"{train.path} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
     spread_out = spread(train.rows, devices, seed)

@@ -17,7 +17,7 @@ import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_events.files import reason, write_private
-from fedloop_tasks.table import DEFAULT
+from fedloop_tasks.table import DEFAULT, task_named
 from msgspec import Struct
 
 from fedloop_cli.demo import users
@@ -182,11 +182,12 @@ def _identities(keys: Mapping[str, tuple[str, str]]) -> dict[str, object]:
 
 def _add_messages(folder: _Folder) -> None:
     """Each agent's share of the demo's corpus; to the server what a model is made from, the held-out messages among it."""
+    task = task_named(DEFAULT)  # docker-compose.yml makes its deployment, with the files of that task
     found = users.invented(len(AGENTS), SEED)
-    for name, text in DEFAULT.files_of(found.material).items():
+    for name, text in task.files_of(found.material).items():
         folder.add(f"demo-data/server/{name}", text, secret=False)
     for agent, share in zip(AGENTS, found.devices, strict=True):
-        folder.add(f"demo-data/{agent}/messages.csv", DEFAULT.written(share), secret=False)
+        folder.add(f"demo-data/{agent}/messages.csv", task.written(share), secret=False)
 
 
 def _add_settings(folder: _Folder, settings: Mapping[str, str]) -> None:

@@ -11,9 +11,11 @@ from fedloop_events import types
 from fedloop_events.folds.identities import Client
 from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundRequest, RoundState, RoundsView, grace_after_quorum
+from fedloop_events.types import DEFAULT_MODEL
+from fedloop_tasks.table import task_of
 from msgspec import Struct, structs
 
-from fedloop_server.config import ServerConfig
+from fedloop_server.config import COHORT, ServerConfig
 from fedloop_server.operations.clients import absence
 from fedloop_server.operations.followed import Followed
 
@@ -111,11 +113,16 @@ class Awaited(Struct, frozen=True):
 def now(followed: Followed, config: ServerConfig | None) -> Awaited:
     """What is waited for at this moment. Without the server's configuration, which is in its folder, the quorum is that of the
     last round, and everything else the default. Who lacks budget for the next round the server alone knows, which says it.
+    Nothing is waited for as long as the log registers no model.
     """
     rounds, clients = followed.rounds, followed.identities.clients
     last = next((each.opened for each in reversed(rounds.rounds.values()) if each.opened is not None), None)
     if config is None:
-        config = ServerConfig(quorum=last.quorum, cohort_size=max(last.quorum, 64)) if last is not None else ServerConfig()
+        if (spec := followed.releases.models.get(DEFAULT_MODEL)) is None:
+            return Awaited("nothing")
+        config = ServerConfig(plan=task_of(spec).plan())
+        if last is not None:
+            config = structs.replace(config, quorum=last.quorum, cohort_size=max(last.quorum, COHORT))
     return awaited(rounds, followed.releases, clients, config, now_ms=int(time.time() * 1000), excluded={})
 
 

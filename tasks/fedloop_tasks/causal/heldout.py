@@ -17,6 +17,7 @@ from fedloop_events.types import CausalSpec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Arrays, Message
 
@@ -87,8 +88,6 @@ class Evaluator:
         self._model: CausalModel | None = None
 
     def __call__(self, arrays: Arrays) -> Evaluation:
-        from fedloop_tasks.causal.examples import Example
-
         if self._model is None:
             from fedloop_tasks.causal.model import CausalModel
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from fedloop_events.types import CausalSpec
@@ -75,6 +75,7 @@ def describe(
     layers: int = 8,
     max_tokens: int = 512,
     max_answer_tokens: int = 128,
+    learns: Literal["feedback", "sft", "kto", "dpo"] = "feedback",
     model_dir: Path | None = None,
 ) -> CausalSpec:
     """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many; without
@@ -93,6 +94,7 @@ def describe(
         layers=min(layers, int(config.num_hidden_layers)),
         max_tokens=most,
         max_answer_tokens=min(max_answer_tokens, most // 2),
+        learns=learns,
     )
 
 

@@ -20,6 +20,7 @@ from fedloop_tasks.task import Arrays, Evaluate, Interaction, Material, Message,
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
+LEARNS: Final = ("feedback", "sft", "kto", "dpo")
 WARM_STEPS: Final = 90
 """Of the first release on public examples: with three of each kind of answer the most that helped."""
 WARM_BATCH: Final = 32
@@ -34,6 +35,9 @@ class Chat:
         Option("test", "FILE", "Held-out conversations: JSON Lines, CSV or Parquet in TRL's formats.", required=True),
         Option("public", "FILE", "Public conversations, nobody's own, which the first release learns."),
         Option("learns", "WHAT", "From what: feedback (default), or sft, kto or dpo alone.", str),
+        Option("layers", "N", "How many of the last layers carry an adapter; default: 8.", int),
+        Option("rank", "N", "The rank of the adapters; default: 8.", int),
+        Option("targets", "NAMES", "The linear modules that carry one, as in q_proj,v_proj; default: all.", str),
     )
     remarks: ClassVar[Sequence[Option]] = ()
     metrics: ClassVar[Sequence[str]] = heldout.METRICS
@@ -52,19 +56,16 @@ class Chat:
         return corpus.read(path, columns)
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         test, public = files.get("test"), files.get("public")
         assert test is not None
-        learns = str(files.get("learns") or "feedback")
-        if learns not in ("feedback", "sft", "kto", "dpo"):
-            raise UsageError(f"--learns {learns} is not known", hint="feedback, sft, kto or dpo")
         held_out = cls.read(test, columns)
         known = [] if public is None else [each for each in cls.read(public, columns).rows if each.good is not False]
-        return Material([learns], held_out.rows, held_out.skipped, public=known)
+        return Material([], held_out.rows, held_out.skipped, public=known, shape=_shape(files))
 
     @classmethod
     def material_of(cls, messages: Messages, held_out: Messages) -> Material:
-        return Material(["feedback"], held_out.rows, held_out.skipped)
+        return Material([], held_out.rows, held_out.skipped)
 
     @classmethod
     def written(cls, messages: Sequence[Message]) -> str:
@@ -79,7 +80,7 @@ class Chat:
     def make(cls, material: Material, base_model: str, model_dir: Path | None, seed: int) -> tuple[CausalSpec, dict[str, Array]]:
         from fedloop_tasks.causal.model import CausalModel, describe
 
-        spec = describe(base_model, model_dir=model_dir)
+        spec = describe(base_model, model_dir=model_dir, **material.shape)
         model = CausalModel(spec, model_dir=model_dir)
         first = model.initial_arrays(seed)
         if material.public:
@@ -133,6 +134,19 @@ class Chat:
         from fedloop_tasks.causal.model import CausalModel
 
         return CausalModel(self.spec, model_dir=model_dir)
+
+
+def _shape(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the operator sets of the spec. Raises `UsageError` for what no spec can have."""
+    shape = {name: given[name] for name in ("learns", "layers", "rank") if given.get(name) is not None}
+    if shape.get("learns", "sft") not in LEARNS:
+        raise UsageError(f"--learns {shape['learns']} is not known", hint=f"it is one of {', '.join(LEARNS)}")
+    for name, most in (("layers", 1000), ("rank", 256)):
+        if not 1 <= shape.get(name, 1) <= most:
+            raise UsageError(f"--{name} must be from 1 to {most}, not {shape[name]}")
+    if (targets := given.get("targets")) is not None:
+        shape["targets"] = [each for each in (name.strip() for name in str(targets).split(",")) if each]
+    return shape
 
 
 def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:

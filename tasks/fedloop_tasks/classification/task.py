@@ -49,7 +49,7 @@ class Classification:
         return corpus.read(path, corpus.Columns(columns.get("text-column"), columns.get("label-column")))
 
     @classmethod
-    def material(cls, files: Mapping[str, Path | None], columns: Mapping[str, str | None] = {}) -> Material:
+    def material(cls, files: Mapping[str, Any], columns: Mapping[str, str | None] = {}) -> Material:
         """The labels named, or else those of a training file, or else those of the held-out one."""
         labels, data, test = files.get("labels"), files.get("data"), files.get("test")
         assert test is not None
