@@ -132,9 +132,16 @@ def given() -> Mapping[str, str]:
 
 
 def of_task(declared: Sequence[Option]) -> dict[str, Any]:
-    """The values of these options, which the task declares, by name; None for one that is not given."""
+    """The values of these options, which the task declares, by name; None for one that is not given. Raises `UsageError`."""
     found = given()
-    return {each.name: each.kind(found[each.name]) if each.name in found else None for each in declared}
+    return {each.name: _value(each, found[each.name]) if each.name in found else None for each in declared}
+
+
+def _value(option: Option, text: str) -> Any:
+    try:
+        return option.kind(text)
+    except ValueError:
+        raise UsageError(f"--{option.name} {option.metavar} must be a whole number, not {text[:100]!r}") from None
 
 
 def check_columns(data: Path | None) -> None:

@@ -291,7 +291,7 @@ class Agent:
         if self._device.spec is None:
             self._refresher.refresh_first()
         task = self._device.task
-        if label is not None and task is not None and not task.words:
+        if label is not None and task is not None and task.speaks:
             raise UsageError(
                 "this model answers in its own words, so no label is right", hint="give the better answer as correction"
             )

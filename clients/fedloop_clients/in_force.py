@@ -83,11 +83,11 @@ class InForce:
 
 def check_chats(spec: Spec) -> None:
     """Raise `UsageError` for a model that answers with one of a closed set of words."""
-    if task_of(spec).words:
+    if not task_of(spec).speaks:
         raise UsageError("this model answers with one of a closed set of words, so it does not chat", hint="use Agent.predict")
 
 
 def check_predicts(spec: Spec) -> None:
     """Raise `UsageError` for a model that answers in its own words."""
-    if not task_of(spec).words:
+    if task_of(spec).speaks:
         raise UsageError("this model answers in its own words, so it does not predict", hint="use Agent.chat")

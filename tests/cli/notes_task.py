@@ -82,6 +82,7 @@ class Notes:
 
     plan: ClassVar[type[Plan]] = NotesPlan
     base_model: ClassVar[str] = "a notebook"
+    speaks: ClassVar[bool] = False
     files: ClassVar[Sequence[Option]] = (
         Option("book", "FILE", "The notes to measure with.", required=True),
         Option("data", "BOOK", "More notes."),

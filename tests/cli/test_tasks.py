@@ -61,7 +61,7 @@ def test_a_deployment_of_a_second_task_is_made_and_fed_as_that_task_says(line: L
     assert 'epsilon = "none"\n' in settings
     assert "sums_share" not in settings
     line.does("agent", "enrol", line.bank, "--store", line.store, "--key-from", "file", "--no-dp")
-    one, two = (line.does("agent", "predict", "--store", line.store, "--text", text) for text in ("a", "b"))
+    one, two = (line.does("agent", "predict", "--store", line.store, "--text", "a") for _ in range(2))
     assert one["label"] == WORD
     line.feedback("--response", one["response_id"], "--preferred-over", two["response_id"])
     line.feedback("--text", "c", "--predicted", WORD, "--correction", "more")

@@ -50,6 +50,7 @@ def chatted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chatted]:
     from clients.chatted import chatted_in  # imports torch
 
     made = chatted_in(tmp_path_factory.mktemp("chatted"))
+    made.find_words(HELLO, TALK)
     yield made
     made.log.close()
 
@@ -57,7 +58,7 @@ def chatted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chatted]:
 @pytest.fixture
 def agent(chatted: Chatted, tmp_path: Path) -> Iterator[Agent]:
     """With a release that has much to say."""
-    chatted.train(0)
+    chatted.train(chatted.talkative)
     with chatted.enrol(tmp_path / "store") as agent:
         yield agent
 

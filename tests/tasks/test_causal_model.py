@@ -1,9 +1,10 @@
-"""The language model against the whole one that Transformers runs: one example at a time, without a cache, in float64."""
+"""The language model against the whole one that Transformers and PEFT run: one example at a time, without a cache, in float64."""
 
 from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ import torch
 from fedloop_events.errors import TensorError
 from fedloop_events.types import BlobRef, CausalSpec, Mechanism, RoundOpened
 from fedloop_privacy.dp.dpsgd import dp_sgd, example_gradients, plain_sgd
-from fedloop_tasks.causal import probe, training
 from fedloop_tasks.causal.chat import Chat, TooLongError
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 from msgspec.structs import replace
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2"]
@@ -37,6 +38,7 @@ EXAMPLES = [
     example("where is my card", "we have sent it"),
     example("a loan", "yes"),
     Example((Turn("system", "be short"), Turn("user", "the card is lost, what now?")), "a new one is sent to you today"),
+    Example((Turn("user", "where?"), Turn("assistant", "here"), Turn("user", "when?")), "now"),
 ]
 
 
@@ -48,6 +50,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(params=[True, False], ids=["activated", "everywhere"])
+def activated(request: pytest.FixtureRequest) -> bool:
+    """Whether the adapters act only from the assistant's turn on."""
+    return bool(request.param)
 
 
 def made(folder: Path, **settings: Any) -> CausalModel:
@@ -63,8 +71,40 @@ def some_arrays(model: CausalModel) -> Arrays:
     return {name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in model.shapes.items()}
 
 
+def factors(base: Any, folder: Path, model: CausalModel) -> dict[str, Any]:
+    """Of the adapters that PEFT has put on `base`, by their names in a release."""
+    place, found = "transformer.h" if folder.name == "gpt2" else "model.layers", {}
+    for name in model.shapes:
+        _, path, factor = name[:-2], name[5:-2], name[-1]
+        found[name] = getattr(base.get_submodule(f"{place}.{path}"), f"lora_{factor}")["default"].weight
+    return found
+
+
+def by_peft(folder: Path, model: CausalModel, dtype: torch.dtype) -> Any:
+    """The model as PEFT has it, with its own activated LoRA."""
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    place = "transformer.h" if folder.name == "gpt2" else "model.layers"
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.spec.rank,
+        lora_alpha=model.spec.alpha,  # type: ignore[arg-type]
+        target_modules=sorted({f"{place}.{name[5:-2]}" for name in model.shapes}),
+        fan_in_fan_out=folder.name == "gpt2",
+        alora_invocation_tokens=list(model.chat.invocation),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        peft = get_peft_model(base, config).to(dtype)
+    with torch.no_grad():
+        for name, p in factors(base, folder, model).items():
+            p.copy_(torch.from_numpy(model.arrays()[name]))
+    return peft.eval()
+
+
 def whole(folder: Path, model: CausalModel, dtype: torch.dtype = torch.float64) -> Any:
-    """The model as Transformers has it, the adapters multiplied out into its weights."""
+    """The model as Transformers has it, the adapters multiplied out into its weights, or as PEFT has it if activated."""
+    if model.spec.activated:
+        return by_peft(folder, model, dtype)
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     arrays = model.arrays()
     with torch.no_grad():
@@ -91,9 +131,11 @@ def loss_by_hand(base: Any, folder: Path, given: Example) -> torch.Tensor:
 
 
 def gradients_by_hand(base: Any, folder: Path, model: CausalModel, given: Example) -> dict[str, torch.Tensor]:
-    """Of the factors, by those of dense weights: for W' = W + s B A, the gradient of B is s G A^T, of A it is s B^T G."""
+    """Of the factors, by PEFT or those of dense weights: for W' = W + s B A, the gradient of B is s G A^T, of A it is s B^T G."""
     base.zero_grad()
     torch.autograd.backward(loss_by_hand(base, folder, given))
+    if model.spec.activated:
+        return {name: p.grad for name, p in factors(base.base_model.model, folder, model).items()}
     scale, arrays = model.spec.alpha / model.spec.rank, model.arrays()
     place = "transformer.h" if folder.name == "gpt2" else "model.layers"
     found = {}
@@ -135,8 +177,8 @@ def losses_of(model: CausalModel, examples: list[Example]) -> torch.Tensor:
         return ready.losses(ready.module, ready.examples.collate(range(len(examples)))).detach()
 
 
-def test_losses_are_means_over_each_examples_own_answer(folder: Path) -> None:
-    model = made(folder)
+def test_losses_are_means_over_each_examples_own_answer(folder: Path, activated: bool) -> None:
+    model = made(folder, activated=activated)
     base = whole(folder, model)
     with torch.no_grad():
         expected = torch.stack([loss_by_hand(base, folder, each) for each in EXAMPLES])
@@ -145,24 +187,27 @@ def test_losses_are_means_over_each_examples_own_answer(folder: Path) -> None:
     assert [each.loss / each.tokens for each in scores] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_gradients_in_a_batch_are_those_of_each_example_by_the_whole_model(folder: Path) -> None:
-    """The oracle has dense weights, in float64."""
-    model = made(folder)
+def test_gradients_in_a_batch_are_those_of_each_example_by_the_whole_model(folder: Path, activated: bool) -> None:
+    model = made(folder, activated=activated)
     base = whole(folder, model)
     with model.training(EXAMPLES, list(model.shapes), {"lora_lr": 1.0}) as ready:
         assert ready is not None
         parameters = list(ready.groups[0].parameters)
         found = dict(
-            zip(model.shapes, example_gradients(*ready[:1], parameters, ready.examples, ready.losses, range(3)), strict=True)
+            zip(
+                model.shapes,
+                example_gradients(*ready[:1], parameters, ready.examples, ready.losses, range(len(EXAMPLES))),
+                strict=True,
+            )
         )
     for row, given in enumerate(EXAMPLES):
         for name, expected in gradients_by_hand(base, folder, model, given).items():
             assert torch.linalg.vector_norm(found[name][row] - expected) <= 1e-3 * torch.linalg.vector_norm(expected), name
 
 
-def test_a_private_round_of_the_program_sums_clipped_gradients_of_each_example(folder: Path) -> None:
+def test_a_private_round_of_the_program_sums_clipped_gradients_of_each_example(folder: Path, activated: bool) -> None:
     """FFA-LoRA with noise that does not show, against gradients of the whole model, clipped over all of B together."""
-    model = made(folder)
+    model = made(folder, activated=activated)
     before, base = model.arrays(), whole(folder, model)
     program = program_of("ffa")
     upload = program.upload(list(before))
@@ -182,8 +227,8 @@ def test_a_private_round_of_the_program_sums_clipped_gradients_of_each_example(f
         assert torch.linalg.vector_norm(torch.from_numpy(update[name]) - each) <= 1e-2 * moved, name
 
 
-def test_a_round_without_privacy_learns(folder: Path) -> None:
-    model = made(folder)
+def test_a_round_without_privacy_learns(folder: Path, activated: bool) -> None:
+    model = made(folder, activated=activated)
     before, arrays = losses_of(model, EXAMPLES), model.arrays()
     program = program_of("fedavg")
     upload = program.upload(list(arrays))
@@ -193,24 +238,9 @@ def test_a_round_without_privacy_learns(folder: Path) -> None:
     assert (losses_of(model, EXAMPLES) < before).all()
 
 
-def test_the_loss_of_transformers_itself_is_caught(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the mean over all tokens of a batch, whose examples then depend on each other."""
-
-    def of_the_batch(module: Any, batch: training.Batch) -> torch.Tensor:
-        each, _ = training.token_losses(module, batch)
-        return each.new_zeros(len(batch.states)).index_add(0, batch.rows, each) / len(each)
-
-    monkeypatch.setattr(probe, "losses", of_the_batch)
-    with (
-        pytest.raises(ModelError, match="another gradient in a batch"),
-        made(llama).training(EXAMPLES, ["lora.3.mlp.up_proj.B"], {"lora_lr": 1}),
-    ):
-        pass
-
-
 @pytest.mark.parametrize("layers", [1, 3, 4])
-def test_the_kept_trunk_gives_what_the_whole_gives(folder: Path, layers: int) -> None:
-    model = made(folder, layers=layers)
+def test_what_is_kept_gives_what_the_whole_gives(folder: Path, layers: int, activated: bool) -> None:
+    model = made(folder, layers=layers, activated=activated)
     with torch.no_grad():
         expected = torch.stack([loss_by_hand(whole(folder, model), folder, each) for each in EXAMPLES])
     first, again = losses_of(model, EXAMPLES), losses_of(model, EXAMPLES)
@@ -218,30 +248,46 @@ def test_the_kept_trunk_gives_what_the_whole_gives(folder: Path, layers: int) ->
     assert torch.allclose(first.double(), expected, rtol=1e-4)
 
 
-def test_what_is_kept_stays_within_its_bound_and_changes_nothing(llama: Path) -> None:
-    model = made(llama)
-    losses_of(model, EXAMPLES)
-    most = model._cache.size_bytes // 2
-    small = CausalModel(model.spec, model_dir=llama, device="cpu", cache_bytes=most)
+@pytest.mark.parametrize("part", [0, 0.3, 0.6])
+def test_what_is_kept_stays_within_its_bound_and_changes_nothing(folder: Path, activated: bool, part: float) -> None:
+    model = made(folder, activated=activated)
+    expected = model.scores(model.encoded(EXAMPLES))
+    most = int(part * model._kept.size_bytes)
+    small = CausalModel(model.spec, model_dir=folder, device="cpu", cache_bytes=most)
     small.load(model.arrays())
-    assert torch.equal(losses_of(small, EXAMPLES), losses_of(model, EXAMPLES))
-    assert 0 < small._cache.size_bytes <= most
+    for _ in range(3):
+        found = small.scores(small.encoded(EXAMPLES))
+        assert [each.loss for each in found] == pytest.approx([each.loss for each in expected], rel=1e-5)
+        assert [each.exact for each in found] == [each.exact for each in expected]
+        assert small._kept.size_bytes <= most
 
 
-def test_the_trunk_runs_once_for_a_text(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(llama)
+def test_the_frozen_part_runs_once_for_a_text(llama: Path, activated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(llama, activated=activated)
     losses_of(model, EXAMPLES)
     monkeypatch.setattr(model._trunk, "forward", None)
+    monkeypatch.setattr(model.tail, "keys_and_values", None)
     losses_of(model, EXAMPLES)
 
 
-def test_generation_writes_what_transformers_writes(folder: Path) -> None:
-    model, tokenizer = made(folder), AutoTokenizer.from_pretrained(folder)
+def test_a_prompt_with_several_answers_is_kept_once(llama: Path) -> None:
+    model = made(llama)
+    prompt = "where is my card " * 4
+    sizes = []
+    for answer in ("yes", "no", "now"):
+        before = model._kept.size_bytes
+        model.scores(model.encoded([example(prompt, answer)]))
+        sizes.append(model._kept.size_bytes - before)
+    assert max(sizes[1:]) < sizes[0] / 4
+
+
+def test_generation_writes_what_transformers_writes(folder: Path, activated: bool) -> None:
+    model, tokenizer = made(folder, activated=activated), AutoTokenizer.from_pretrained(folder)
     base = whole(folder, model, torch.float32)
     for given in EXAMPLES:
         prompt = torch.tensor([model.chat.prompt(given.turns)])
         ids = base.generate(
-            prompt,
+            input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=24,
             do_sample=False,
@@ -253,6 +299,8 @@ def test_generation_writes_what_transformers_writes(folder: Path) -> None:
         assert answer.tokens == len(ids)
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
         assert "".join(pieces) == answer.text
+        if answer.finished:
+            assert model.scores(model.encoded([Example(given.turns, answer.text)]))[0].exact
         assert 0 < answer.confidence <= 1
 
 
@@ -265,9 +313,9 @@ def test_a_temperature_draws_and_a_seed_repeats(llama: Path) -> None:
         model.generate(turns, temperature=-1)
 
 
-def test_a_model_trained_on_an_answer_gives_it(llama: Path) -> None:
+def test_a_model_trained_on_an_answer_gives_it(llama: Path, activated: bool) -> None:
     """Plain training, then the greedy answer, its exact match, and its confidence."""
-    model = made(llama)
+    model = made(llama, activated=activated)
     given = [example("where is my card", "we have sent it")]
     before = model.scores(model.encoded(given))[0]
     with model.training(given, list(model.shapes), {"lora_lr": 0.02}) as ready:
@@ -283,8 +331,8 @@ def test_a_model_trained_on_an_answer_gives_it(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_dp_sgd_trains_it(folder: Path, frozen: bool) -> None:
-    model = made(folder)
+def test_dp_sgd_trains_it(folder: Path, frozen: bool, activated: bool) -> None:
+    model = made(folder, activated=activated)
     names = [name for name in model.shapes if not (frozen and name.endswith(".A"))]
     before = model.arrays()
     terms = Mechanism(sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1e-3, steps=2, divisor=2.0)
@@ -357,6 +405,9 @@ def test_a_model_without_a_template_gets_lines(tmp_path: Path) -> None:
     model = made(tiny.save(tmp_path / "gpt2", "gpt2", template=None))
     assert model.chat.decode(model.chat.prompt([Turn("user", "where?"), Turn("assistant", "here")])) == "where?\nhere\n"
     assert model.chat.end == model.chat._tokenizer.eos_token_id
+    assert not model.spec.activated
+    with pytest.raises(ModelError, match="marks where the assistant's turn begins"):
+        CausalModel(replace(model.spec, activated=True), model_dir=tmp_path / "gpt2")
 
 
 def test_a_prompt_loses_its_beginning_and_an_answer_nothing(llama: Path) -> None:
@@ -368,6 +419,7 @@ def test_a_prompt_loses_its_beginning_and_an_answer_nothing(llama: Path) -> None
     assert found.ids[: found.start] == whole_prompt[-found.start :]
     assert found.cut == len(whole_prompt) - found.start
     assert chat.encode(turns, "we have sent it", 1000).cut == 0
+    assert tuple(found.ids[found.begin : found.start]) == chat.invocation
 
 
 def test_an_answer_that_is_too_long_is_refused_and_counted(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -384,8 +436,79 @@ def test_a_long_prompt_is_answered_from_its_end(llama: Path) -> None:
     model = made(llama)
     answer = model.generate([Turn("user", "where is my card? " * 60)], most=8)
     assert answer.cut > 0
+    with pytest.raises(ValueError, match="1 to 121 tokens"):
+        model.generate(EXAMPLES[0].turns, most=122)
+    assert model.generate([Turn("user", "where is my card? " * 60)], most=121).cut > 0
     with pytest.raises(ValueError, match="1 to 127 tokens"):
-        model.generate(EXAMPLES[0].turns, most=128)
+        made(llama, activated=False).generate(EXAMPLES[0].turns, most=128)
+
+
+# --- where activated adapters act ---
+
+
+def test_adapters_act_on_the_last_turn_of_the_assistant_alone(llama: Path) -> None:
+    model = made(llama)
+    turns = (Turn("user", "where?"), Turn("assistant", "here"), Turn("user", "when?"))
+    encoded = model.encoded([Example(turns, "now")])[0]
+    assert encoded.ids[: encoded.begin] == model.chat.prompt(turns)[: -len(model.chat.invocation)]
+    assert model.chat.decode(encoded.ids[: encoded.begin]).count("assistant") == 1
+    assert model.chat._tokenizer.decode(model.chat.invocation) == "<|im_start|>assistant\n"
+
+
+def test_what_dp_sgd_clips_comes_from_the_tokens_after_the_prompt_alone(folder: Path) -> None:
+    """What its hooks see of a micro-batch has the length of its longest answer, the invocation included."""
+    model = made(folder)
+    widths: list[int] = []
+    for name, module in model.tail.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    terms = Mechanism(sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1.0, steps=1, divisor=1.0)
+    with model.training(EXAMPLES, list(model.shapes), {"lora_lr": 0.5}) as ready:
+        assert ready is not None
+        widths.clear()
+        dp_sgd(*ready, terms, micro_batch_tokens=1)
+    own = {len(each.ids) - 1 - each.begin for each in model.encoded(EXAMPLES)}
+    assert set(widths) == own
+
+
+def test_a_prompt_gets_no_gradient_and_leaves_the_adapters_as_they_were(folder: Path) -> None:
+    model = made(folder)
+    with model.trainable(list(model.shapes)[:2]) as chosen:
+        with model.tail.frozen():
+            assert not any(p.requires_grad for p in model.tail.parameters())
+        learnt = [p for p in model.tail.parameters() if p.requires_grad]
+        assert {id(p) for p in learnt} == {id(p) for p in chosen.values()}
+        prompts = model.states(model.encoded(EXAMPLES))[1]
+        assert prompts is not None
+        assert not prompts.kept.requires_grad
+        expected = [each.begin for each in model.encoded(EXAMPLES)]
+        assert prompts.lengths.tolist() == expected
+
+
+_NO_GENERATION_PROMPT = tiny.TEMPLATE[: tiny.TEMPLATE.index("{% if add")]
+_OTHERWISE = tiny.TEMPLATE.replace("assistant\n{% endif", "{{ 'assistant' if messages|length == 1 else 'model' }}\n{% endif")
+_IN_WORDS = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.mark.parametrize(
+    ("template", "invocation"),
+    [
+        (tiny.TEMPLATE, "<|im_start|>assistant\n"),
+        (_NO_GENERATION_PROMPT, "<|im_end|>\n"),
+        (_IN_WORDS, ""),
+        (None, ""),
+    ],
+)
+def test_an_invocation_begins_with_a_token_that_no_text_has(template: str | None, invocation: str) -> None:
+    tokenizer: Any = tiny.tokenizer(template)
+    assert tokenizer.decode(list(Chat(tokenizer).invocation)) == invocation
+
+
+def test_turns_that_end_without_the_invocation_are_refused() -> None:
+    chat = Chat(tiny.tokenizer(_OTHERWISE), activated=True)
+    assert chat.begin(chat.prompt([Turn("user", "hi")])) > 0
+    with pytest.raises(ModelError, match="in another way than others"):
+        chat.encode([Turn("system", "be short"), Turn("user", "hi")], "yes", 100)
 
 
 # --- what is refused ---
@@ -430,6 +553,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path, spoil: Callable
         ({"targets": ["nothing"]}, "no linear module"),
         ({"max_tokens": 129}, "max_tokens must be"),
         ({"max_tokens": 24}, "max_tokens must be"),
+        ({"max_answer_tokens": 122}, "max_answer_tokens must be at most 121"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(llama: Path, change: dict[str, Any], said: str) -> None:
@@ -458,6 +582,22 @@ def test_layers_that_see_what_follows_are_refused(llama: Path, monkeypatch: pyte
     spec = describe("llama", model_dir=llama, layers=2)
     monkeypatch.setattr(LlamaAttention, "forward", both_ways)
     with pytest.raises(ModelError, match="see what follows a token"):
+        CausalModel(spec, model_dir=llama, device="cpu")
+
+
+def test_layers_that_heed_no_mask_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would see in a batch what pads a shorter prompt."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+
+    def unmasked(self: Any, *given: Any, **named: Any) -> Any:
+        return forward(self, *given, **(named | {"attention_mask": None}))
+
+    spec = describe("llama", model_dir=llama, layers=2)
+    monkeypatch.setattr(LlamaAttention, "forward", unmasked)
+    CausalModel(replace(spec, activated=False), model_dir=llama, device="cpu")
+    with pytest.raises(ModelError, match="need more than states and positions"):
         CausalModel(spec, model_dir=llama, device="cpu")
 
 

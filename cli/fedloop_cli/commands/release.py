@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -11,6 +11,7 @@ from fedloop_cli import console, documents, options
 
 app = options.group(help="Look at releases, rebuild them from the log, roll back.")
 
+_FORMATS: Final = "peft; of a chat model also merged (the whole model's safetensors) and gguf (an adapter for llama.cpp)."
 Release = Annotated[str, typer.Argument(metavar="RELEASE")]
 
 
@@ -19,19 +20,10 @@ def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
     from fedloop_server.operations import registry
 
-    found = [documents.release_document(each) for each in registry.summaries(where.follow().releases)]
-    heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
-    rows = [
-        [
-            "*" if each["current"] else "",
-            *(each[name] for name in ("release", "status", "accuracy", "round_id", "base_release", "strategy", "updates")),
-            each["proposed"],
-            each["reason"],
-        ]
-        for each in found
-    ]
-    current = next((each["release"] for each in found if each["current"]), None)
-    console.show({"current": current, "releases": found}, lambda: console.table(heads, rows, empty="no releases"), as_json=json)
+    summaries = registry.summaries(where.follow().releases)
+    found = [documents.release_document(each) for each in summaries]
+    current = next((each.release for each in summaries if each.current), None)
+    console.show({"current": current, "releases": found}, lambda: documents.releases_table(summaries), as_json=json)
 
 
 @app.command(cls=options.Command)
@@ -48,7 +40,8 @@ def show(where: options.DeploymentFolder, release: Release, json: options.Json =
         for step in lineage
         for each in step.contributions
     ]
-    text = f"{console.fields(found)}\n\nlineage\n{console.table(heads, rows, empty='the first release: no updates went in')}"
+    shown = console.fields(documents.metrics_shown(found))
+    text = f"{shown}\n\nlineage\n{console.table(heads, rows, empty='the first release: no updates went in')}"
     console.show(found | {"lineage": lineage}, text, as_json=json)
 
 
@@ -87,23 +80,29 @@ def rebuild(
 def export(
     where: options.DeploymentAndRelease,
     out: Annotated[Path, typer.Argument(metavar="OUT")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help=_FORMATS, show_default="the first that the model has"),
+    ] = None,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the base model lies.", show_default="as the server's, where its folder is"),
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """Write a release (the one in force, unless another is named) as a new folder OUT for PEFT, with a model card: how to use it,
-    its lineage, its evaluation and its epsilon.
+    """Write a release (the one in force, unless another is named) as a new folder OUT for other programs, with a model card: how
+    to use it, its lineage, its evaluation and its epsilon.
     """
-    from fedloop_events import files
-    from fedloop_events.errors import UsageError
     from fedloop_server.operations import exporting
 
-    exported = exporting.export(where.follow(), where.open_blobs(), where.release)
-    try:
-        files.write_folder(out, exported.files)
-    except OSError as error:
-        raise UsageError(
-            f"the folder {out} cannot be made", cause=files.reason(error, out), hint="name one that is new or empty"
-        ) from None
-    document = {"release": exported.release, "folder": str(out), "files": sorted(exported.files)}
+    if model_dir is None and (config := where.config()) is not None and config.model_dir:
+        model_dir = Path(config.model_dir)
+    exported = exporting.export(where.follow(), where.open_blobs(), where.release, form, model_dir=model_dir)
+    written = exporting.write(exported, out)
+    notes = exported.export.notes
+    for each in notes:
+        console.note(f"note: {each}")
+    document = {"release": exported.release, "format": exported.form, "folder": str(out), "files": written, "notes": notes}
     console.show(document, f"release {exported.release} is in {out}: README.md says how to use it", as_json=json)
 
 

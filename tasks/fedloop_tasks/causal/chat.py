@@ -13,8 +13,8 @@ from fedloop_events.errors import FedloopError
 from jinja2 import TemplateError
 from msgspec import Struct
 
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 
 _PLACE: Final = "\ue000"
 """Stands where a turn's text will: a character that templates let through and nobody's template has."""
@@ -32,17 +32,19 @@ class Encoded(Struct, frozen=True):
     """Where the answer begins."""
     cut: int
     """How many tokens of the prompt were cut off at its beginning."""
+    begin: int
+    """Where the adapters begin to act: 0, or where the prompt's invocation begins."""
 
 
 class Chat:
     """The prompts and answers of one tokenizer.
 
     A model without a chat template gets each turn's text on a line of its own. Raises ModelError for a tokenizer that says no end
-    of a text, or whose tokens a user could write.
+    of a text, or whose tokens a user could write, and for `activated` adapters whose template has no invocation.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, activated: bool = False) -> None:
+        self._tokenizer, self._activated = tokenizer, activated
         template = tokenizer.chat_template
         if template is not None and not isinstance(template, str):
             raise ModelError("the tokenizer has several chat templates", hint="keep the one that the model answers with")
@@ -58,6 +60,13 @@ class Chat:
         """The token that ends an answer."""
         self.ends: frozenset[int] = frozenset({self.end, tokenizer.eos_token_id} - {None})
         self._check_unforgeable()
+        self.invocation: tuple[int, ...] = self._invocation(self._frame(turn, answered=False)[-1])
+        """The tokens with which the assistant's turn begins, after each prompt's last text, such as `<|im_start|>assistant` and a
+        line's end; none where the template marks it by no token of its own. PEFT's `alora_invocation_tokens`."""
+        if activated and not self.invocation:
+            raise ModelError(
+                "no token of the chat template marks where the assistant's turn begins", hint="use a spec with activated = false"
+            )
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens of the turns, at least one, up to where the assistant begins to write. Raises ModelError for turns that the
@@ -96,7 +105,19 @@ class Chat:
                 hint="shorten it",
             )
         cut = max(0, len(prompt) - room)
-        return Encoded(prompt[cut:] + answered, len(prompt) - cut, cut)
+        kept = prompt[cut:]
+        return Encoded(kept + answered, len(kept), cut, self.begin(kept))
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Where in a prompt the adapters begin to act: see `Encoded`. Raises ModelError for one that ends with no invocation."""
+        if not self._activated:
+            return 0
+        begin = len(prompt) - len(self.invocation)
+        if begin < 0 or tuple(prompt[begin:]) != self.invocation:
+            raise ModelError(
+                "the chat template ends these turns in another way than others", hint="use a model with another template"
+            )
+        return begin
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, without those that have a meaning of their own."""
@@ -126,6 +147,14 @@ class Chat:
             text, add_special_tokens=False, split_special_tokens=split_special_tokens, truncation=False, padding=False
         )["input_ids"]
         return ids
+
+    def _invocation(self, last: str) -> tuple[int, ...]:
+        """Of what the template writes after the last text: from a token of its own on, rather not the end of that text, because
+        other tokens depend on what the text is."""
+        ids = self._parsed(last)
+        special = [i for i, n in enumerate(ids) if n in self._special]
+        begins = [i for i in special if ids[i] not in self.ends] or [i for i in special if i + 1 < len(ids)]
+        return tuple(ids[begins[0] :]) if begins else ()
 
     def _check_unforgeable(self) -> None:
         special = {*self._special, *self.ends}

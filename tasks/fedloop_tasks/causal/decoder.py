@@ -1,20 +1,22 @@
 """The frozen decoder below a model, split for LoRA: what lies below the adapted layers, and those with the head.
 
-Here stands how Transformers (5.23) lays a decoder out, and what PEFT (0.21) makes of it. No attention mask is built: rows are
-padded on the right, and under a causal mask no token sees what stands after it.
+Here stands how Transformers (5.23) lays a decoder out, and what PEFT (0.21) makes of it. Rows are padded on the right: under a
+causal mask no token sees what stands after it. A mask is built only for tokens whose forerunners' keys and values are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 from fedloop_events.types import CausalSpec
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from fedloop_tasks.models import folder as folders
@@ -40,49 +42,110 @@ FAMILIES: Final = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "gpt2": 
 """By `model_type` of the configuration."""
 
 
+class Prompts(NamedTuple):
+    """What adapted layers have of the tokens on which no adapter acts, in float32."""
+
+    kept: Tensor
+    """Keys and values of the frozen model, [layers, 2, B, heads, P, size], padded on the right."""
+    lengths: Tensor
+    """How many of the P are each row's: [B], the longest one P."""
+
+
 class Layers(nn.Module):
-    """Consecutive layers of a decoder; `rotary` is its position embedding where that acts in the layers."""
+    """Layers of a decoder from its layer `first` on; `rotary` is its position embedding where that acts in the layers."""
 
-    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None) -> None:
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int) -> None:
         super().__init__()
-        self.layers, self.rotary = layers, rotary
+        self.layers, self.rotary, self.first = layers, rotary, first
 
-    def run(self, states: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
-        """States [B, T, d] of the tokens at `start` and after; keys and values of those before are in `cache`."""
-        positions = torch.arange(start, start + states.shape[1], device=states.device)[None]
+    def run(self, states: Tensor, cache: Cache | None = None, before: Tensor | None = None) -> Tensor:
+        """States [B, T, d] of tokens, those padded among them worth nothing; `cache` gets their keys and values.
+
+        It has those of each row's `before` [B] (without it, no) tokens before them, padded on the right to the longest.
+        """
+        new = torch.arange(states.shape[1], device=states.device)
+        positions = new[None] if before is None else before[:, None] + new
         rotated = {} if self.rotary is None else {"position_embeddings": self.rotary(states, position_ids=positions)}
+        mask = None if before is None else _mask(states, before)
         for layer in self.layers:
-            output = layer(states, attention_mask=None, past_key_values=cache, use_cache=cache is not None, **rotated)
+            output = layer(states, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **rotated)
             states = output[0] if isinstance(output, tuple) else output
         return states
+
+
+def _mask(states: Tensor, before: Tensor) -> Tensor | None:
+    """What is added to attention, [B, 1, T, P + T]: a token sees its row's `before` tokens, those before it, and itself."""
+    (rows, size, _), width = states.shape, int(before.max())
+    if rows == size == 1 or width == 0:
+        return None
+    new = torch.arange(size, device=states.device)
+    old = torch.arange(width, device=states.device) < before[:, None]
+    seen = torch.cat([old[:, None].expand(rows, size, width), (new[:, None] >= new).expand(rows, size, size)], dim=2)
+    return torch.zeros_like(seen, dtype=states.dtype).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 class Trunk(Layers):
     """What never changes: the embedding, and the layers below the adapted ones."""
 
     def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, tokens: nn.Module, positions: nn.Module | None) -> None:
-        super().__init__(layers, rotary)
+        super().__init__(layers, rotary, 0)
         self.tokens, self.positions = tokens, positions
 
     def forward(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
-        """States [B, T, d] of the tokens `ids` [B, T]."""
+        """States [B, T, d] of the tokens `ids` [B, T] at `start` and after; keys and values of those before are in `cache`."""
         states: Tensor = self.tokens(ids)
         if self.positions is not None:
             states = states + self.positions(torch.arange(start, start + ids.shape[1], device=ids.device))[None]
-        return self.run(states, cache, start)
+        return self.run(states, cache, torch.full((len(ids),), start, device=ids.device) if start else None)
 
 
 class Tail(Layers):
     """What can be trained, and what lies above: the adapted layers, the norm and the head."""
 
-    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, norm: nn.Module, head: nn.Module) -> None:
-        super().__init__(layers, rotary)
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int, norm: nn.Module, head: nn.Module) -> None:
+        super().__init__(layers, rotary, first)
         self.norm, self.head = norm, head
 
-    def forward(self, states: Tensor, rows: Tensor, columns: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
-        """Logits [n, V] of the token that follows the one at each of `rows` and `columns` [n]: nowhere else are they computed."""
-        logits: Tensor = self.head(self.norm(self.run(states, cache, start)[rows, columns]))
+    def forward(self, states: Tensor, rows: Tensor, columns: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Logits [n, V] of the token that follows the one at each of `rows` and `columns` [n]: nowhere else are they computed.
+
+        States [B, T, d] are of the tokens on which the adapters act; those before them are `prompts`.
+        """
+        if prompts is None:
+            return self.logits(self.run(states)[rows, columns])
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(prompts.kept, start=self.first):
+            cache.update(keys, values, layer)
+        return self.logits(self.run(states, cache, prompts.lengths)[rows, columns])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Of the token that follows: [n, V] for the states [n, d] that the layers gave."""
+        logits: Tensor = self.head(self.norm(states))
         return logits
+
+    def keys_and_values(self, states: Tensor) -> Tensor:
+        """[layers, 2, B, heads, T, size] of tokens on which no adapter acts."""
+        cache = DynamicCache()
+        with self.frozen():
+            self.run(states, cache)
+        layers: list[Any] = cache.layers[self.first :]
+        return torch.stack([torch.stack((each.keys, each.values)) for each in layers])
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No adapter acts, and no gradient is recorded."""
+        adapters = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        learnt = [(p, p.requires_grad) for p in self.parameters()]
+        try:
+            for adapter in adapters:
+                adapter.enable_adapters(enabled=False)
+            with torch.no_grad():
+                yield
+        finally:
+            for adapter in adapters:
+                adapter.enable_adapters(enabled=True)
+            for p, requires_grad in learnt:  # PEFT makes every adapter that it turns on trainable
+                p.requires_grad_(requires_grad)
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -124,7 +187,7 @@ def adapt(base: Any, spec: CausalSpec) -> tuple[Trunk, Tail, dict[str, nn.Parame
     core, norm = base.get_submodule(family.layers.split(".")[0]), base.get_submodule(family.norm)
     rotary = getattr(core, "rotary_emb", None)
     trunk = Trunk(layers[:first], rotary, base.get_input_embeddings(), getattr(core, "wpe", None))
-    tail = Tail(layers[first:], rotary, norm, base.get_output_embeddings())
+    tail = Tail(layers[first:], rotary, first, norm, base.get_output_embeddings())
     for module in (trunk, tail):
         module.requires_grad_(requires_grad=False)
     return trunk, tail, tensors

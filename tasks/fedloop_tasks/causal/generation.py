@@ -19,20 +19,33 @@ _UNFINISHED: Final = "\ufffd"
 
 @torch.no_grad()
 def tokens(
-    trunk: Trunk, tail: Tail, prompt: Sequence[int], *, most: int, ends: Collection[int], temperature: float, seed: int
+    trunk: Trunk,
+    tail: Tail,
+    prompt: Sequence[int],
+    *,
+    begin: int,
+    most: int,
+    ends: Collection[int],
+    temperature: float,
+    seed: int,
 ) -> Iterator[tuple[int, float]]:
     """At most `most` tokens after the prompt, each with its log-probability; the last is one of `ends`, unless they are too many.
 
-    The most probable one, or at a temperature above 0 one drawn with that seed.
+    The most probable one, or at a temperature above 0 one drawn with that seed. Adapters act from the prompt's token `begin` on.
     """
     device = tail.norm.weight.device
     assert isinstance(device, torch.device)
     random, cache = torch.Generator().manual_seed(seed), DynamicCache()
     ids, start = torch.tensor([list(prompt)], device=device), 0
     for _ in range(most):
-        last = torch.tensor([ids.shape[1] - 1], device=device)
         states = trunk(ids, cache, start)
-        logits = tail(states, torch.zeros_like(last), last, cache, start)[0].double().cpu()
+        if start < begin:
+            with tail.frozen():
+                tail.run(states[:, :begin], cache)
+        new = states[:, max(0, begin - start) :]
+        before = start + states.shape[1] - new.shape[1]
+        found = tail.run(new, cache, torch.tensor([before], device=device) if before else None)
+        logits = tail.logits(found[:, -1])[0].double().cpu()
         chosen = _chosen(logits, temperature, random)
         yield chosen, float(logits.log_softmax(0)[chosen])
         if chosen in ends:

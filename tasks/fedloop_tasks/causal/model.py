@@ -1,7 +1,8 @@
 """The on-device language model: a frozen decoder with LoRA on its last layers.
 
-What lies below the adapted layers never changes, so it is computed once for a text and kept (bounded, in memory, float32). A
-training step then costs the adapted layers alone, and logits where an answer stands.
+What lies below the adapted layers never changes, so it is computed once for a text and kept; and if the adapters act only from
+the assistant's turn on (activated LoRA: Greenewald et al. 2025, arXiv 2504.12397), so are the prompt's keys and values. A step
+of training then costs the answer's tokens in the adapted layers alone, and logits where they stand.
 """
 
 from __future__ import annotations
@@ -10,28 +11,31 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 from fedloop_events.types import CausalSpec
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from fedloop_tasks.causal import decoder, generation, probe, training
+from fedloop_tasks.causal import decoder, generation, preferences, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
-from fedloop_tasks.causal.examples import Example
+from fedloop_tasks.causal.decoder import Prompts
+from fedloop_tasks.causal.examples import Example, Feedback, Judged, Pair
+from fedloop_tasks.causal.keeping import BATCH_TOKENS, Kept
 from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
+from fedloop_tasks.causal.preferences import FeedbackExamples
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
-from fedloop_tasks.models.kept import KeptStates, batches, best_device
+from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.task import ModelError
 from fedloop_tasks.turns import Turn
 
 CACHE_BYTES: Final = 256 * 2**20
-"""Bound on the kept states of a model: about 2,000 texts of 60 tokens at width 576."""
+"""Bound on what is kept of a model's texts, in memory: 500 of 40 tokens of SmolLM2 with 8 adapted layers (0.5 MB each), or 2,000
+of 60 tokens whose adapters act everywhere. Others are computed again, which costs a forward pass and nothing else."""
 FILES: Final = (
     "config.json",
     folders.WEIGHTS,
@@ -43,8 +47,9 @@ FILES: Final = (
 )
 """What a base model is made of: the last three where it has them."""
 _NEEDED: Final = FILES[:4]
-_BATCH_TOKENS: Final = 2048  # padded tokens in one forward pass without gradients
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T", bound=Example | Judged | Pair)
+_E = TypeVar("_E")
 
 
 class Score(NamedTuple):
@@ -76,13 +81,15 @@ def describe(
     max_tokens: int = 512,
     max_answer_tokens: int = 128,
     learns: Literal["feedback", "sft", "kto", "dpo"] = "feedback",
+    activated: bool = True,
     model_dir: Path | None = None,
 ) -> CausalSpec:
-    """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many; without
-    `targets`, every linear module of a layer is adapted. Raises ModelError if the base is not there."""
+    """The spec of a language model over a base on this machine, with fewer layers or tokens if it has not so many, and not
+    activated if its chat template marks no assistant's turn; without `targets`, every linear module of a layer is adapted. Raises
+    ModelError if the base is not there."""
     folder = folders.locate(base_model, model_dir)
     files = hashes(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config, tokenizer = folders.described(folder)
     family = decoder.family_of(config)
     most = min(max_tokens, decoder.context(config))
     return CausalSpec(
@@ -95,6 +102,7 @@ def describe(
         max_tokens=most,
         max_answer_tokens=min(max_answer_tokens, most // 2),
         learns=learns,
+        activated=activated and bool(Chat(tokenizer).invocation),
     )
 
 
@@ -103,11 +111,13 @@ class CausalModel(Adapted):
 
     Tensors of a release, in this order: `lora.<layer>.<module>.A` [r, in] and `lora.<layer>.<module>.B` [out, r] for each adapted
     layer and module (by its path within the layer, such as `self_attn.q_proj`, in alphabetical order); all float32. A target of
-    the spec names every module whose path ends with it, as in PEFT.
+    the spec names every module whose path ends with it, as in PEFT. Activated adapters act on the tokens of `chat.invocation` and
+    those after them, as PEFT's do with these `alora_invocation_tokens`.
 
     A folder of a LLaMA, Mistral, Qwen2 or GPT-2 serves; a probe at construction compares the split model with the whole one, and
     one before the first training the gradients of a batch with those of its examples. Raises ModelError if the base is absent,
-    a file of it has another hash, or it fails the probe. Not safe for concurrent use by several threads.
+    a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe. Not safe for
+    concurrent use by several threads.
     """
 
     def __init__(
@@ -119,77 +129,80 @@ class CausalModel(Adapted):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
-        _check_files(folder, spec)
+        check_files(folder, spec)
         self.spec = spec
         self.device = torch.device(device or best_device())
         tokenizer, base = decoder.load(folder)
-        self.chat = Chat(tokenizer)
+        self.chat = Chat(tokenizer, activated=spec.activated)
         self._context = decoder.context(base.config)
-        self._probe = probe.sample(int(base.config.vocab_size))
-        whole = probe.logits_of(base, self._probe)
-        self._trunk, self.tail, self._tensors = decoder.adapt(base, spec)
-        probe.check_split(self._trunk, self.tail, self._probe, whole, spec.base_model)  # B is zero: it must be the whole one
-        self._trunk.to(self.device)
+        self._longest = self._context - 1 - (len(self.chat.invocation) if spec.activated else 0)
+        if spec.max_answer_tokens > self._longest:
+            raise ModelError(f"max_answer_tokens must be at most {self._longest} for {spec.base_model!r}")
+        texts = probe.sample(int(base.config.vocab_size))
+        self._tried = [Encoded(ids, len(ids) // 2, 0, len(ids) // 3 if spec.activated else 0) for ids in texts]
+        whole = probe.logits_of(base, texts)
+        trunk, self.tail, self._tensors = decoder.adapt(base, spec)
+        probe.check_split(trunk, self.tail, texts, whole, spec.base_model)  # B is zero: it must be the whole one
+        self._trunk = trunk.to(self.device)
         self.tail.to(self.device)
-        self._cache = KeptStates(cache_bytes)
+        self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
+        probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
+        self._reference = preferences.Reference(self.tail, self._tensors, self._answers)
 
     # --- what programs ask for ---
 
-    def learning_rates(self, *, private: bool) -> dict[str, float]:
-        """Of the adapter, where a round names none."""
-        return dict(PRIVATE_RATES if private else PLAIN_RATES)
+    def hyperparameters(self, *, private: bool) -> dict[str, float]:
+        """The adapter's learning rate, and the settings of the losses."""
+        return (PRIVATE_RATES if private else PLAIN_RATES) | preferences.SETTINGS
 
     @contextmanager
     def training(
-        self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
+        self, examples: Sequence[Feedback], names: Sequence[str], settings: Mapping[str, float]
     ) -> Iterator[Training | None]:
-        """See `Trains`. An example whose answer is too long takes no part; how many there are is logged."""
+        """See `Trains`; settings of the losses that are not named are the usual ones. An example of which an answer is too long
+        takes no part; how many there are is logged."""
         from fedloop_privacy.dp.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
 
-        encoded = self.encoded(examples)
-        with self.trainable(names if rates["lora_lr"] > 0 else []) as chosen:
+        settings = {**preferences.SETTINGS, **settings}
+        taken = self._fitting(examples, lambda each: preferences.encode(self.chat, each, self.spec.max_tokens, settings))
+        with self.trainable(names if settings["lora_lr"] > 0 else []) as chosen:
             if not chosen:
                 yield None
                 return
             self._check_gradients(chosen)
-            groups = [ParameterGroup(list(chosen.values()), rates["lora_lr"])]
-            yield Training(self.tail, groups, Answers(encoded, self.states), training.losses)
+            groups = [ParameterGroup(list(chosen.values()), settings["lora_lr"])]
+            ready = FeedbackExamples(
+                [each for each in taken if each.weighs], self._answers, self._reference.log_probabilities, settings
+            )
+            yield Training(self.tail, groups, ready, preferences.losses)
 
     def encoded(self, examples: Sequence[Example]) -> list[Encoded]:
         """The examples in tokens, without those whose answer is too long."""
-        found: list[Encoded] = []
+        return self._fitting(examples, lambda each: self.chat.encode(each.turns, each.answer, self.spec.max_tokens))
+
+    def _fitting(self, examples: Sequence[_T], encode: Callable[[_T], _E]) -> list[_E]:
+        found: list[_E] = []
         for each in examples:
             try:
-                found.append(self.chat.encode(each.turns, each.answer, self.spec.max_tokens))
+                found.append(encode(each))
             except TooLongError:
                 continue
         if left_out := len(examples) - len(found):
             _log.warning("%d of %d examples are left out: their answers do not fit", left_out, len(examples))
         return found
 
-    def states(self, encoded: Sequence[Encoded]) -> Tensor:
-        """What the adapted layers get of each example, [B, T, d], padded to the longest; its last token, after which nothing is
-        learnt, is left out."""
-        known: dict[tuple[int, ...], Tensor] = {}
-        keys = [tuple(each.ids[:-1]) for each in encoded]
-        for key in keys:
-            if (kept := self._cache.get(key)) is not None:
-                known[key] = kept
-        missing = [key for key in dict.fromkeys(keys) if key not in known]
-        for batch in batches([len(key) for key in missing], _BATCH_TOKENS):
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(missing[i]) for i in batch], batch_first=True)
-            with torch.no_grad():
-                out = self._trunk(ids.to(self.device))
-            for row, i in enumerate(batch):
-                known[missing[i]] = out[row, : len(missing[i])].to("cpu", copy=True)
-                self._cache.put(missing[i], known[missing[i]])
-        return nn.utils.rnn.pad_sequence([known[key] for key in keys], batch_first=True).to(self.device)
+    def states(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Prompts | None]:
+        """What the adapted layers get of each example: see `Kept.states`."""
+        return self._kept.states(encoded)
+
+    def _answers(self, encoded: Sequence[Encoded]) -> Answers:
+        return Answers(encoded, self.states)
 
     def _check_gradients(self, chosen: Mapping[str, nn.Parameter]) -> None:
         """Once for each set of tensors, before they are trained."""
         if not chosen.keys() <= self._trained:
-            tried = Answers([Encoded(ids, len(ids) // 2, 0) for ids in self._probe], self.states)
+            tried = probe.feedback(self._tried, self._answers, self._reference.log_probabilities)
             probe.check_gradients(self.tail, self._tensors, chosen, tried, self.spec.base_model)
             self._trained.update(chosen)
 
@@ -198,9 +211,9 @@ class CausalModel(Adapted):
     def scores(self, examples: Sequence[Encoded]) -> list[Score]:
         """How the model does on each answer, in one pass: greedy text is the answer if and only if each of its tokens, the end
         included, is the most probable one after those before it."""
-        answers = Answers(examples, self.states)
+        answers = self._answers(examples)
         found: dict[int, Score] = {}
-        for batch in batches(answers.lengths, _BATCH_TOKENS):
+        for batch in batches(answers.lengths, BATCH_TOKENS):
             taken = answers.collate(batch)
             with torch.no_grad():
                 losses, hits = training.token_losses(self.tail, taken)
@@ -208,6 +221,22 @@ class CausalModel(Adapted):
                 own = taken.rows == row
                 found[i] = Score(float(losses[own].sum()), int(own.sum()), bool(hits[own].all()))
         return [found[i] for i in range(len(examples))]
+
+    def preferences(self, pairs: Sequence[Pair]) -> list[float]:
+        """Of each pair, without those of which an answer is too long, by how much it is ranked right: above 0 if it is.
+
+        What counts is how much more probable the adapters make the chosen answer than the rejected one, as in DPO. Where they
+        change nothing, it is which of the two the base finds more probable a token: the baseline.
+        """
+        taken = self._fitting(pairs, lambda each: preferences.encode_pair(self.chat, each, self.spec.max_tokens))
+        answers = [answer for each in taken for answer in each]
+        scores = self.scores(answers)
+        if any(p.any() for name, p in self._tensors.items() if name.endswith(".B")):
+            reference = self._reference.log_probabilities(answers)
+            values = [-score.loss - base for score, base in zip(scores, reference, strict=True)]
+        else:
+            values = [-score.loss / score.tokens for score in scores]
+        return [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], list[float]]:
         """Each text's greedy answer, and how probable its tokens were on average."""
@@ -226,7 +255,7 @@ class CausalModel(Adapted):
         """The answer to the turns, of at most `most` tokens (the spec's, if None); `stream` gets its text as it is written.
 
         Greedy, or at a temperature above 0 drawn, and then the same for the same seed. A prompt that is longer than what the
-        model looks back over loses its beginning.
+        model looks back over loses its beginning, but not where activated adapters begin to act.
         """
         whole, before = None, ""
         for whole in self.writing(turns, most=self.longest_answer if most is None else most, temperature=temperature, seed=seed):
@@ -237,13 +266,21 @@ class CausalModel(Adapted):
         return whole
 
     def writing(self, turns: Sequence[Turn], *, most: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Answer]:
-        """See `Chats`. A prompt that is longer than the context loses its beginning."""
-        if not 0 < most < self._context or temperature < 0:
-            raise ValueError(f"an answer has 1 to {self._context - 1} tokens and a temperature of 0 or more")
+        """See `Chats`. Too long a prompt loses its beginning, but not where activated adapters begin to act."""
+        if not 0 < most <= self._longest or temperature < 0:
+            raise ValueError(f"an answer has 1 to {self._longest} tokens and a temperature of 0 or more")
         prompt = self.chat.prompt(turns)
         cut = max(0, len(prompt) + most - self._context)
+        begin = self.chat.begin(prompt[cut:])
         found = generation.tokens(
-            self._trunk, self.tail, prompt[cut:], most=most, ends=self.chat.ends, temperature=temperature, seed=seed
+            self._trunk,
+            self.tail,
+            prompt[cut:],
+            begin=begin,
+            most=most,
+            ends=self.chat.ends,
+            temperature=temperature,
+            seed=seed,
         )
         return generation.writing(found, self.chat.decode, self.chat.ends, cut)
 
@@ -262,7 +299,8 @@ class CausalModel(Adapted):
         return len(self.chat.prompt(turns))
 
 
-def _check_files(folder: Path, spec: CausalSpec) -> None:
+def check_files(folder: Path, spec: CausalSpec) -> None:
+    """Raises ModelError unless the base model in `folder` is the one of the spec, file by file."""
     found = hashes(folder)
     for name in dict.fromkeys([*spec.files, *found]):
         if found.get(name) != spec.files.get(name):

@@ -6,8 +6,6 @@ match. Here stands how Transformers (5.23) lays an encoder out, and what PEFT (0
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from fedloop_events.types import ClassificationSpec
 from peft import LoraConfig, TaskType, inject_adapter_in_model
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from fedloop_tasks.models import peft_config
 from fedloop_tasks.models.folder import load as load_folder
 from fedloop_tasks.task import ModelError
 
@@ -107,12 +105,7 @@ def _inject(base: Any, spec: ClassificationSpec, paths: Sequence[tuple[int, str]
 
 def exported_config(spec: ClassificationSpec, modules: Sequence[str]) -> dict[str, Any]:
     """`adapter_config.json` of an adapter on `modules` (paths in the base), as PEFT writes it."""
-    config = _lora(spec, modules)
-    config.base_model_name_or_path, config.task_type, config.inference_mode = spec.base_model, TaskType.FEATURE_EXTRACTION, True
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        written: dict[str, Any] = json.loads((Path(folder) / CONFIG_NAME).read_bytes())
-    return written | {"target_modules": sorted(modules)}
+    return peft_config.written(_lora(spec, modules), spec.base_model, TaskType.FEATURE_EXTRACTION)
 
 
 def _lora(spec: ClassificationSpec, modules: Sequence[str]) -> LoraConfig:

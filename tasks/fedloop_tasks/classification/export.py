@@ -6,17 +6,17 @@ linear layer over the encoder's pooled states, in a file of its own. The card's 
 
 from __future__ import annotations
 
-import json
 from typing import Final
 
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
 
+from fedloop_tasks import card
 from fedloop_tasks.classification import encoder
 from fedloop_tasks.models import folder
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
-from fedloop_tasks.task import Arrays, Provenance, Step
+from fedloop_tasks.task import Arrays, Export, Provenance
 
 _PROGRAM: Final = """\
 import json, torch
@@ -39,8 +39,8 @@ def classify(texts, folder, base):
 """
 
 
-def files(spec: ClassificationSpec, arrays: Arrays, provenance: Provenance) -> dict[str, bytes]:
-    """The folder's files by name. Raises `TensorError` for tensors that are no release of the model."""
+def files(spec: ClassificationSpec, arrays: Arrays, provenance: Provenance) -> Export:
+    """Raises `TensorError` for tensors that are no release of the model."""
     head = {"weight": arrays.get(HEAD), "bias": arrays.get(BIAS)}
     adapter, modules = {}, []
     for name in arrays:
@@ -53,32 +53,22 @@ def files(spec: ClassificationSpec, arrays: Arrays, provenance: Provenance) -> d
     if len(given) != len(head) or len(adapter) + len(head) != len(arrays) or len(adapter) != 2 * len(modules):
         raise TensorError(f"the release's {len(arrays)} tensors are not an adapter and a head of this model")
     about = {"labels": list(spec.labels), "max_tokens": spec.max_tokens, "pooling": "mean, unit length"}
-    return {
-        "adapter_config.json": _json(encoder.exported_config(spec, modules)),
-        "adapter_model.safetensors": b"".join(map(bytes, tensors.encode(adapter))),
-        "head.safetensors": b"".join(map(bytes, tensors.encode(given))),
-        "head.json": _json(about),
-        "README.md": _card(spec, provenance).encode(),
-    }
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    return Export(
+        {
+            "adapter_config.json": card.as_json(encoder.exported_config(spec, modules)),
+            "adapter_model.safetensors": b"".join(map(bytes, tensors.encode(adapter))),
+            "head.safetensors": b"".join(map(bytes, tensors.encode(given))),
+            "head.json": card.as_json(about),
+            card.NAME: _card(spec, provenance).encode(),
+        }
+    )
 
 
 def _card(spec: ClassificationSpec, provenance: Provenance) -> str:
-    measured = [f"- {name}: {value:.4f}" for name, value in provenance.metrics.items()] or ["- not evaluated"]
-    return "\n".join(
+    return card.written(
+        card.front("peft", "text-classification", spec.base_model),
+        provenance,
         [
-            "---",
-            f"base_model: {json.dumps(spec.base_model)}",
-            "library_name: peft",
-            "pipeline_tag: text-classification",
-            "tags: [lora, federated-learning, differential-privacy]",
-            "---",
-            "",
-            f"# Release {provenance.release} of {provenance.model}",
-            "",
             f"A classifier into {len(spec.labels)} labels: a LoRA adapter on the last layers ({spec.layers}) of",
             f"`{spec.base_model}`, whose `{folder.WEIGHTS}` has SHA-256 `{spec.base_sha256}`,",
             "and a linear head over the mean of its states.",
@@ -88,45 +78,5 @@ def _card(spec: ClassificationSpec, provenance: Provenance) -> str:
             "",
             "```python",
             f"{_PROGRAM}```",
-            "",
-            "## Evaluation on the held-out set",
-            "",
-            *measured,
-            "",
-            "## Privacy",
-            "",
-            _privacy(provenance),
-            "",
-            "## Lineage, newest first",
-            "",
-            f"Tensors of this release: SHA-256 `{provenance.sha256}`.",
-            "",
-            "| release | round | strategy | base release | updates | noise multiplier | sampling rate | steps | clip norm |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(_row(each) for each in provenance.steps),
-            "",
-        ]
+        ],
     )
-
-
-def _privacy(provenance: Provenance) -> str:
-    if provenance.unprotected:
-        return f"No bound: {', '.join(provenance.unprotected)} had no differential privacy."
-    if not provenance.steps[0].round_id:
-        return "This is the first release: nothing of a user went in."
-    return (
-        "What the updates that went in can tell about one example of one device is bounded by epsilon "
-        f"{provenance.epsilon:.3f} at delta {provenance.delta:g}: the most of any device, with the mechanisms of all its rounds "
-        "composed. This rests on each device adding its noise. Masked feedback in the log is not covered."
-    )
-
-
-def _row(step: Step) -> str:
-    mechanism = step.mechanism
-    terms = ["", "", "", ""]
-    if mechanism is not None:
-        terms = [
-            f"{value:g}" for value in (mechanism.noise_multiplier, mechanism.sampling_rate, mechanism.steps, mechanism.clip_norm)
-        ]
-    cells = [step.release, step.round_id or "", step.strategy or "", step.base_release or "", str(step.updates), *terms]
-    return f"| {' | '.join(cells)} |"

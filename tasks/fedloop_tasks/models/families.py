@@ -44,6 +44,13 @@ class Part(Struct, frozen=True):
             case _:
                 return values
 
+    def outputs_laid(self, values: Array) -> Array:
+        """Rows, one for each output of the matrix, in the order in which a GGUF file has its outputs."""
+        if self.laid != "interleaved":
+            return values
+        halves = values.reshape(self.heads, 2, -1, *values.shape[1:])
+        return halves.swapaxes(1, 2).reshape(values.shape)
+
 
 class Family(Protocol):
     """A configuration of one family. `parts` are all tensors of the model, in the order in which they are written."""

@@ -25,6 +25,7 @@ from fedloop_tasks.models import registry, sources
 from fedloop_tasks.task import ModelError
 
 WEIGHTS: Final = "model.safetensors"
+_LOCAL: Final[dict[str, Any]] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def locate(base_model: str, model_dir: Path | None = None) -> Path:
@@ -68,26 +69,37 @@ def load(folder: Path, of: Any, *, unused: Sequence[str] = (), settings: Mapping
 
     Raises ModelError for what cannot be loaded so, or lacks a weight.
     """
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with _silent():
-            config = AutoConfig.from_pretrained(folder, **local)
-            for name in (settings or {}).keys() & config.to_dict().keys():
-                setattr(config, name, (settings or {})[name])
-            base, loaded = of.from_pretrained(
-                folder,
-                **local,
-                config=config,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the base model in {folder} cannot be loaded", cause=f"{type(error).__name__}: {error}") from error
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        for name in (settings or {}).keys() & config.to_dict().keys():
+            setattr(config, name, (settings or {})[name])
+        base, loaded = of.from_pretrained(
+            folder,
+            **_LOCAL,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     if missing := [key for key in loaded["missing_keys"] if not key.startswith(tuple(unused))]:
         raise ModelError(f"the base model in {folder} lacks {len(missing)} weights, {missing[0]} among them")
     return tokenizer, base.eval()
+
+
+def described(folder: Path) -> tuple[Any, Any]:
+    """Configuration and tokenizer of the base model in `folder`. Raises ModelError for what cannot be loaded."""
+    with _loading(folder):
+        return AutoConfig.from_pretrained(folder, **_LOCAL), AutoTokenizer.from_pretrained(folder, **_LOCAL)
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    try:
+        with _silent():
+            yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the base model in {folder} cannot be loaded", cause=f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

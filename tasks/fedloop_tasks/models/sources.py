@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -227,7 +228,7 @@ def _object(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, _MAX_JSON_BYTES) + 1)  # as much is allocated at once
     except OSError as error:
         raise UsageError(f"{path} cannot be read", cause=error.strerror or "") from None
     if len(data) > _MAX_JSON_BYTES:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +24,10 @@ from fedloop_events.errors import TensorError, UsageError
 from fedloop_privacy.dp import accounting
 from fedloop_server.operations import exporting
 from fedloop_server.operations.followed import Followed
+from fedloop_tasks import card
 from fedloop_tasks.models.folder import locate
 from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Export, Streamed
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -82,7 +88,16 @@ def folder(trained: Classified, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = run("release", "export", trained.folder, out, "--json")
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert (document["release"], document["files"]) == (trained.base_release, sorted(each.name for each in out.iterdir()))
+    assert {name: document[name] for name in ("release", "format", "folder", "notes")} == {
+        "release": trained.base_release,
+        "format": "peft",
+        "folder": str(out),
+        "notes": [],
+    }
+    assert sorted(each["name"] for each in document["files"]) == sorted(each.name for each in out.iterdir())
+    for each in document["files"]:
+        data = (out / each["name"]).read_bytes()
+        assert (each["size_bytes"], each["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     return out
 
 
@@ -155,12 +170,63 @@ def test_a_folder_that_is_not_empty_or_no_folder_is_refused_and_stays_as_it_is(t
     assert (tmp_path / "empty" / "README.md").is_file()
 
 
+def test_a_format_that_the_model_does_not_have_is_refused_with_those_that_it_has(trained: Classified, tmp_path: Path) -> None:
+    for form in ("gguf", "merged", "pickle", ""):
+        done = run("release", "export", trained.folder, tmp_path / "out", "--format", form)
+        assert isinstance(done.exception, UsageError)
+        assert done.exception.message == f"this model cannot be exported as {form!r}, but as peft"
+    assert not any(tmp_path.iterdir())
+    assert run("release", "export", trained.folder, tmp_path / "out", "--format", "peft").exit_code == 0
+
+
+def test_what_has_no_room_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        computed.append(1)
+        yield b""
+
+    computed: list[int] = []
+    export = Export({"model.safetensors": Streamed(2**62, chunks())})
+    with pytest.raises(UsageError, match=r"the release needs 4,611,686,018,427,453,440 bytes, and [0-9,]+ are free where"):
+        exporting.write(exporting.Exported("0001-a", "merged", export), tmp_path / "out")
+    assert not computed
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path) -> None:
+    def chunks(error: BaseException) -> Iterator[bytes]:
+        yield b"half"
+        raise error
+
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), UsageError("not finite")):
+        export = Export({"README.md": b"card", "model.safetensors": Streamed(8, chunks(error))})
+        with pytest.raises((UsageError, KeyboardInterrupt)) as raised:
+            exporting.write(exporting.Exported("0001-a", "merged", export), tmp_path / "out")
+        assert not any(tmp_path.iterdir())
+        if isinstance(error, OSError):
+            assert "the disk is full" in str(getattr(raised.value, "cause", ""))
+
+
+def test_a_kill_leaves_no_folder_of_that_name(tmp_path: Path, in_child: Callable[[Callable[[], object]], int]) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    export = Export({"README.md": b"card", "model.safetensors": Streamed(8, chunks())})
+    exported = exporting.Exported("0001-a", "merged", export)
+    assert in_child(lambda: exporting.write(exported, tmp_path / "out")) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    whole = exporting.Exported("0001-a", "peft", Export({"README.md": b"card"}))
+    assert [each.name for each in exporting.write(whole, tmp_path / "out")] == ["README.md"]
+
+
 def test_tensors_that_are_no_release_of_the_model_are_refused(trained: Classified) -> None:
     provenance = exporting.provenance(Followed(trained.log), trained.base_release)
     task = task_of(trained.model.spec)
     for wrong in ({"other": trained.arrays["head.bias"]}, {"lora.5.query.A": trained.arrays["head.weight"]}):
         with pytest.raises(TensorError, match="not an adapter and a head"):
-            task.export({**trained.arrays, **wrong}, provenance)
+            task.export({**trained.arrays, **wrong}, provenance, "peft", None)
 
 
 def test_the_provenance_is_the_rounds_that_led_to_a_release_and_what_they_cost(tmp_path: Path) -> None:
@@ -173,11 +239,16 @@ def test_the_provenance_is_the_rounds_that_led_to_a_release_and_what_they_cost(t
     followed = Followed(world.log)
     zero, first, second = followed.releases.releases
     found = exporting.provenance(followed, second)
+    accepted = {name: state.closed.accepted for name, state in followed.rounds.rounds.items() if state.closed is not None}
+    hashes = {name: [each.blob.sha256 for each in given if each.blob is not None] for name, given in accepted.items()}
     assert [(each.release, each.base_release, each.round_id, each.updates) for each in found.steps] == [
-        (second, first, "r0002", 2),
-        (first, zero, "r0001", 2),
-        (zero, None, None, 0),
+        (second, first, "r0002", hashes["r0002"]),
+        (first, zero, "r0001", hashes["r0001"]),
+        (zero, None, None, []),
     ]
+    assert [len(each.updates) for each in found.steps] == [2, 2, 0]
+    text = card.written([], found, [])
+    assert all(f"- {name}: `{each}`" in text for name, given in hashes.items() for each in given)
     mechanisms = [each.mechanism for each in found.steps if each.mechanism is not None]
     assert found.unprotected == ([] if len(mechanisms) == 2 else ["r0002", "r0001"])
     if mechanisms:
