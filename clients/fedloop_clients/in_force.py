@@ -15,11 +15,11 @@ from fedloop_tasks.task import Model
 
 from fedloop_clients.device import Device
 from fedloop_clients.refreshing import Refresher
-from fedloop_clients.releases import KeptRelease
+from fedloop_clients.releases import KeptRelease, NoReleaseError
 
 
 class InForce:
-    """The releases that one device knows. Raises `UsageError` where it knows none."""
+    """The releases that one device knows. Raises `NoReleaseError` where it knows none."""
 
     def __init__(self, device: Device, refresher: Refresher) -> None:
         self._device, self._refresher = device, refresher
@@ -70,7 +70,7 @@ class InForce:
                 yield model, release
                 return
 
-    def none(self) -> UsageError:
+    def none(self) -> NoReleaseError:
         """Why there is none."""
         model = self._device.settings.model
         known = self._device.view.releases.current(model) is not None
@@ -78,7 +78,7 @@ class InForce:
         hint = (
             "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
         )
-        return UsageError(f"no release of model {model!r} {what}", cause=self._refresher.problem, hint=hint)
+        return NoReleaseError(f"no release of model {model!r} {what}", cause=self._refresher.problem, hint=hint)
 
 
 def check_chats(spec: Spec) -> None:

@@ -113,6 +113,7 @@ def test_the_settings_of_another_task_are_unknown_keys(line: Line) -> None:
             ["--task", "chat", "--book", "b", "--test", "t"],
             "--test is an option of the task classification, and this deployment's task is chat (chat takes --book, ",
         ),
+        (["--task", "chat", "--book", "b", "--pages", "two"], "--pages 'two' is not a whole number (How many there are.)"),
         (["--test", "t", "--book", "b"], "--book is an option of the task chat, and this deployment's task is classification ("),
     ],
 )
@@ -143,6 +144,6 @@ def test_the_help_lists_every_tasks_options_and_says_whose_they_are(line: Line) 
 
 def test_a_configuration_file_may_name_the_task_and_its_options(line: Line, tmp_path: Path) -> None:
     config = tmp_path / "fedloop.toml"
-    config.write_text(f'[server.init]\ntask = "chat"\nbook = "{line.book}"\nnote-key = "text"\n')
+    config.write_text(f'[server.init]\ntask = "chat"\nbook = "{line.book}"\nnote-key = "text"\npages = 2\n')
     assert f"{line.book} has no text" in line.refuses(*line.init, "--config", config)
     assert line.does(*line.init, "--config", config, "--note-key", "note")["layers"] == 1

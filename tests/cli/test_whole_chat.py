@@ -49,8 +49,8 @@ def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedl
     answered = fedloop("agent", "predict", *said, "--text", "a house").document
     shown = ("agent", "feedback", *said, "--text", "a house", "--predicted", "perhaps")
     kept = fedloop(*shown, "--signal", "copied").document["response_id"]
-    given = ("agent", "feedback", *said, "--response", answered["response_id"], "--preferred-over", kept)
-    assert fedloop(*given).document["teaches"] == answered["text"]
+    chosen = ("agent", "feedback", *said, "--response", answered["response_id"], "--preferred-over", kept)
+    assert fedloop(*chosen).document["teaches"] == answered["text"]
     with Agent.open(stores[0], settings=Settings(model_dir=models / "tiny")) as agent:
         asked = [{"role": "user", "content": "where is my card 1"}]
         first, second = agent.chat(asked), agent.chat(asked, temperature=1.0, seed=1)

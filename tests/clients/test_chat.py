@@ -401,7 +401,7 @@ def test_a_model_does_what_it_can_and_says_what_to_use_for_the_rest(
 def test_feedback_on_an_answer_is_learnt_with_the_conversation_it_stands_in(agent: Agent) -> None:
     response = agent.chat(TALK)
     other = agent.chat(TALK, temperature=2.0, seed=3)
-    agent.feedback(response.response_id, correction="it is on its way", rating=2)
+    assert agent.feedback(response.response_id, correction="it is on its way", rating=2).teaches == "it is on its way"
     agent.feedback(other.response_id, preferred_over=response.response_id, signal="copied")
     corrected, compared = judged(agent)
     for each in (corrected, compared):
