@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Protocol, Self, cast, overload
+from typing import TYPE_CHECKING, Final, Literal, Self, overload
 
-from fedloop_events.errors import BlobError, UsageError
-from fedloop_events.folds.releases import ReleaseState
+from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
-from fedloop_events.masked import MaskedText
-from fedloop_events.types import Spec
-from fedloop_privacy.masking import MaskingError
-from fedloop_tasks.chats import Chats
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Model, Task
+from fedloop_tasks.task import Task
 
 from fedloop_clients import enrolment
 from fedloop_clients.chatting import ChatResponse, ChatStream, Chatting
@@ -39,24 +33,18 @@ from fedloop_clients.feedback import (
 )
 from fedloop_clients.feedback_links import DEFAULT_TTL_S, FeedbackLinks
 from fedloop_clients.gate import Apps
+from fedloop_clients.in_force import InForce, check_chats, check_predicts
 from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
+from fedloop_clients.masking import Masking, Masks
 from fedloop_clients.refreshing import Refresher, refresh_now
-from fedloop_clients.releases import KeptRelease, NoReleaseError
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import NotWritableError, cannot_write
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
-
-
-class Masks(Protocol):
-    """The masker: `fedloop_privacy.masking.Masker`, with any engine the owner of the device has chosen."""
-
-    def mask(self, text: str) -> MaskedText:
-        """Raises `MaskingError`."""
 
 
 DEFAULTS: Final = Settings()
@@ -96,11 +84,12 @@ class Agent:
         self.identity, self.settings = identity, settings
         self._device = Device(store, identity, place, settings, Surroundings(conditions, clock))
         self._apps = Apps(dict(apps or {}), app)
-        self._masker = masker
         self.links = FeedbackLinks(store, identity.secret("link"), clock)
-        self._reading, self._masking = threading.Lock(), threading.Lock()
+        self._masking = Masking(masker)
+        self._reading = threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
-        self._chatting = Chatting(self._device.interactions, self._lent_to_chat)
+        self._in_force = InForce(self._device, self._refresher)
+        self._chatting = Chatting(self._device.interactions, self._in_force.to_chat)
 
     @classmethod
     def enrol(
@@ -187,8 +176,8 @@ class Agent:
         had.
         """
         check_text("text", text, MAX_TEXT_CHARS)
-        masked = self._masked_or_none(text)
-        with self._lent(chats=False) as (model, release):
+        masked = self._masking.masked_or_none(text)
+        with self._in_force.to_predict() as (model, release):
             answers, confidences = model.predict([masked.text if masked else text])
         response_id, note, words = "", "", task_of(release.spec).words
         try:
@@ -252,9 +241,9 @@ class Agent:
 
         Raises `UsageError`.
         """
-        turns, (spec, release) = turns_of(messages), self._in_force()
+        turns, (spec, release) = turns_of(messages), self._in_force.named()
         check_answer(answer)
-        _check_chats(spec, chats=True)
+        check_chats(spec)
         kept = self._own_id("response", response_id)
         kept = self._device.interactions.answer(turns, answer, release.release, kept)
         return ChatResponse(kept, release.release, answer, 1.0, finished=True, prompt_tokens=0, tokens=0)
@@ -265,8 +254,8 @@ class Agent:
         `response` is what the user was shown, where that is more than the label. It is masked like the text, and not published.
         Nor is a `response_id` of the caller's: the response has an id that is derived from it with the device's key.
         """
-        spec, release = self._in_force()
-        _check_chats(spec, chats=False)
+        spec, release = self._in_force.named()
+        check_predicts(spec)
         words = task_of(spec).words
         label, response_id = check_word("label", label, words), self._own_id("response", response_id)
         response_id = self._device.interactions.respond(
@@ -309,14 +298,15 @@ class Agent:
         if self._device.spec is None:
             self._refresher.refresh_first()
         task = self._device.task
-        if label is not None and task is not None and not task.words:
+        if label is not None and task is not None and task.speaks:
             raise UsageError(
                 "this model answers in its own words, so no label is right", hint="give the better answer as correction"
             )
         words, feedback_id = task.words if task else (), self._own_id("feedback", feedback_id)
         response_id = self._own_id("response", response_id)
         feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
-        return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
+        taught = None if task is None else given.correction if task.speaks else task.taught(recorded)
+        return Feedback(feedback_id, response_id, taught, note)
 
     def feedback_url(self, response_id: str, *, ttl: float = DEFAULT_TTL_S) -> str:
         """A link that opens a page for feedback on the response, of this device's sidecar, without its key, for `ttl` seconds.
@@ -333,7 +323,7 @@ class Agent:
         if self._device.spec is None:
             self._refresher.refresh_first()
         if (task := self._device.task) is None:
-            raise self._no_release()
+            raise self._in_force.none()
         return task
 
     def knows(self, feedback_id: str) -> bool:
@@ -363,7 +353,7 @@ class Agent:
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """
-        loop = Loop(self._device, self._apps, self._masked_together, self._reading)
+        loop = Loop(self._device, self._apps, self._masking.together, self._reading)
         with self._reading:
             self._refresher.running += 1
         try:
@@ -398,83 +388,3 @@ class Agent:
         if given is None or self._device.interactions.knows(kind, identifier(f"{kind}_id", given)):
             return given
         return self.identity.derived_id(kind, given)
-
-    @contextmanager
-    def _lent(self, *, chats: bool) -> Iterator[tuple[Model, KeptRelease]]:
-        """The model with the newest release that is kept, for as long as the block lasts. Raises `UsageError` unless it does what
-        is asked."""
-        while True:
-            release = self._kept_release()
-            _check_chats(release.spec, chats=chats)
-            with self._device.models.borrowed(release.spec) as held:
-                try:
-                    model = held.load(release.blob, self._device.releases.tensors)
-                except BlobError:
-                    if self._device.releases.current(self.settings.model) == release:
-                        raise
-                    continue  # a newer one took its place meanwhile
-                yield model, release
-                return
-
-    @contextmanager
-    def _lent_to_chat(self) -> Iterator[tuple[Chats, KeptRelease]]:
-        with self._lent(chats=True) as (model, release):
-            yield cast(Chats, model), release
-
-    def _in_force(self) -> tuple[Spec, ReleaseState]:
-        """As the device has read it: its tensors may not have come yet."""
-        device = self._device
-        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
-            refresh()
-            spec, release = device.spec, device.view.releases.current(self.settings.model)
-            if spec is not None and release is not None:
-                return spec, release
-        raise self._no_release()
-
-    def _kept_release(self) -> KeptRelease:
-        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
-            refresh()
-            if (release := self._device.releases.current(self.settings.model)) is not None:
-                return release
-        raise self._no_release()
-
-    def _no_release(self) -> NoReleaseError:
-        known = self._device.view.releases.current(self.settings.model) is not None
-        what = "could not be read yet" if known else "is known to this device"
-        hint = (
-            "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
-        )
-        return NoReleaseError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
-
-    def _masked(self, text: str) -> MaskedText:
-        """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""
-        failure = ""
-        with self._masking:
-            try:
-                if self._masker is None:
-                    from fedloop_privacy.masking import Masker
-
-                    self._masker = Masker()
-                return self._masker.mask(text)
-            except MaskingError:
-                raise
-            except Exception as error:
-                failure = type(error).__name__
-        raise MaskingError("the text could not be masked, so nothing of it is used", cause=failure)
-
-    def _masked_together(self, texts: Sequence[str]) -> list[MaskedText]:
-        return [self._masked(text) for text in texts]
-
-    def _masked_or_none(self, text: str) -> MaskedText | None:
-        """What is not masked now is masked by the loop, or never leaves the device."""
-        with suppress(MaskingError):
-            return self._masked(text)
-        return None
-
-
-def _check_chats(spec: Spec, *, chats: bool) -> None:
-    """Raise `UsageError` unless the model answers in its own words, or, without `chats`, with one of a closed set."""
-    if chats and task_of(spec).words:
-        raise UsageError("this model answers with one of a closed set of words, so it does not chat", hint="use Agent.predict")
-    if not chats and not task_of(spec).words:
-        raise UsageError("this model answers in its own words, which is no prediction", hint="use Agent.chat")

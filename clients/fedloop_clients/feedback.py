@@ -62,7 +62,8 @@ class FeedbackInput(Struct, frozen=True, omit_defaults=True):
 
 
 class Feedback(Struct, frozen=True):
-    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now.
+    """Feedback that is on disk. `teaches` is the answer that it makes a training example for, by what the model learns now; of a
+    model that answers in its own words the better answer, if there is one, which is learnt once it is masked.
 
     `note` says what of it was left out or mended; "" if nothing was.
     """

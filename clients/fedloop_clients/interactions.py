@@ -12,17 +12,17 @@ from typing import Any, Final, Literal
 
 import msgspec
 from fedloop_events.errors import UsageError
-from fedloop_events.masked import MaskedText, MaskedTurn
+from fedloop_events.masked import MaskedText
 from fedloop_tasks.task import Interaction
 from fedloop_tasks.turns import Turn
 from fedloop_tasks.words import find
-from msgspec import Struct
 
-from fedloop_clients import feedback, texts
+from fedloop_clients import feedback, texts, unpublished
 from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
 from fedloop_clients.retracting import check_not_retracted, forget_response
 from fedloop_clients.store import Store
 from fedloop_clients.texts import Kind, RawText
+from fedloop_clients.unpublished import Unpublished
 
 MAX_UNJUDGED_RESPONSES: Final = 10_000
 """Responses that nobody has done anything about: the oldest give way."""
@@ -31,27 +31,6 @@ MAX_CONTEXT_CHARS: Final = 20_000
 
 Named = Literal["feedback", "response"]
 """What an application can name by an id of its own."""
-
-
-class Unpublished(Struct, frozen=True):
-    """Masked feedback that is not in the outbox yet. `logged`: the log has it, as a store restored from a backup learns."""
-
-    feedback_id: str
-    response_id: str
-    release: str
-    predicted: str | None
-    thumb: Thumb | None
-    rating: int | None
-    label: str | None
-    preferred_over: str | None
-    signal: str | None
-    logged: bool
-    context: list[MaskedTurn]
-    left_out: int
-    prompt: MaskedText
-    response: MaskedText | None
-    correction: MaskedText | None
-    comment: MaskedText | None
 
 
 class Interactions:
@@ -193,7 +172,7 @@ class Interactions:
 
     def unpublished(self, limit: int) -> list[Unpublished]:
         """Up to `limit` pieces of feedback all of whose texts are masked, oldest first."""
-        return [_unpublished(*row) for row in self._store.rows(_UNPUBLISHED, (limit,))]
+        return [unpublished.of(*row) for row in self._store.rows(unpublished.UNPUBLISHED, (limit,))]
 
     def published(self, feedback_id: str) -> bool:
         """This feedback is in the log or the outbox, if it is still here. What of it is not masked yet still has to be."""
@@ -228,16 +207,6 @@ _GIVEN_IDS: Final = f"""
 SELECT feedback_id FROM feedback
 WHERE logged = 0 AND state <> 'published' AND feedback_id NOT GLOB '{"[0-9a-f]" * 32}'
 """
-_UNPUBLISHED: Final = f"""
-SELECT feedback_id, response_id, release, predicted, thumb, rating, label, preferred_over, signal, logged,
-    {texts.CONTEXT}, left_out, prompt.masked, response.masked, correction.masked, comment.masked
-FROM feedback JOIN responses USING (response_id)
-JOIN texts AS prompt ON prompt.owner = response_id AND prompt.kind = 'prompt'
-LEFT JOIN texts AS response ON response.owner = response_id AND response.kind = 'response'
-LEFT JOIN texts AS correction ON correction.owner = feedback_id AND correction.kind = 'correction'
-LEFT JOIN texts AS comment ON comment.owner = feedback_id AND comment.kind = 'comment'
-WHERE state = 'captured' AND NOT {texts.ANY_RAW} ORDER BY feedback.number LIMIT ?
-"""
 _JUDGED: Final = f"""
 SELECT responses.response_id, release, predicted,
     CASE WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
@@ -253,44 +222,6 @@ WHERE prompt.masked IS NOT NULL AND {texts.TURNS_MASKED} AND (
 ORDER BY feedback.number, responses.number
 """
 _NO_TEXT: Final = b'{"text":""}'
-
-
-def _unpublished(
-    feedback_id: str,
-    response_id: str,
-    release: str,
-    predicted: str | None,
-    thumb: Thumb | None,
-    rating: int | None,
-    label: str | None,
-    preferred_over: str | None,
-    signal: str | None,
-    logged: int,
-    context: str | None,
-    left_out: int,
-    prompt: bytes,
-    response: bytes | None,
-    correction: bytes | None,
-    comment: bytes | None,
-) -> Unpublished:
-    return Unpublished(
-        feedback_id=feedback_id,
-        response_id=response_id,
-        release=release,
-        predicted=predicted,
-        thumb=thumb,
-        rating=rating,
-        label=label,
-        preferred_over=preferred_over,
-        signal=signal,
-        logged=bool(logged),
-        context=texts.context(context),
-        left_out=left_out,
-        prompt=texts.of(prompt),
-        response=texts.masked(response),
-        correction=texts.masked(correction),
-        comment=texts.masked(comment),
-    )
 
 
 def _interaction(

@@ -15,8 +15,8 @@ from fedloop_privacy.masking import MaskingError
 from msgspec.structs import replace
 
 from fedloop_clients.device import Device
-from fedloop_clients.interactions import Unpublished
 from fedloop_clients.texts import Kind, RawText, newest
+from fedloop_clients.unpublished import Unpublished
 
 _BATCH: Final = 50
 _MADE_HERE: Final = re.compile(r"[0-9a-f]{32}")

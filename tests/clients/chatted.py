@@ -15,12 +15,15 @@ from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef
 from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.models.tensors import Arrays
+from fedloop_tasks.turns import Turn
 
 
 class Chatted(Deployment):
     """A deployment whose releases are of a language model that says what nobody understands."""
 
     arrays: Arrays
+    talkative: int
+    """The seed of a release that answers at length."""
 
     def register(self) -> None:
         self.base_folder = tiny.save(self.folder / "base")
@@ -34,6 +37,16 @@ class Chatted(Deployment):
         random = np.random.default_rng(seed)
         self.arrays = {name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in self.model.shapes.items()}
         return self.release()
+
+    def find_words(self, *conversations: list[dict[str, str]]) -> None:
+        """Find a release whose answers to all of these come in many pieces."""
+        for self.talkative in range(100):
+            self.train(self.talkative)
+            self.model.load(self.arrays)
+            turns = ([Turn(**each) for each in conversation] for conversation in conversations)  # type: ignore[arg-type]
+            if all(len({each.text for each in self.model.writing(one, most=24)}) > 12 for one in turns):
+                return
+        raise AssertionError("every release is of few words")
 
     def put(self) -> BlobRef:
         return self.blobs.put(tensors.encode(self.arrays))

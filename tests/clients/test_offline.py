@@ -43,7 +43,7 @@ for _ in range(5):
     release = timed("status", agent.status).release
     response = timed("record", lambda: agent.record("my card is lost", "card-lost"))
     timed("feedback", lambda: agent.feedback(response.response_id, label="loan"))
-    kept = timed("release", agent._kept_release)
+    kept = timed("release", agent._in_force.kept)
     data = timed("tensors", lambda: agent._device.releases.tensors(kept.blob))
     assert agent.status().waiting
     timed("close", agent.close)
@@ -122,26 +122,26 @@ def test_what_a_loop_in_another_process_has_kept_an_open_agent_sees(
         after = deployment.release()
         other.run(until=lambda status: status.release == after)
         assert cut_off.record("hello", "loan").release == after
-        kept = cut_off._kept_release()
+        kept = cut_off._in_force.kept()
         assert (kept.release, kept.blob) == (after, deployment.base)
         assert cut_off._device.releases.tensors(kept.blob) == deployment.blobs.get(deployment.base)
 
 
 def test_until_a_release_s_tensors_have_come_the_one_before_answers(deployment: Deployment, tmp_path: Path) -> None:
     with Agent.enrol(deployment.folder, tmp_path / "store", client_id="phone", key_from="file") as agent:
-        before = agent._kept_release()
+        before = agent._in_force.kept()
         after = deployment.release()
         shutil.move(deployment.folder / "blobs", tmp_path / "away")
         assert agent.status().release == after
-        assert agent._kept_release() == before
+        assert agent._in_force.kept() == before
         shutil.rmtree(deployment.folder / "blobs", ignore_errors=True)
         shutil.move(tmp_path / "away", deployment.folder / "blobs")
-        assert agent._kept_release().release == after
+        assert agent._in_force.kept().release == after
 
 
 def test_the_tensors_of_another_release_are_not_taken_for_those_that_are_kept(deployment: Deployment, tmp_path: Path) -> None:
     with Agent.enrol(deployment.folder, tmp_path / "store", client_id="phone", key_from="file") as agent:
-        kept = agent._kept_release()
+        kept = agent._in_force.kept()
         with pytest.raises(BlobError, match="is not in the device's store"):
             agent._device.releases.tensors(types.BlobRef("0" * 64, kept.blob.size_bytes))
 

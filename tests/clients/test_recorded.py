@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from clients.conftest import DigitMasker
 
 RECORDED = Path(__file__).parent / "recorded" / "store_v1"
+VERSION_3 = RECORDED.with_name("store_v3")
 CONNECT = dbapi2.connect
 InChild = Callable[[Callable[[], object]], int]
 
@@ -192,3 +193,66 @@ def test_a_process_killed_anywhere_in_a_migration_leaves_the_older_version_whole
         assert db.execute("SELECT count(*) FROM feedback WHERE said IS NOT NULL").fetchone() == (41,)
         db.close()
     assert observe(folder) == as_expected(expected)
+
+
+def columns(folder: Path, *, version: int) -> dict[str, list[tuple[Any, ...]]]:
+    """What a store of version 3 has in its tables, read without this program, which may have made another version of it."""
+    db = CONNECT(str(folder / "device" / "store.db"))
+    db.execute(f"PRAGMA key = \"x'{keys.load(folder / 'device').hex()}'\"")
+    assert db.execute("PRAGMA user_version").fetchone() == (version,)
+    found = {
+        "responses": "number, response_id, predicted, release",
+        "feedback": "feedback_id, response_id, thumb, rating, label, preferred_over, state, failure, logged, digest",
+        "texts": "owner, kind, raw, masked",
+        "retracted": "feedback_id, state",
+    }
+    rows = {table: db.execute(f"SELECT {names} FROM {table} ORDER BY 1, 2").fetchall() for table, names in found.items()}
+    assert (db.execute("PRAGMA integrity_check").fetchall(), db.execute("PRAGMA foreign_key_check").fetchall()) == ([("ok",)], [])
+    db.close()
+    return rows
+
+
+def test_a_store_of_version_3_opens_and_loses_nothing_wherever_its_migration_is_killed(
+    tmp_path: Path, in_child: InChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack(VERSION_3, tmp_path)
+    before = columns(tmp_path, version=3)
+    assert {name: len(rows) for name, rows in before.items()} == {"responses": 4, "feedback": 4, "texts": 11, "retracted": 1}
+    ran: list[str] = []
+    shutil.copytree(tmp_path / "device", tmp_path / "counted")
+    with monkeypatch.context() as patched:
+        patched.setattr(dbapi2, "connect", traced(ran.append))
+        open_store(tmp_path / "counted")[0].close()
+    key = keys.load(tmp_path / "device")
+    for fatal in range(ran.index("BEGIN IMMEDIATE") + 1, ran.index("COMMIT") + 1):
+
+        def work(fatal: int = fatal) -> None:
+            left = iter(range(fatal))
+
+            def die(_: str) -> None:
+                if next(left, None) is None:
+                    os.kill(os.getpid(), 9)
+
+            dbapi2.connect = traced(die)
+            Store.open(tmp_path / "device" / "store.db", key)
+
+        assert in_child(work) == -9
+        assert columns(tmp_path, version=3) == before
+    Store.open(tmp_path / "device" / "store.db", key).close()
+    assert columns(tmp_path, version=len(STEPS)) == before
+
+
+def test_what_a_store_of_version_3_holds_is_published_and_learnt_from(tmp_path: Path, masker: DigitMasker) -> None:
+    unpack(VERSION_3, tmp_path)
+    with opened(tmp_path, masker=masker) as agent:
+        agent.run(until=lambda status: status.settled)
+        assert (agent.status().published, agent.status().failed) == (3, {"the deadline passed": 1})
+        found = [each for each in agent._device.interactions.judged() if each.edit is not None]
+        assert [each.edit for each in found] == [masker.mask("loan 17"), masker.mask("transfer 17")]
+        assert [each.response for each in found] == [masker.mask("about card 0815 is lost")] * 2
+    log = open_log(tmp_path / "deployment")
+    recorded = [each for record in read_all(log) if isinstance(each := decode(record), types.FeedbackRecorded)]
+    log.close()
+    assert [each.preferred_over is not None for each in recorded] == [False, False, False, True]
+    assert [each.predicted for each in recorded] == ["card-lost"] * 4
+    assert all(each.response is None and each.context == [] for each in recorded)

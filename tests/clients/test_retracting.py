@@ -99,7 +99,7 @@ def test_published_feedback_is_gone_from_the_device_and_retracted_in_the_log(dep
 def test_feedback_in_the_outbox_is_followed_by_its_retraction(deployment: Deployment, agent: Agent) -> None:
     agent.run(until=settled)
     give(agent, "mine")
-    Publisher(agent._device, agent._masked_together).publish()
+    Publisher(agent._device, agent._masking.together).publish()
     assert agent.retract("mine").published
     assert recorded(deployment) == []
     agent.run(until=settled)

@@ -30,9 +30,9 @@ _MAX_ROUNDS = 6
 class Masker:
     """Replaces personal values by typed placeholders that are numbered within one text: `<PERSON_1>`.
 
-    Within one text the same value gets the same placeholder; no mapping is kept. Masking a masked text changes nothing. A
-    placeholder that the text already holds stays as it is. What is masked, and what is missed, is measured in
-    `benchmarks/masking.py`: masking lowers a risk, it removes none.
+    Within one text, and within texts that are masked together, the same value gets the same placeholder; no mapping is kept.
+    Masking a masked text changes nothing. A placeholder that the text already holds stays as it is. What is masked, and what is
+    missed, is measured in `benchmarks/masking.py`: masking lowers a risk, it removes none.
     """
 
     def __init__(self, nlp_engine: NlpEngine | None = None, *, max_chars: int = 10_000, deadline_s: float = 5.0) -> None:
@@ -87,6 +87,13 @@ class Masker:
             raise _failed(failure)
         return out
 
+    def mask_together(self, texts: Sequence[str]) -> list[MaskedText]:
+        """`mask` of each of the texts of one conversation: the same value gets the same placeholder in all of them, and another
+        value never one that any of them holds already. Raises as `mask` does, for the first failure."""
+        spans = [self.find(text) for text in texts]
+        used, numbers = self._used(texts), dict[tuple[str, str], int]()
+        return [self._mask(text, found, used, numbers) for text, found in zip(texts, spans, strict=True)]
+
     def find(self, text: str) -> list[Span]:
         """What `mask` would replace: sorted spans of the text, apart from each other. Raises as `mask` does."""
         self._check(text)
@@ -118,7 +125,7 @@ class Masker:
         kept = [match.span() for match in self._placeholders(text)]
         spans: list[Span] = []
         for _ in range(_MAX_ROUNDS):
-            view = self._replaced(text, spans) if spans else View.of(text)
+            view = self._replaced(text, spans, self._used([text]), {}) if spans else View.of(text)
             protected = sorted([*kept, *((s.start, s.end) for s in spans)])
             new = [s for s in outside(self._read(view, until, artifacts), protected) if _tells(text[s.start : s.end])]
             if not new:
@@ -152,11 +159,15 @@ class Masker:
     def _placeholders(self, text: str) -> list[regex.Match[str]]:
         return [m for m in _PLACEHOLDER.finditer(text) if m["type"] in self._types] if "<" in text else []
 
-    def _replaced(self, text: str, spans: list[Span]) -> View:
+    def _used(self, texts: Sequence[str]) -> Counter[str]:
+        """The highest number of each type among the placeholders that the texts hold already."""
         used = Counter[str]()
-        for match in self._placeholders(text):
+        for match in (each for text in texts for each in self._placeholders(text)):
             used[match["type"]] = max(used[match["type"]], int(match["number"]))
-        numbers: dict[tuple[str, str], int] = {}
+        return used
+
+    def _replaced(self, text: str, spans: list[Span], used: Counter[str], numbers: dict[tuple[str, str], int]) -> View:
+        """The text with a placeholder for each span: the number that its value has, or the next one that is not used."""
         pieces = []
         for span in spans:
             value = "".join(filter(str.isalnum, fold(View.of(text[span.start : span.end])).text)).casefold()
@@ -166,10 +177,13 @@ class Masker:
             pieces.append((span.start, span.end, f"<{span.type}_{numbers[span.type, value]}>"))
         return View.of(text).rewritten(pieces)
 
-    def _mask(self, text: str, spans: list[Span]) -> MaskedText:
+    def _mask(
+        self, text: str, spans: list[Span], used: Counter[str] | None = None, numbers: dict[tuple[str, str], int] | None = None
+    ) -> MaskedText:
         failure = ""
         try:
-            masked = self._replaced(text, spans).text if spans else text
+            used, numbers = self._used([text]) if used is None else used, {} if numbers is None else numbers
+            masked = self._replaced(text, spans, used, numbers).text if spans else text
             return MaskedText._from_masker(masked, dict(Counter(span.type for span in spans)))
         except Exception as error:
             failure = _named(error)

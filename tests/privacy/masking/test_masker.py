@@ -94,6 +94,22 @@ def test_many_are_masked_as_one_at_a_time(masker: Masker) -> None:
     assert masker.mask_many(many) == [masker.mask(text) for text in many]
 
 
+def test_texts_that_are_masked_together_name_one_value_by_one_placeholder(masker: Masker) -> None:
+    texts = ["I am Jane Doe, and John Smith owes me", "thanks", "Dear <PERSON_3>, write to John Smith"]
+    texts.append("no: Jane Doe, John Smith")
+    masked = masker.mask_together(texts)
+    assert [each.text for each in masked] == [
+        "I am <PERSON_4>, and <PERSON_5> owes me",
+        "thanks",
+        "Dear <PERSON_3>, write to <PERSON_5>",
+        "no: <PERSON_4>, <PERSON_5>",
+    ]
+    assert [each.counts for each in masked] == [{"PERSON": 2}, {}, {"PERSON": 1}, {"PERSON": 2}]
+    assert masker.mask_together([]) == []
+    with pytest.raises(MaskingError):
+        masker.mask_together(["fine", "x" * 10_001])
+
+
 @pytest.mark.parametrize(
     ("text", "says"), [("x" * 10_001, "10001 characters"), ("lone \ud800 surrogate", "Unicode"), (b"bytes", "bytes")]
 )

@@ -1,0 +1,93 @@
+"""What a device answers with: the release in force as the log names it, and the one whose tensors are kept, in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from fedloop_events.errors import BlobError, UsageError
+from fedloop_events.folds.releases import ReleaseState
+from fedloop_events.types import Spec
+from fedloop_tasks.chats import Chats
+from fedloop_tasks.table import task_of
+from fedloop_tasks.task import Model
+
+from fedloop_clients.device import Device
+from fedloop_clients.refreshing import Refresher
+from fedloop_clients.releases import KeptRelease, NoReleaseError
+
+
+class InForce:
+    """The releases that one device knows. Raises `NoReleaseError` where it knows none."""
+
+    def __init__(self, device: Device, refresher: Refresher) -> None:
+        self._device, self._refresher = device, refresher
+
+    def named(self) -> tuple[Spec, ReleaseState]:
+        """As the device has read it: its tensors may not have come yet."""
+        device = self._device
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            spec, release = device.spec, device.view.releases.current(device.settings.model)
+            if spec is not None and release is not None:
+                return spec, release
+        raise self.none()
+
+    def kept(self) -> KeptRelease:
+        """The newest whose tensors the device has."""
+        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
+            refresh()
+            if (release := self._device.releases.current(self._device.settings.model)) is not None:
+                return release
+        raise self.none()
+
+    @contextmanager
+    def to_predict(self) -> Iterator[tuple[Model, KeptRelease]]:
+        """The model, as long as the block lasts, with the release that is kept. Raises `UsageError` for one that chats, and what
+        loading raises."""
+        with self._lent(check_predicts) as lent:
+            yield lent
+
+    @contextmanager
+    def to_chat(self) -> Iterator[tuple[Chats, KeptRelease]]:
+        """The same for one that chats, and for no other."""
+        with self._lent(check_chats) as (model, release):
+            yield cast(Chats, model), release
+
+    @contextmanager
+    def _lent(self, check: Callable[[Spec], None]) -> Iterator[tuple[Model, KeptRelease]]:
+        while True:
+            release = self.kept()
+            check(release.spec)
+            with self._device.models.borrowed(release.spec) as held:
+                try:
+                    model = held.load(release.blob, self._device.releases.tensors)
+                except BlobError:
+                    if self._device.releases.current(release.model) == release:
+                        raise
+                    continue  # another one took its place meanwhile
+                yield model, release
+                return
+
+    def none(self) -> NoReleaseError:
+        """Why there is none."""
+        model = self._device.settings.model
+        known = self._device.view.releases.current(model) is not None
+        what = "could not be read yet" if known else "is known to this device"
+        hint = (
+            "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
+        )
+        return NoReleaseError(f"no release of model {model!r} {what}", cause=self._refresher.problem, hint=hint)
+
+
+def check_chats(spec: Spec) -> None:
+    """Raise `UsageError` for a model that answers with one of a closed set of words."""
+    if not task_of(spec).speaks:
+        raise UsageError("this model answers with one of a closed set of words, so it does not chat", hint="use Agent.predict")
+
+
+def check_predicts(spec: Spec) -> None:
+    """Raise `UsageError` for a model that answers in its own words."""
+    if task_of(spec).speaks:
+        raise UsageError("this model answers in its own words, so it does not predict", hint="use Agent.chat")
