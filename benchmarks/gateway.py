@@ -169,7 +169,7 @@ def _request(port: int, device: str, key: SigningKey, seq: int) -> bytes:
     """One piece of feedback, of about 2 KB, as one signed request."""
     text = msgspec.convert({"text": " ".join(["my card <CARD_1>"] * 18), "counts": {"CARD": 1}}, MaskedText)
     payload = types.FeedbackRecorded(
-        ORIGIN, device, seq, f"f{seq}", f"r{seq}", "0001-0123456789ab", "default", text, "card_arrival", thumb="up"
+        ORIGIN, device, seq, f"f{seq}", f"r{seq}", "0001-0123456789ab", "default", text, predicted="card_arrival", thumb="up"
     )
     masked = types.TextMasked(ORIGIN, device, seq + 1, f"f{seq}", {"CARD": 18})
     events = [envelope.encode(each, id=ids.new_id(), time_s=1_800_000_000) for each in (payload, masked)]

@@ -14,10 +14,10 @@ import torch
 from fedloop_events import files as durable
 from fedloop_events.blobs.tensors import Array
 from fedloop_tasks.causal.model import CausalModel, describe
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import registry
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Provenance, Step, Streamed
+from fedloop_tasks.turns import Turn
 from transformers import AutoModelForCausalLM
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt2"]

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self, overload
+from typing import TYPE_CHECKING, Final, Literal, Protocol, Self, cast, overload
 
-from fedloop_events.errors import UsageError
+from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_events.masked import MaskedText
 from fedloop_events.types import Spec
 from fedloop_privacy.masking import MaskingError
+from fedloop_tasks.chats import Chats
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Task
+from fedloop_tasks.task import Model, Task
 
 from fedloop_clients import enrolment
+from fedloop_clients.chatting import ChatResponse, ChatStream, Chatting
+from fedloop_clients.conversations import check_answer, sampling, turns_of
 from fedloop_clients.device import Device, Settings, Status
 from fedloop_clients.eligibility import Conditions, Surroundings, of_platform
 from fedloop_clients.enrolment import Identity, kept
@@ -56,13 +59,14 @@ class Masks(Protocol):
 
 
 DEFAULTS: Final = Settings()
+Messages = Sequence[Mapping[str, str]]
 
 
 class Agent:
     """One device: its encrypted store, and the deployment that it is a client of.
 
-    `predict` and `feedback` may be called from any thread, and from other processes than the one that runs, which is one at most.
-    The model, the masker and Flower are loaded when they are first needed.
+    `predict`, `chat` and `feedback` may be called from any thread, and from other processes than the one that runs, which is one
+    at most. The model, the masker and Flower are loaded when they are first needed.
 
     Rounds of the deployment's model are answered with what users taught this device. Beside them it serves other Flower runs with
     any `ClientApp` (or callable like one): `apps` gives a run's own by the run's name, which then serves all instructions of that
@@ -93,6 +97,7 @@ class Agent:
         self._masker = masker
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
+        self._chatting = Chatting(self._device.interactions, self._lent_to_chat)
 
     @classmethod
     def enrol(
@@ -179,10 +184,8 @@ class Agent:
         had.
         """
         check_text("text", text, MAX_TEXT_CHARS)
-        release = self._kept_release()
         masked = self._masked_or_none(text)
-        with self._device.models.borrowed(release.spec) as held:
-            model = held.load(release.blob, self._device.releases.tensors)
+        with self._lent(chats=False) as (model, release):
             answers, confidences = model.predict([masked.text if masked else text])
         response_id, note, words = "", "", task_of(release.spec).words
         try:
@@ -191,6 +194,64 @@ class Agent:
             note = f"{error.message}, so no feedback can name this response"
         return Response(response_id, answers[0], confidences[0], release.release, note)
 
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[False] = False,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> ChatResponse: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> ChatStream: ...
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> ChatResponse | ChatStream:
+        """Answer the last of the `messages`, which is the user's, with the release in force, and keep the response, so that
+        feedback can name it.
+
+        A message is `{"role": "system" | "user" | "assistant", "content": TEXT}`; the system speaks first or not at all, then
+        user and assistant take turns. The answer has at most `max_tokens` tokens (the model's own bound, if None), and no more
+        than the model has room for. It is greedy, or at a `temperature` above 0 drawn, and then the same for the same `seed`.
+        With `stream` the call returns when the answer begins, and what it returns gives its pieces. Unlike `predict` the model
+        sees what was written, not what is left of it masked: nothing of it leaves the device but masked, and it learns from that
+        alone. Answers are written one at a time, whichever thread asks.
+
+        On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
+        kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
+        words (`predict`), or where no release is known yet; `ModelError` and `BlobError` if there is no model to be had.
+        """
+        turns, how = turns_of(messages), sampling(max_tokens, temperature, seed)
+        return self._chatting.stream(turns, how) if stream else self._chatting.whole(turns, how)
+
+    def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
+        """Keep an answer that was made elsewhere, as if the release in force had made it: see `chat` and `record`.
+
+        Raises `UsageError`.
+        """
+        turns, (spec, release) = turns_of(messages), self._in_force()
+        check_answer(answer)
+        _check_chats(spec, chats=True)
+        kept = self._own_id("response", response_id)
+        kept = self._device.interactions.answer(turns, answer, release.release, kept)
+        return ChatResponse(kept, release.release, answer, 1.0, finished=True, prompt_tokens=0, tokens=0)
+
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
         """Keep a response that was made elsewhere, as if the release in force had made it. Raises `UsageError`.
 
@@ -198,6 +259,7 @@ class Agent:
         Nor is a `response_id` of the caller's: the response has an id that is derived from it with the device's key.
         """
         spec, release = self._in_force()
+        _check_chats(spec, chats=False)
         words = task_of(spec).words
         label, response_id = check_word("label", label, words), self._own_id("response", response_id)
         response_id = self._device.interactions.respond(
@@ -215,29 +277,35 @@ class Agent:
         correction: str | None = None,
         comment: str | None = None,
         preferred_over: str | None = None,
+        signal: str | None = None,
         feedback_id: str | None = None,
     ) -> Feedback:
         """Record what the user did about a response; it is on disk when this returns, and needs no connection.
 
-        At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` or a `comment` in the user's
-        own words, or the response that this one was `preferred_over`. `feedback_id` is the caller's: the same one again is the
-        same feedback, with other content an error. It stays here: the feedback has an id derived from it with the device's key,
-        which is returned and published, and may be given in its place. What the user wrote leaves the device masked or not at
-        all; which response was the worse of two does not leave it. A correction or comment that cannot be kept as it is does not
-        stop the rest: the `note` of what is returned says what was left out or mended.
+        At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` (the better answer) or a
+        `comment` in the user's own words, another response to the same prompt that this one was `preferred_over`, or a `signal`,
+        a word of the application's for what its user did, such as "copied". `feedback_id` is the caller's: the same one again is
+        the same feedback, with other content an error. It stays here: the feedback has an id derived from it with the device's
+        key, which is returned and published, and may be given in its place. What the user wrote leaves the device masked or not
+        at all. A correction or comment that cannot be kept as it is does not stop the rest: the `note` of what is returned says
+        what was left out or mended.
 
         Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
         `UsageError` for what cannot be meant.
         """
         if not (response_id and preferred_over != ""):
             raise cannot_write(self._device.store.path) or UsageError(
-                "this response was not kept, because the disk was full", hint="predict again, now that there is room"
+                "this response was not kept, because the disk was full", hint="ask again, now that there is room"
             )
         worse = self._own_id("response", preferred_over)
-        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse))
+        given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse, signal))
         if self._device.spec is None:
             self._refresher.refresh_first()
         task = self._device.task
+        if label is not None and task is not None and not task.words:
+            raise UsageError(
+                "this model answers in its own words, so no label is right", hint="give the better answer as correction"
+            )
         words, feedback_id = task.words if task else (), self._own_id("feedback", feedback_id)
         response_id = self._own_id("response", response_id)
         feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
@@ -279,7 +347,7 @@ class Agent:
         Raises `UnreachableError` if another process runs this device, `PolicyError` if the device may take no part any more
         (`SuspendedError`, `RevokedError`, `LogChangedError`).
         """
-        loop = Loop(self._device, self._apps, self._masked, self._reading)
+        loop = Loop(self._device, self._apps, self._masked_together, self._reading)
         with self._reading:
             self._refresher.running += 1
         try:
@@ -295,6 +363,7 @@ class Agent:
 
     def close(self) -> None:
         """Let go of the store and the log; nothing is lost."""
+        self._chatting.close()
         self._device.log.close()
         self._device.store.close()
 
@@ -313,6 +382,28 @@ class Agent:
         if given is None or self._device.interactions.knows(kind, identifier(f"{kind}_id", given)):
             return given
         return self.identity.derived_id(kind, given)
+
+    @contextmanager
+    def _lent(self, *, chats: bool) -> Iterator[tuple[Model, KeptRelease]]:
+        """The model with the newest release that is kept, for as long as the block lasts. Raises `UsageError` unless it does what
+        is asked."""
+        while True:
+            release = self._kept_release()
+            _check_chats(release.spec, chats=chats)
+            with self._device.models.borrowed(release.spec) as held:
+                try:
+                    model = held.load(release.blob, self._device.releases.tensors)
+                except BlobError:
+                    if self._device.releases.current(self.settings.model) == release:
+                        raise
+                    continue  # a newer one took its place meanwhile
+                yield model, release
+                return
+
+    @contextmanager
+    def _lent_to_chat(self) -> Iterator[tuple[Chats, KeptRelease]]:
+        with self._lent(chats=True) as (model, release):
+            yield cast(Chats, model), release
 
     def _in_force(self) -> tuple[Spec, ReleaseState]:
         """As the device has read it: its tensors may not have come yet."""
@@ -355,8 +446,19 @@ class Agent:
                 failure = type(error).__name__
         raise MaskingError("the text could not be masked, so nothing of it is used", cause=failure)
 
+    def _masked_together(self, texts: Sequence[str]) -> list[MaskedText]:
+        return [self._masked(text) for text in texts]
+
     def _masked_or_none(self, text: str) -> MaskedText | None:
         """What is not masked now is masked by the loop, or never leaves the device."""
         with suppress(MaskingError):
             return self._masked(text)
         return None
+
+
+def _check_chats(spec: Spec, *, chats: bool) -> None:
+    """Raise `UsageError` unless the model answers in its own words, or, without `chats`, with one of a closed set."""
+    if chats and task_of(spec).words:
+        raise UsageError("this model answers with one of a closed set of words, so it does not chat", hint="use Agent.predict")
+    if not chats and not task_of(spec).words:
+        raise UsageError("this model answers in its own words, which is no prediction", hint="use Agent.chat")

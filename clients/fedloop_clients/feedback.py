@@ -9,14 +9,16 @@ from typing import Final, Literal
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
-from fedloop_events.types import IDENTIFIER_RULE, Identifier
+from fedloop_events.types import IDENTIFIER_RULE, SIGNAL_RULE, Identifier, Signal
 from fedloop_tasks.words import find, normalised
 from msgspec import Struct
 from msgspec.structs import replace
 
 MAX_TEXT_CHARS: Final = 10_000
-MAX_REMARK_CHARS: Final = 2_000
-"""Of a correction or a comment: with `MAX_TEXT_CHARS` of text, all of it masked fits into one event."""
+MAX_CORRECTION_CHARS: Final = 8_000
+MAX_COMMENT_CHARS: Final = 2_000
+"""With a text and a correction that are as long as they can be, in letters of up to three bytes, it fits into one event."""
+_MOST_CHARS: Final = {"correction": MAX_CORRECTION_CHARS, "comment": MAX_COMMENT_CHARS}
 
 Thumb = Literal["up", "down"]
 
@@ -56,6 +58,7 @@ class FeedbackInput(Struct, frozen=True, omit_defaults=True):
     correction: str | None = None
     comment: str | None = None
     preferred_over: str | None = None
+    signal: str | None = None
 
 
 class Feedback(Struct, frozen=True):
@@ -86,15 +89,22 @@ def check_input(given: FeedbackInput, words: Sequence[str]) -> FeedbackInput:
     Raises `UsageError` unless a user can have meant this of a model that answers with these words.
     """
     if given == FeedbackInput():
-        raise UsageError("the feedback is empty", hint="give a thumb, rating, label, correction, comment or preferred_over")
+        raise UsageError(
+            "the feedback is empty", hint="give a thumb, rating, label, correction, comment, preferred_over or signal"
+        )
     if given.thumb not in (None, "up", "down"):
         raise UsageError("thumb must be 'up' or 'down'")
     if given.rating is not None and (type(given.rating) is not int or not 1 <= given.rating <= 5):
         raise UsageError("rating must be a whole number from 1 to 5")
     if given.label is not None:
         given = replace(given, label=check_word("label", given.label, words))
+    if given.signal is not None:
+        try:
+            msgspec.convert(given.signal, Signal)
+        except msgspec.ValidationError:
+            raise UsageError(f"signal must be {SIGNAL_RULE}") from None
     for name, text in remarks(given):
-        check_text(name, text, MAX_REMARK_CHARS)
+        check_text(name, text, _MOST_CHARS[name])
     return given
 
 
@@ -111,7 +121,7 @@ def mended(given: FeedbackInput) -> tuple[FeedbackInput, str]:
             notes.append(f"the {name} held half a character, which U+FFFD stands for now")
             kept = replace(kept, **{name: whole})
         try:
-            check_text(name, whole, MAX_REMARK_CHARS)
+            check_text(name, whole, _MOST_CHARS[name])
         except UsageError as error:
             without = replace(kept, **{name: None})
             if without != FeedbackInput():

@@ -12,31 +12,25 @@ from typing import Any, Final, Literal
 
 import msgspec
 from fedloop_events.errors import UsageError
-from fedloop_events.masked import MaskedText
+from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_tasks.task import Interaction
+from fedloop_tasks.turns import Turn
 from fedloop_tasks.words import find
 from msgspec import Struct
 
-from fedloop_clients import feedback
+from fedloop_clients import feedback, texts
 from fedloop_clients.feedback import ConflictingFeedbackError, FeedbackInput, Thumb, UnknownResponseError
 from fedloop_clients.retracting import check_not_retracted, forget_response
 from fedloop_clients.store import Store
+from fedloop_clients.texts import Kind, RawText
 
 MAX_UNJUDGED_RESPONSES: Final = 10_000
 """Responses that nobody has done anything about: the oldest give way."""
+MAX_CONTEXT_CHARS: Final = 20_000
+"""Of the turns before a prompt, together: about what can stand in one event. The oldest are left out."""
 
 Named = Literal["feedback", "response"]
 """What an application can name by an id of its own."""
-Kind = Literal["prompt", "response", "correction", "comment"]
-
-
-class RawText(Struct, frozen=True):
-    """A text that is to be masked before the feedback can be published."""
-
-    feedback_id: str
-    owner: str
-    kind: Kind
-    raw: str
 
 
 class Unpublished(Struct, frozen=True):
@@ -45,12 +39,17 @@ class Unpublished(Struct, frozen=True):
     feedback_id: str
     response_id: str
     release: str
-    predicted: str
+    predicted: str | None
     thumb: Thumb | None
     rating: int | None
     label: str | None
+    preferred_over: str | None
+    signal: str | None
     logged: bool
+    context: list[MaskedTurn]
+    left_out: int
     prompt: MaskedText
+    response: MaskedText | None
     correction: MaskedText | None
     comment: MaskedText | None
 
@@ -80,15 +79,41 @@ class Interactions:
         if response is not None:
             feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
         predicted = feedback.check_word("label", predicted, words)
+        asked = [Turn("user", prompt)]
+        return self._keep(asked, None if masked else prompt, masked, response, predicted, release, response_id)
+
+    def answer(self, turns: Sequence[Turn], answer: str, release: str, response_id: str | None = None) -> str:
+        """Keep an answer in the model's own words to the last of the `turns`, and give its id.
+
+        Raises `UsageError` for an id that cannot be one.
+        """
+        return self._keep(turns, turns[-1].content, None, answer, None, release, response_id)
+
+    def _keep(
+        self,
+        turns: Sequence[Turn],
+        prompt: str | None,
+        masked: MaskedText | None,
+        response: str | None,
+        predicted: str | None,
+        release: str,
+        response_id: str | None,
+    ) -> str:
         response_id = feedback.identifier("response_id", response_id)
+        before = turns[:-1]
+        kept = texts.newest(before, [len(turn.content) for turn in before], MAX_CONTEXT_CHARS)
+        asked = hashlib.sha256(msgspec.json.encode(turns)).digest()
         with self._store.transaction() as db:
             if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
                 raise UsageError("this response_id is taken", hint="every response has an id of its own")
             added = db.execute(
-                "INSERT INTO responses (response_id, predicted, release) VALUES (?, ?, ?)", (response_id, predicted, release)
+                "INSERT INTO responses (response_id, predicted, release, asked, turns, left_out) VALUES (?, ?, ?, ?, ?, ?)",
+                (response_id, predicted, release, asked, len(kept), len(before) - len(kept)),
             )
-            _write(db, response_id, "prompt", None if masked else prompt, masked)
-            _write(db, response_id, "response", response)
+            for number, turn in enumerate(kept):
+                texts.write(db, response_id, turn.role, turn.content, number=number)
+            texts.write(db, response_id, "prompt", prompt, masked)
+            texts.write(db, response_id, "response", response)
             _give_way(db, added.lastrowid - MAX_UNJUDGED_RESPONSES)
         return response_id
 
@@ -108,26 +133,24 @@ class Interactions:
             known = db.execute("SELECT digest FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
             if known is None:
                 check_not_retracted(db, feedback_id)
-                for each in (response_id, given.preferred_over):
-                    if each is not None:
-                        _check_known(db, each)
-                if given.preferred_over == response_id:
-                    raise UsageError("a response cannot be preferred over itself")
+                asked = _asked(db, response_id)
+                if given.preferred_over is not None:
+                    _check_worse(db, response_id, asked, given.preferred_over)
                 label = given.label or find(given.correction or "", words, any_case=True)
                 db.execute(
-                    "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, state)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, 'captured')",
-                    (feedback_id, response_id, digest, given.thumb, given.rating, label, given.preferred_over),
+                    "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, signal, state)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'captured')",
+                    (feedback_id, response_id, digest, given.thumb, given.rating, label, given.preferred_over, given.signal),
                 )
                 for kind, text in feedback.remarks(given):
-                    _write(db, feedback_id, kind, text)
+                    texts.write(db, feedback_id, kind, text)
             elif bytes(known[0]) != digest:
                 raise ConflictingFeedbackError(
                     "this feedback_id was used before, for feedback with other content",
                     hint="make a new id for what is new; an id is for sending the same thing again",
                 )
             (row,) = db.execute(
-                "SELECT response_id, release, predicted, thumb, rating, label, preferred_over"
+                "SELECT response_id, release, predicted, thumb, rating, label, preferred_over, signal"
                 " FROM feedback JOIN responses USING (response_id) WHERE feedback_id = ?",
                 (feedback_id,),
             )
@@ -144,10 +167,11 @@ class Interactions:
             for (given,) in db.execute(_GIVEN_IDS).fetchall():
                 own = derived_id("feedback", given)
                 db.execute("UPDATE feedback SET feedback_id = ? WHERE feedback_id = ?", (own, given))
-                db.execute("UPDATE texts SET owner = ? WHERE owner = ? AND kind IN ('correction', 'comment')", (own, given))
+                db.execute(f"UPDATE texts SET owner = ? WHERE owner = ? AND {texts.OF_FEEDBACK}", (own, given))
 
     def judged(self) -> Iterator[Interaction]:
-        """What users did about responses whose prompt is masked, oldest first: each piece of feedback is one interaction.
+        """What users did about responses whose prompt, and all before it, is masked, oldest first: each piece of feedback is one
+        interaction.
 
         A correction that is not masked yet is a thumb down: the response was not right. A response that another
         one was preferred over, and nothing more, comes first, with nothing done about it.
@@ -158,44 +182,25 @@ class Interactions:
     # --- masking and publishing ---
 
     def unmasked(self, limit: int) -> list[RawText]:
-        """Up to `limit` texts that feedback waits for, which has not failed: the oldest feedback's first."""
-        return [RawText(*row) for row in self._store.rows(_UNMASKED, (limit,))]
+        """The texts that up to `limit` pieces of feedback wait for, which have not failed: the oldest feedback's first, and each
+        one's as they follow in the conversation."""
+        return [RawText(*row) for row in self._store.rows(texts.UNMASKED, (limit,))]
 
-    def mask(self, owner: str, kind: Kind, masked: MaskedText) -> None:
+    def mask(self, owner: str, kind: Kind, masked: MaskedText, number: int = 0) -> None:
         """Keep the masked text in place of what was written."""
         with self._store.transaction() as db:
-            db.execute(
-                "UPDATE texts SET masked = ?, raw = NULL WHERE owner = ? AND kind = ?",
-                (msgspec.json.encode(masked), owner, kind),
-            )
+            texts.mask(db, (owner, kind, number), masked)
 
     def unpublished(self, limit: int) -> list[Unpublished]:
         """Up to `limit` pieces of feedback all of whose texts are masked, oldest first."""
-        return [
-            Unpublished(
-                feedback_id=feedback_id,
-                response_id=response_id,
-                release=release,
-                predicted=predicted,
-                thumb=thumb,
-                rating=rating,
-                label=label,
-                logged=bool(logged),
-                prompt=_decode(prompt),
-                correction=_masked(correction),
-                comment=_masked(comment),
-            )
-            for feedback_id, response_id, release, predicted, thumb, rating, label, logged, prompt, correction, comment in (
-                self._store.rows(_UNPUBLISHED, (limit,))
-            )
-        ]
+        return [_unpublished(*row) for row in self._store.rows(_UNPUBLISHED, (limit,))]
 
     def published(self, feedback_id: str) -> bool:
         """This feedback is in the log or the outbox, if it is still here. What of it is not masked yet still has to be."""
         with self._store.transaction() as db:
             found = db.execute(
-                f"UPDATE feedback SET logged = 1, failure = NULL, state = CASE WHEN {_RAW} THEN 'captured' ELSE 'published' END"
-                " WHERE feedback_id = ?",
+                "UPDATE feedback SET logged = 1, failure = NULL,"
+                f" state = CASE WHEN {texts.ANY_RAW} THEN 'captured' ELSE 'published' END WHERE feedback_id = ?",
                 (feedback_id,),
             )
         return bool(found.rowcount)
@@ -223,46 +228,69 @@ _GIVEN_IDS: Final = f"""
 SELECT feedback_id FROM feedback
 WHERE logged = 0 AND state <> 'published' AND feedback_id NOT GLOB '{"[0-9a-f]" * 32}'
 """
-_OWN: Final = """
-    (texts.owner = feedback.feedback_id AND texts.kind IN ('correction', 'comment')
-     OR texts.owner IN (feedback.response_id, feedback.preferred_over) AND texts.kind IN ('prompt', 'response'))
-"""
-"""The texts that feedback is about."""
-_RAW: Final = f"EXISTS (SELECT 1 FROM texts WHERE {_OWN} AND raw IS NOT NULL)"
-_UNMASKED: Final = f"""
-SELECT feedback_id, owner, kind, raw FROM feedback JOIN texts ON {_OWN}
-WHERE state = 'captured' AND raw IS NOT NULL ORDER BY number LIMIT ?
-"""
 _UNPUBLISHED: Final = f"""
-SELECT feedback_id, response_id, release, predicted, thumb, rating, label, logged,
-    prompt.masked, correction.masked, comment.masked
+SELECT feedback_id, response_id, release, predicted, thumb, rating, label, preferred_over, signal, logged,
+    {texts.CONTEXT}, left_out, prompt.masked, response.masked, correction.masked, comment.masked
 FROM feedback JOIN responses USING (response_id)
 JOIN texts AS prompt ON prompt.owner = response_id AND prompt.kind = 'prompt'
+LEFT JOIN texts AS response ON response.owner = response_id AND response.kind = 'response'
 LEFT JOIN texts AS correction ON correction.owner = feedback_id AND correction.kind = 'correction'
 LEFT JOIN texts AS comment ON comment.owner = feedback_id AND comment.kind = 'comment'
-WHERE state = 'captured' AND NOT {_RAW} ORDER BY feedback.number LIMIT ?
+WHERE state = 'captured' AND NOT {texts.ANY_RAW} ORDER BY feedback.number LIMIT ?
 """
-_JUDGED: Final = """
+_JUDGED: Final = f"""
 SELECT responses.response_id, release, predicted,
     CASE WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
-    rating, label, preferred_over, prompt.masked, response.masked, correction.masked
+    rating, label, preferred_over, signal, {texts.CONTEXT}, prompt.masked, response.masked, correction.masked
 FROM responses LEFT JOIN feedback USING (response_id)
 JOIN texts AS prompt ON prompt.owner = responses.response_id AND prompt.kind = 'prompt'
 LEFT JOIN texts AS response ON response.owner = responses.response_id AND response.kind = 'response'
 LEFT JOIN texts AS correction ON correction.owner = feedback_id AND correction.kind = 'correction'
-WHERE prompt.masked IS NOT NULL AND (
+WHERE prompt.masked IS NOT NULL AND {texts.TURNS_MASKED} AND (
     feedback_id IS NOT NULL
     OR EXISTS (SELECT 1 FROM feedback AS other WHERE other.preferred_over = responses.response_id)
 )
 ORDER BY feedback.number, responses.number
 """
-
-_decode = msgspec.json.Decoder(MaskedText).decode
 _NO_TEXT: Final = b'{"text":""}'
 
 
-def _masked(data: bytes | None) -> MaskedText | None:
-    return None if data is None else _decode(data)
+def _unpublished(
+    feedback_id: str,
+    response_id: str,
+    release: str,
+    predicted: str | None,
+    thumb: Thumb | None,
+    rating: int | None,
+    label: str | None,
+    preferred_over: str | None,
+    signal: str | None,
+    logged: int,
+    context: str | None,
+    left_out: int,
+    prompt: bytes,
+    response: bytes | None,
+    correction: bytes | None,
+    comment: bytes | None,
+) -> Unpublished:
+    return Unpublished(
+        feedback_id=feedback_id,
+        response_id=response_id,
+        release=release,
+        predicted=predicted,
+        thumb=thumb,
+        rating=rating,
+        label=label,
+        preferred_over=preferred_over,
+        signal=signal,
+        logged=bool(logged),
+        context=texts.context(context),
+        left_out=left_out,
+        prompt=texts.of(prompt),
+        response=texts.masked(response),
+        correction=texts.masked(correction),
+        comment=texts.masked(comment),
+    )
 
 
 def _interaction(
@@ -273,6 +301,8 @@ def _interaction(
     rating: int | None,
     label: str | None,
     preferred_over: str | None,
+    signal: str | None,
+    context: str | None = None,
     prompt: bytes = _NO_TEXT,
     response: bytes | None = None,
     edit: bytes | None = None,
@@ -280,20 +310,17 @@ def _interaction(
     return Interaction(
         interaction_id=response_id,
         release=release,
-        prompt=_decode(prompt),
-        response=_masked(response),
+        context=texts.context(context),
+        prompt=texts.of(prompt),
+        response=texts.masked(response),
         predicted=predicted,
         thumb=thumb,
         rating=rating,
         label=label,
-        edit=_masked(edit),
+        edit=texts.masked(edit),
         preferred_over=preferred_over,
+        signal=signal,
     )
-
-
-def _write(db: Any, owner: str, kind: Kind, raw: str | None, masked: MaskedText | None = None) -> None:
-    if raw is not None or masked is not None:
-        db.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", (owner, kind, raw, masked and msgspec.json.encode(masked)))
 
 
 def _give_way(db: Any, number: int) -> None:
@@ -302,9 +329,23 @@ def _give_way(db: Any, number: int) -> None:
         forget_response(db, response_id)
 
 
-def _check_known(db: Any, response_id: str) -> None:
-    if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone() is None:
+def _asked(db: Any, response_id: str) -> bytes | None:
+    """The digest of what a response answers; None where an earlier state kept none. Raises `UnknownResponseError`."""
+    found = db.execute("SELECT asked FROM responses WHERE response_id = ?", (response_id,)).fetchone()
+    if found is None:
         raise UnknownResponseError(
             "no response of this device has this response_id",
-            hint=f"use the id that predict() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
+            hint=f"use the id that predict() or chat() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
+        )
+    return None if found[0] is None else bytes(found[0])
+
+
+def _check_worse(db: Any, response_id: str, asked: bytes | None, worse: str) -> None:
+    """Raise `UsageError` unless `worse` is another response to the same."""
+    if worse == response_id:
+        raise UsageError("a response cannot be preferred over itself")
+    other = _asked(db, worse)
+    if asked is not None and other is not None and asked != other:
+        raise UsageError(
+            "preferred_over names a response to another prompt", hint="compare responses to the same text or the same messages"
         )

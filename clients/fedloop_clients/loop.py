@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Literal
 
@@ -39,7 +39,9 @@ class RevokedError(PolicyError):
 class Loop:
     """One device's loop. Under `reading` alone is its view changed, which other threads read; `mask` raises `MaskingError`."""
 
-    def __init__(self, device: Device, apps: Apps, mask: Callable[[str], MaskedText], reading: threading.Lock) -> None:
+    def __init__(
+        self, device: Device, apps: Apps, mask: Callable[[Sequence[str]], list[MaskedText]], reading: threading.Lock
+    ) -> None:
         self._device, self._apps, self._reading = device, apps, reading
         self._publisher = Publisher(device, mask)
         self._problem = ""

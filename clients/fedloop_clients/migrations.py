@@ -103,6 +103,25 @@ CREATE TABLE retracted (
 ) STRICT, WITHOUT ROWID;
 """
 
+_VERSION_4: Final = """
+CREATE TABLE new_texts (
+    owner TEXT NOT NULL,     -- the response's id of a turn, a prompt or a response, the feedback's of a correction or a comment
+    kind TEXT NOT NULL CHECK (kind IN ('system', 'user', 'assistant', 'prompt', 'response', 'correction', 'comment')),
+    number INTEGER NOT NULL DEFAULT 0, -- of the turns before the prompt, which are of the first three kinds; oldest first
+    raw TEXT,                -- as it was written, until it is masked
+    masked BLOB,             -- JSON of the MaskedText
+    PRIMARY KEY (owner, kind, number),
+    CHECK ((raw IS NULL) <> (masked IS NULL))
+) STRICT;
+INSERT INTO new_texts SELECT owner, kind, 0, raw, masked FROM texts;
+DROP TABLE texts;
+ALTER TABLE new_texts RENAME TO texts;
+ALTER TABLE responses ADD COLUMN asked BLOB; -- a digest of the prompt and all turns before it
+ALTER TABLE responses ADD COLUMN turns INTEGER NOT NULL DEFAULT 0; -- how many of them are kept
+ALTER TABLE responses ADD COLUMN left_out INTEGER NOT NULL DEFAULT 0; -- how many older ones are not
+ALTER TABLE feedback ADD COLUMN signal TEXT;
+"""
+
 
 def _begin(db: Any) -> None:
     _execute(db, _VERSION_1)
@@ -130,7 +149,11 @@ def _keep_retracted(db: Any) -> None:
     _execute(db, _VERSION_3)
 
 
-STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions, _keep_retracted)
+def _keep_conversations(db: Any) -> None:
+    _execute(db, _VERSION_4)
+
+
+STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions, _keep_retracted, _keep_conversations)
 
 
 def _execute(db: Any, script: str) -> None:

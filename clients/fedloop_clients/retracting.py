@@ -14,6 +14,7 @@ from msgspec import Struct
 from fedloop_clients import feedback
 from fedloop_clients.feedback import ConflictingFeedbackError
 from fedloop_clients.store import Store
+from fedloop_clients.texts import OF_FEEDBACK
 
 _CANNOT_BE_UNDONE: Final = "rounds that learned from it before keep that: their epsilon is spent, and their releases stay"
 
@@ -104,7 +105,7 @@ def _delete(db: Any, feedback_id: str) -> None:
     about = db.execute("SELECT response_id, preferred_over FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
     if about is None:
         return
-    db.execute("DELETE FROM texts WHERE owner = ? AND kind IN ('correction', 'comment')", (feedback_id,))
+    db.execute(f"DELETE FROM texts WHERE owner = ? AND {OF_FEEDBACK}", (feedback_id,))
     db.execute("DELETE FROM feedback WHERE feedback_id = ?", (feedback_id,))
     for response_id in filter(None, about):
         forget_response(db, response_id)
@@ -114,5 +115,5 @@ def forget_response(db: Any, response_id: str) -> None:
     """Delete a response and its texts, unless feedback is about it."""
     kept = db.execute("SELECT 1 FROM feedback WHERE response_id = ?1 OR preferred_over = ?1", (response_id,)).fetchone()
     if kept is None:
-        db.execute("DELETE FROM texts WHERE owner = ? AND kind IN ('prompt', 'response')", (response_id,))
+        db.execute(f"DELETE FROM texts WHERE owner = ? AND NOT {OF_FEEDBACK}", (response_id,))
         db.execute("DELETE FROM responses WHERE response_id = ?", (response_id,))

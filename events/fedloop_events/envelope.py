@@ -79,6 +79,11 @@ def source_of(payload: types.Payload) -> str:
     return f"/{payload.origin}/server" if payload.author == "server" else f"/{payload.origin}/clients/{payload.author}"
 
 
+def size_bytes(part: Struct) -> int:
+    """How much of an event's `MAX_EVENT_BYTES` a payload, or a part of one, takes."""
+    return len(_encoder.encode(part))
+
+
 def encode(payload: types.Payload, *, id: str, time_s: int) -> Event:  # noqa: A002 (the attribute's name)
     """The unsigned event of `payload`. Raises `InvalidEventError` if it is larger than `MAX_EVENT_BYTES`."""
     data = _encoder.encode(payload)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import msgspec
 from msgspec import Meta, Struct
@@ -28,3 +28,10 @@ class MaskedText(Struct, frozen=True, forbid_unknown_fields=True, gc=False, meta
     @classmethod
     def _from_masker(cls, text: str, counts: dict[str, int]) -> MaskedText:
         return msgspec.convert({"text": text, "counts": counts}, cls)
+
+
+class MaskedTurn(Struct, frozen=True, forbid_unknown_fields=True):
+    """What one side of a conversation has written."""
+
+    role: Literal["system", "user", "assistant"]
+    text: MaskedText

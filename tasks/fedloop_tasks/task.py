@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import FedloopError
 from fedloop_events.folds.releases import Evaluation
-from fedloop_events.masked import MaskedText
+from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
-from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.turns import Turn
 
 Arrays = Mapping[str, Array]
 """Tensors by name, in the order of their blob."""
@@ -48,6 +48,8 @@ class Interaction(Struct, frozen=True, kw_only=True):
 
     interaction_id: str
     release: str
+    context: Sequence[MaskedTurn] = ()
+    """What came before the prompt, oldest first; of a long conversation the newest turns."""
     prompt: MaskedText
     response: MaskedText | None = None
     predicted: str | None = None
@@ -60,6 +62,8 @@ class Interaction(Struct, frozen=True, kw_only=True):
     """The better answer, in the user's words."""
     preferred_over: str | None = None
     """The interaction whose response was the worse of two."""
+    signal: str | None = None
+    """What the user did that is no judgement, such as "copied"."""
 
 
 class Message(Struct, frozen=True):

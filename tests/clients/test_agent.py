@@ -17,7 +17,7 @@ import pytest
 from clients.conftest import settled
 from fedloop_clients import Agent, alone, loop
 from fedloop_clients.device import Settings, Status
-from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput
+from fedloop_clients.feedback import MAX_COMMENT_CHARS, ConflictingFeedbackError, FeedbackInput
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.loop import RevokedError
 from fedloop_clients.outbox import SuspendedError
@@ -159,7 +159,7 @@ def test_feedback_is_published_masked_with_what_was_masked(deployment: Deploymen
     [
         ("", None, "left out: comment is empty"),
         (" \u200b", None, "left out: comment is empty"),
-        ("x" * (MAX_REMARK_CHARS + 1), None, "left out: comment has 2,001 characters"),
+        ("x" * (MAX_COMMENT_CHARS + 1), None, "left out: comment has 2,001 characters"),
         ("thanks \ud83d", "thanks \ufffd", "half a character"),
         ("\udc80\udc81", "\ufffd\ufffd", "half a character"),
         ("thanks", "thanks", ""),

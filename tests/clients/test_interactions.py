@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedloop_clients.feedback import MAX_REMARK_CHARS, ConflictingFeedbackError, FeedbackInput, UnknownResponseError
+from fedloop_clients.feedback import MAX_COMMENT_CHARS, ConflictingFeedbackError, FeedbackInput, UnknownResponseError
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.store import Store
 from fedloop_events.errors import UsageError
@@ -202,7 +202,7 @@ def test_a_label_that_is_not_the_models_is_an_error_that_names_a_near_one(device
         {"rating": True},
         {"correction": "  \n"},
         {"comment": ""},
-        {"comment": SECRET * MAX_REMARK_CHARS},
+        {"comment": SECRET * MAX_COMMENT_CHARS},
         {"comment": "\ud800" + SECRET},
     ],
 )
@@ -283,7 +283,7 @@ def test_the_worse_of_two_responses_is_another_one_that_is_known(device: Device,
 
 def test_responses_nobody_judged_give_way(device: Device, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedloop_clients.interactions.MAX_UNJUDGED_RESPONSES", 3)
-    judged, worse = device.respond("judged"), device.respond("worse")
+    judged, worse = device.respond("judged"), device.respond("judged")
     device.record(judged, FeedbackInput(preferred_over=worse))
     others = [device.respond(f"other {i}", response="shown") for i in range(5)]
     device.record(judged, FeedbackInput(thumb="down"))

@@ -58,7 +58,7 @@ def observe(folder: Path) -> dict[str, Any]:
                 [response_id, raw, masked and msgspec.json.decode(masked)["text"], predicted, release]
                 for response_id, raw, masked, predicted, release in store.rows(
                     "SELECT response_id, raw, masked, predicted, release FROM responses JOIN texts"
-                    " ON owner = response_id AND kind = 'prompt' ORDER BY number"
+                    " ON owner = response_id AND kind = 'prompt' ORDER BY responses.number"
                 )
             ],
             "feedback": store.rows("SELECT feedback_id, state, failure FROM feedback ORDER BY number"),

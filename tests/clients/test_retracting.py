@@ -99,7 +99,7 @@ def test_published_feedback_is_gone_from_the_device_and_retracted_in_the_log(dep
 def test_feedback_in_the_outbox_is_followed_by_its_retraction(deployment: Deployment, agent: Agent) -> None:
     agent.run(until=settled)
     give(agent, "mine")
-    Publisher(agent._device, agent._masked).publish()
+    Publisher(agent._device, agent._masked_together).publish()
     assert agent.retract("mine").published
     assert recorded(deployment) == []
     agent.run(until=settled)
@@ -152,7 +152,7 @@ def test_an_id_that_this_device_does_not_know_is_refused(agent: Agent) -> None:
 
 def test_a_response_stays_while_other_feedback_is_about_it(agent: Agent) -> None:
     response = give(agent, "mine")
-    worse = agent.record("hello", "loan").response_id
+    worse = agent.record("my card is lost", "loan").response_id
     agent.feedback(response, preferred_over=worse, feedback_id="other")
     agent.retract("mine")
     assert kept(agent)["responses"] == [(response,), (worse,)]

@@ -168,7 +168,7 @@ def test_data_that_is_not_exactly_its_type_is_refused(data: bytes) -> None:
 
 def test_an_unknown_or_newer_type_is_none_and_another_one_is_not_expected() -> None:
     event = samples.event(samples.feedback())
-    assert envelope.decode(msgspec.structs.replace(event, type="io.fedloop.feedback.recorded.v3")) is None
+    assert envelope.decode(msgspec.structs.replace(event, type="io.fedloop.feedback.recorded.v4")) is None
     with pytest.raises(InvalidEventError, match="not a"):
         envelope.expect(event, types.EpochStarted)
 

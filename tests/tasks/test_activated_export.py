@@ -13,8 +13,8 @@ import torch
 from exported_models import ASKED, FAMILIES, PROVENANCE, answers, asked, exported, in_peft, made, program, theirs
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.table import task_of
+from fedloop_tasks.turns import Turn
 from transformers import AutoModelForCausalLM
 
 # PEFT 0.21 asks the base for an attribute that Transformers 5.23 has renamed.

@@ -20,10 +20,10 @@ from fedloop_tasks.causal import probe, training
 from fedloop_tasks.causal.chat import Chat, TooLongError
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 from msgspec.structs import replace
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer

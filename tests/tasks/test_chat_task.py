@@ -13,8 +13,8 @@ from fedloop_tasks.causal import heldout
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.causal.task import Chat
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Material, Message
+from fedloop_tasks.turns import Turn
 from msgspec.structs import replace
 
 HELD_OUT = [

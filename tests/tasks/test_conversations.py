@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fedloop_events.errors import UsageError
 from fedloop_tasks.causal import corpus
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Message
+from fedloop_tasks.turns import Turn
 
 ASKED = [{"role": "user", "content": "where is it?"}]
 ANSWERED = [{"role": "assistant", "content": "on its way"}]

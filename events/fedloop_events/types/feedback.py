@@ -7,20 +7,24 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from fedloop_events import topics
-from fedloop_events.masked import MaskedText
+from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_events.types.fields import (
     Count,
     Identifier,
     Label,
+    Signal,
 )
 from fedloop_events.types.payload import Audience, ClientEvent, Older
 
 
 class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a user did about one response, masked. Version 1 had `score` (-1, 0, 1) in place of `thumb`, and no `use_case`."""
+    """What a user did about one response, masked: its prompt is `text`, and before that came the turns of `context`.
+
+    What does not fit into one event is left out: the oldest turns first, then the answer.
+    """
 
     topic = topics.FEEDBACK
-    type_name = "io.fedloop.feedback.recorded.v2"
+    type_name = "io.fedloop.feedback.recorded.v3"
     audience = Audience.SUBJECT
 
     feedback_id: Identifier
@@ -28,12 +32,23 @@ class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omi
     release: Identifier
     use_case: Identifier
     text: MaskedText
-    predicted: Label
+    context: list[MaskedTurn] = []
+    """Oldest first; the prompt is not among them."""
+    turns_left_out: Count = 0
+    """How many turns came before those of the context."""
+    predicted: Label | None = None
+    """What was answered, where that is one of a closed set of words."""
+    response: MaskedText | None = None
+    """What was answered in words of the model's own."""
     thumb: Literal["up", "down"] | None = None
     rating: Annotated[int, Meta(ge=1, le=5)] | None = None
     label: Label | None = None
     correction: MaskedText | None = None
     comment: MaskedText | None = None
+    preferred_over: Identifier | None = None
+    """The `response_id` of the worse of two answers to the same prompt."""
+    signal: Signal | None = None
+    """What the user did that is no judgement, such as "copied": a word of the application's."""
 
 
 class FeedbackRetracted(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -46,11 +61,51 @@ class FeedbackRetracted(ClientEvent, frozen=True, forbid_unknown_fields=True, om
     feedback_id: Identifier
 
 
+class FeedbackRecordedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 3: every answer was one of a closed set of words, to a prompt that nothing came before."""
+
+    type_name = "io.fedloop.feedback.recorded.v2"
+    becomes = FeedbackRecorded
+
+    origin: Identifier
+    client_id: Identifier
+    seq: Count
+    feedback_id: Identifier
+    response_id: Identifier
+    release: Identifier
+    use_case: Identifier
+    text: MaskedText
+    predicted: Label
+    thumb: Literal["up", "down"] | None = None
+    rating: Annotated[int, Meta(ge=1, le=5)] | None = None
+    label: Label | None = None
+    correction: MaskedText | None = None
+    comment: MaskedText | None = None
+
+    def upcast(self) -> FeedbackRecorded:
+        return FeedbackRecorded(
+            origin=self.origin,
+            client_id=self.client_id,
+            seq=self.seq,
+            feedback_id=self.feedback_id,
+            response_id=self.response_id,
+            release=self.release,
+            use_case=self.use_case,
+            text=self.text,
+            predicted=self.predicted,
+            thumb=self.thumb,
+            rating=self.rating,
+            label=self.label,
+            correction=self.correction,
+            comment=self.comment,
+        )
+
+
 class FeedbackRecordedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: thumbs as a `score`, one use case for each deployment."""
 
     type_name = "io.fedloop.feedback.recorded.v1"
-    becomes = FeedbackRecorded
+    becomes = FeedbackRecordedV2
 
     origin: Identifier
     client_id: Identifier
@@ -66,9 +121,9 @@ class FeedbackRecordedV1(Older, frozen=True, forbid_unknown_fields=True, omit_de
     correction: MaskedText | None = None
     comment: MaskedText | None = None
 
-    def upcast(self) -> FeedbackRecorded:
+    def upcast(self) -> FeedbackRecordedV2:
         thumbs: dict[int, Literal["up", "down"] | None] = {-1: "down", 0: None, 1: "up"}
-        return FeedbackRecorded(
+        return FeedbackRecordedV2(
             origin=self.origin,
             client_id=self.client_id,
             seq=self.seq,

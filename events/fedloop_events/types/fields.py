@@ -32,6 +32,11 @@ Line = Annotated[str, Meta(max_length=200)]
 Label = Annotated[str, Meta(min_length=1, max_length=100)]
 
 
+Signal = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"\A[a-z]+([_-][a-z]+)*\Z")]
+"""A word of an application's, which is published as it is: no digit, so that no number of anybody's can stand in it."""
+SIGNAL_RULE: Final = "1 to 40 lower-case ASCII letters, with single - or _ between them"
+
+
 NodeId = Annotated[str, Meta(min_length=1, max_length=20, pattern=r"\A[0-9]+\Z")]
 """Flower's unsigned 64-bit node id, in decimal: JSON numbers end at 2^53."""
 

@@ -13,8 +13,8 @@ from fedloop_events.errors import FedloopError
 from jinja2 import TemplateError
 from msgspec import Struct
 
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 
 _PLACE: Final = "\ue000"
 """Stands where a turn's text will: a character that templates let through and nobody's template has."""

@@ -24,9 +24,9 @@ from typing import Any, Final
 import msgspec
 from fedloop_events.errors import UsageError
 
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.rows.reading import rows_of
 from fedloop_tasks.task import BadRow, Message, Messages
+from fedloop_tasks.turns import Turn
 from fedloop_tasks.words import normalised
 
 MAX_TEXT_CHARS: Final = 10_000

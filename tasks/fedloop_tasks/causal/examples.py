@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Interaction
+from fedloop_tasks.turns import Turn
 
 
 class Example(Struct, frozen=True):

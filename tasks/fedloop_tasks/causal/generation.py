@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from fedloop_tasks.causal.decoder import Tail, Trunk
+from fedloop_tasks.chats import Answer
 
 _UNFINISHED: Final = "\ufffd"
 """What stands at the end of a text whose last character is not whole yet."""
-
-
-class Answer(NamedTuple):
-    """What a model has written, and how probable its tokens were on average (their geometric mean)."""
-
-    text: str
-    tokens: int
-    confidence: float
-    finished: bool
-    """Whether it was ended by the model, not by the bound on its tokens."""
-    cut: int
-    """How many tokens of the prompt were cut off at its beginning."""
 
 
 @torch.no_grad()
@@ -70,14 +59,10 @@ def _chosen(logits: Tensor, temperature: float, random: torch.Generator) -> int:
     return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=random))
 
 
-def written(
-    found: Iterator[tuple[int, float]],
-    decode: Callable[[Sequence[int]], str],
-    ends: Collection[int],
-    cut: int,
-    stream: Callable[[str], None] | None,
-) -> Answer:
-    """The answer of the tokens `found`; `stream` gets its text in pieces of whole characters, as they are known."""
+def writing(
+    found: Iterator[tuple[int, float]], decode: Callable[[Sequence[int]], str], ends: Collection[int], cut: int
+) -> Iterator[Answer]:
+    """The answer of the tokens `found` as it grows, by whole characters; the last one is whole."""
     ids: list[int] = []
     text, sum_of_logs, count, finished = "", 0.0, 0, False
     for token, log in found:
@@ -86,10 +71,7 @@ def written(
             break
         ids.append(token)
         now = decode(ids)
-        if stream is not None and len(now) > len(text) and not now.endswith(_UNFINISHED) and now.startswith(text):
-            stream(now[len(text) :])
+        if len(now) > len(text) and not now.endswith(_UNFINISHED) and now.startswith(text):
             text = now
-    whole = decode(ids)
-    if stream is not None and len(whole) > len(text):
-        stream(whole[len(text) :])
-    return Answer(whole, count, math.exp(sum_of_logs / count) if count else 0.0, finished, cut)
+            yield Answer(text, count, math.exp(sum_of_logs / count), finished, cut)
+    yield Answer(decode(ids), count, math.exp(sum_of_logs / count) if count else 0.0, finished, cut)

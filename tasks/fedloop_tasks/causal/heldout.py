@@ -18,8 +18,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from fedloop_tasks.causal.examples import Example
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import Arrays, Message
+from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel

@@ -21,16 +21,16 @@ from fedloop_tasks.causal import decoder, generation, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.decoder import Prompts
 from fedloop_tasks.causal.examples import Example
-from fedloop_tasks.causal.generation import Answer
 from fedloop_tasks.causal.keeping import BATCH_TOKENS, Kept
 from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
 from fedloop_tasks.causal.training import Answers
-from fedloop_tasks.causal.turns import Turn
+from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.task import ModelError
+from fedloop_tasks.turns import Turn
 
 CACHE_BYTES: Final = 256 * 2**20
 """Bound on what is kept of a model's texts, in memory: 500 of 40 tokens of SmolLM2 with 8 adapted layers (0.5 MB each), or 2,000
@@ -225,7 +225,16 @@ class CausalModel(Adapted):
         Greedy, or at a temperature above 0 drawn, and then the same for the same seed. A prompt that is longer than what the
         model looks back over loses its beginning, but not where activated adapters begin to act.
         """
-        most = self.spec.max_answer_tokens if most is None else most
+        whole, before = None, ""
+        for whole in self.writing(turns, most=self.longest_answer if most is None else most, temperature=temperature, seed=seed):
+            if stream is not None and len(whole.text) > len(before):
+                stream(whole.text[len(before) :])
+            before = whole.text
+        assert whole is not None
+        return whole
+
+    def writing(self, turns: Sequence[Turn], *, most: int, temperature: float = 0.0, seed: int = 0) -> Iterator[Answer]:
+        """See `Chats`. Too long a prompt loses its beginning, but not where activated adapters begin to act."""
         if not 0 < most <= self._longest or temperature < 0:
             raise ValueError(f"an answer has 1 to {self._longest} tokens and a temperature of 0 or more")
         prompt = self.chat.prompt(turns)
@@ -241,7 +250,21 @@ class CausalModel(Adapted):
             temperature=temperature,
             seed=seed,
         )
-        return generation.written(found, self.chat.decode, self.chat.ends, cut, stream)
+        return generation.writing(found, self.chat.decode, self.chat.ends, cut)
+
+    @property
+    def context(self) -> int:
+        """See `Chats`."""
+        return self._context
+
+    @property
+    def longest_answer(self) -> int:
+        """See `Chats`."""
+        return self.spec.max_answer_tokens
+
+    def prompt_tokens(self, turns: Sequence[Turn]) -> int:
+        """See `Chats`."""
+        return len(self.chat.prompt(turns))
 
 
 def check_files(folder: Path, spec: CausalSpec) -> None:

@@ -14,7 +14,6 @@ from fedloop_events.types import CausalSpec
 from fedloop_tasks.causal import corpus, heldout
 from fedloop_tasks.causal.examples import Example, examples
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -28,6 +27,7 @@ from fedloop_tasks.task import (
     Provenance,
     Verdict,
 )
+from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel

@@ -26,7 +26,7 @@ def feedback_v1(number: int, score: int) -> Event:
         response_id=new.response_id,
         release=new.release,
         text=new.text,
-        predicted=new.predicted,
+        predicted="lost_card",
         score=score,
         rating=4,
         label="lost_card",

@@ -6,9 +6,11 @@ from typing import Literal
 
 from msgspec import Struct
 
+Role = Literal["system", "user", "assistant"]
+
 
 class Turn(Struct, frozen=True):
     """What one side has written."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
