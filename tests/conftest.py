@@ -28,7 +28,7 @@ _WITHOUT_LLAMA_CPP: Final = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kafka: needs a real Kafka broker (added by itself to tests that use its fixtures)")
-    config.addinivalue_line("markers", "llama_cpp: needs llama.cpp (`pip install llama-cpp-python`, with cmake and a compiler)")
+    config.addinivalue_line("markers", "llama_cpp: needs llama.cpp (CMAKE_ARGS=-DGGML_NATIVE=OFF pip install llama-cpp-python)")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from exported_models import exported, in_peft, logits, made, theirs
+from exported_models import divergence, exported, in_peft, logits, made, theirs
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.models import registry, sources
@@ -41,18 +41,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def release(base: Path, *, activated: bool) -> CausalModel:
     """A model whose release changes its answers, and leaves them language."""
     model = made(base, rank=8, alpha=16.0, layers=8, activated=activated)
-    model.load({name: value if name.endswith(".A") else 0.1 * value for name, value in model.arrays().items()})
+    model.load({name: value if name.endswith(".A") else 0.5 * value for name, value in model.arrays().items()})
     return model
 
 
 def ids_of(model: CausalModel) -> list[int]:
     return model.encoded([ASKED])[0].ids
-
-
-def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The mean over the tokens of the Kullback-Leibler divergence of `other` from `one`, in nats."""
-    logs, theirs = one.double().log_softmax(1), other.double().log_softmax(1)
-    return float((logs.exp() * (logs - theirs)).sum(1).mean())
 
 
 def test_rows_of_queries_and_keys_lie_in_the_gguf_file_as_an_adapter_lays_them(source: Path, base: Path) -> None:
@@ -89,6 +83,7 @@ def test_a_merged_model_gives_the_logits_of_the_model(base: Path, tmp_path: Path
 
 
 def test_an_activated_adapter_is_the_same_in_peft_and_another_one_when_it_is_merged(base: Path, tmp_path: Path) -> None:
+    """The release moves the answer's tokens by .19 nats, and merged, by .02 of these otherwise."""
     model = release(base, activated=True)
     (asked,) = model.encoded([ASKED])
     (score,) = model.scores([asked])
@@ -96,12 +91,12 @@ def test_an_activated_adapter_is_the_same_in_peft_and_another_one_when_it_is_mer
     wanted = torch.tensor(asked.ids[asked.start :])
     assert float(torch.nn.functional.cross_entropy(in_place, wanted, reduction="sum")) == pytest.approx(score.loss, rel=1e-4)
     merged: Any = AutoModelForCausalLM.from_pretrained(exported(model, base, "merged", tmp_path / "merged"))
-    assert divergence(in_place, theirs(merged, asked.ids)[asked.start - 1 : -1]) > 1e-4
+    assert divergence(in_place, theirs(merged, asked.ids)[asked.start - 1 : -1]) > 0.005
 
 
 @pytest.mark.llama_cpp
 def test_llama_cpp_gives_nearly_the_logits_of_the_model(source: Path, base: Path, tmp_path: Path) -> None:
-    """Nearly, for it computes with quantised states; rows in Hugging Face's order would be .3 off."""
+    """Nearly, for it computes with quantised states: .005 apart without an adapter, .006 with it, .13 with rows as they were."""
     from llama_cpp import Llama
 
     model = release(base, activated=False)
@@ -114,6 +109,6 @@ def test_llama_cpp_gives_nearly_the_logits_of_the_model(source: Path, base: Path
         return torch.from_numpy(np.array(engine.scores[: len(ids)]))
 
     plain, adapted = of(), of(lora_path=str(adapter))
-    assert divergence(theirs(AutoModelForCausalLM.from_pretrained(base), ids), plain) < 0.03
-    assert divergence(logits(model, ids), adapted) < 0.03
+    assert divergence(theirs(AutoModelForCausalLM.from_pretrained(base), ids), plain) < 0.02
+    assert divergence(logits(model, ids), adapted) < 0.02
     assert divergence(logits(model, ids), plain) > 0.1
