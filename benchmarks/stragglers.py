@@ -20,7 +20,6 @@ from fedloop_events import envelope, topics, types
 from fedloop_events.blobs import tensors
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import START
 from fedloop_events.signatures import SigningKey
 from fedloop_events.writer import EventWriter
@@ -28,6 +27,7 @@ from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import Deployment, create_deployment
 from fedloop_server.rounds.loop import Server
 from fedloop_tasks.classification.plan import ClassificationPlan
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.task import Arrays
 from msgspec.structs import replace
 
@@ -99,17 +99,18 @@ class Trial:
             if isinstance(payload, types.RoundOpened):
                 began = began or time.monotonic()
             elif isinstance(payload, types.ReleaseEvaluated) and began:
-                self.reached.append((time.monotonic() - began, payload.metrics["accuracy"]))
-                if payload.metrics["accuracy"] >= self.target:
+                accuracy = payload.metrics["accuracy"] or 0.0
+                self.reached.append((time.monotonic() - began, accuracy))
+                if accuracy >= self.target:
                     self.stop.set()
 
         evaluate, (log, blobs, writer) = self._evaluate, (deployment.log, deployment.blobs, deployment.writer)
         Server(log, blobs, writer, self.config, evaluate=evaluate, on_event=seen).run(self.stop)
 
-    def _evaluate(self, arrays: Arrays) -> Evaluation:
+    def _evaluate(self, arrays: Arrays) -> Measured:
         with self.lock:
             test = self.federation.test
-            return Evaluation({"accuracy": self.federation.accuracy(arrays)}, "accuracy", len(test.texts), "0" * 64)
+            return Measured({"accuracy": self.federation.accuracy(arrays)}, "accuracy", len(test.texts), "0" * 64)
 
     def _device(self, deployment: Deployment, origin: str, number: int) -> None:
         """Answer the newest instruction that still counts, one at a time; number 0 is the slow one."""

@@ -17,7 +17,7 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Record, decode
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.signatures import SigningKey
@@ -29,6 +29,7 @@ from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_tasks.classification.plan import ClassificationPlan
+from fedloop_tasks.evaluation import Measured, Scores
 
 P = TypeVar("P", bound=types.Payload)
 Behaviour = Callable[[types.RoundOpened, dict[str, Array]], Mapping[str, Array] | str | None]
@@ -53,11 +54,17 @@ def initial_arrays(labels: int = 3) -> dict[str, Array]:
     }
 
 
-def evaluation(accuracy: float, dataset: str = "e") -> Evaluation:
-    return Evaluation({"accuracy": accuracy}, "accuracy", 100, dataset * 64)
+def evaluation(accuracy: float, dataset: str = "e") -> Measured:
+    return Measured({"accuracy": accuracy}, "accuracy", 100, dataset * 64)
 
 
-def evaluate(arrays: Mapping[str, Array]) -> Evaluation:
+def scored(*right: int) -> Measured:
+    """An evaluation by example: of each, whether it is right."""
+    scores = Scores.of(right)
+    return Measured({"accuracy": scores.mean}, "accuracy", len(right), "e" * 64, scores=scores)
+
+
+def evaluate(arrays: Mapping[str, Array]) -> Measured:
     return evaluation(0.5)
 
 
@@ -213,7 +220,7 @@ class World:
         *,
         log: EventLog | None = None,
         config: ServerConfig | None = None,
-        evaluate: Callable[[Mapping[str, Array]], Evaluation] = evaluate,
+        evaluate: Callable[[Mapping[str, Array]], Measured] = evaluate,
         on_wait: OnWait | None = None,
     ) -> Server:
         writer = self.writer if log is None else EventWriter(log, self.writer.key)

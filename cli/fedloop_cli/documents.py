@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fedloop_cli import console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fedloop_events import types
+    from fedloop_events.folds.releases import Evaluation
     from fedloop_server.operations.registry import ReleaseSummary
     from fedloop_server.operations.rounds import RoundSummary
 
 
 def seconds(ms: int | None) -> float | None:
     return None if ms is None else ms / 1000
+
+
+NO_METRIC: Final = "score"
+"""What stands over a column of metrics as long as nothing was evaluated."""
+
+
+def metrics_document(evaluation: Evaluation | None) -> dict[str, Any]:
+    """The named metrics (null: not a finite number), and which of them decides; `accuracy` where a task has a metric of that
+    name, which programs have read since there was no other."""
+    metrics = {} if evaluation is None else evaluation.metrics
+    return {
+        "accuracy": metrics.get("accuracy"),
+        "metrics": metrics,
+        "leading": None if evaluation is None else evaluation.leading,
+    }
+
+
+def metrics_shown(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same document for a person: each metric by its own name, readable, in place of the three keys."""
+    shown: dict[str, Any] = {}
+    for name, value in document.items():
+        if name == "accuracy":
+            shown |= {readable(metric): number for metric, number in document["metrics"].items()} or {NO_METRIC: None}
+        elif name not in {"metrics", "leading"}:
+            shown[name] = value
+    return shown
+
+
+def readable(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def leading(evaluations: Iterable[Evaluation | None]) -> str:
+    """What leads, as the latest of them says; "" if there is none."""
+    return next((each.leading for each in reversed(list(evaluations)) if each is not None), "")
+
+
+def metric_of(evaluation: Evaluation | None, name: str) -> float | None:
+    return None if evaluation is None else evaluation.metrics.get(name)
 
 
 def round_document(each: RoundSummary) -> dict[str, Any]:
@@ -28,7 +68,7 @@ def round_document(each: RoundSummary) -> dict[str, Any]:
         "base_release": each.base_release,
         "release": each.release,
         "decision": each.decision,
-        "accuracy": each.accuracy,
+        **metrics_document(each.evaluation),
         "cohort": each.cohort,
         "participants": each.participants,
         "excluded": [{"client": out.client_id, "reason": out.reason, "detail": out.detail} for out in each.excluded],
@@ -41,7 +81,9 @@ def round_document(each: RoundSummary) -> dict[str, Any]:
 
 
 def rounds_table(rounds: Sequence[RoundSummary]) -> str:
-    heads = ["round", "state", "kind", "took part", "excluded", "accuracy", "release", "seconds", "bytes up", "bytes down", "why"]
+    leads = leading(each.evaluation for each in rounds)
+    metric = readable(leads) or NO_METRIC
+    heads = ["round", "state", "kind", "took part", "excluded", metric, "release", "seconds", "bytes up", "bytes down", "why"]
     return console.table(
         heads,
         [
@@ -51,7 +93,7 @@ def rounds_table(rounds: Sequence[RoundSummary]) -> str:
                 each.kind,
                 f"{len(each.participants)} of {len(each.cohort)}",
                 len(each.excluded),
-                each.accuracy,
+                metric_of(each.evaluation, leads),
                 each.release,
                 seconds(each.took_ms),
                 f"{each.bytes_up:,}",
@@ -69,12 +111,42 @@ def round_line(each: RoundSummary) -> str:
     line = f"{each.round_id} {each.state}"
     if each.kind is not None and not each.over:
         line += f": {each.kind} on {each.base_release}, {each.replies} of {len(each.cohort)} have replied"
-    if each.accuracy is not None:
-        line += f", accuracy {each.accuracy:.4f}"
+    if each.evaluation is not None:
+        line += f", {figure(each.evaluation)}"
     if (took_s := seconds(each.took_ms)) is not None:
         line += f", {took_s:.1f} s"
     why = each.reason or each.decision
     return console.printable(line + (f" ({why})" if why else ""))
+
+
+def figure(evaluation: Evaluation, places: int = 4) -> str:
+    """The leading metric, by its name."""
+    score = evaluation.score
+    return f"{readable(evaluation.leading)} {'not finite' if score is None else f'{score:.{places}f}'}"
+
+
+def releases_table(releases: Sequence[ReleaseSummary]) -> str:
+    leads = leading(each.evaluation for each in releases)
+    heads = ["", "release", "status", readable(leads) or NO_METRIC, "round", "base", "strategy", "updates", "proposed", "why"]
+    return console.table(
+        heads,
+        [
+            [
+                "*" if each.current else "",
+                each.release,
+                each.status,
+                metric_of(each.evaluation, leads),
+                each.round_id,
+                each.base_release,
+                each.strategy,
+                each.updates,
+                console.moment(each.proposed_ms),
+                each.reason,
+            ]
+            for each in releases
+        ],
+        empty="no releases",
+    )
 
 
 def release_document(each: ReleaseSummary) -> dict[str, Any]:
@@ -83,7 +155,7 @@ def release_document(each: ReleaseSummary) -> dict[str, Any]:
         "number": each.number,
         "status": each.status,
         "current": each.current,
-        "accuracy": each.accuracy,
+        **metrics_document(each.evaluation),
         "round_id": each.round_id,
         "base_release": each.base_release,
         "strategy": each.strategy,
@@ -125,8 +197,10 @@ def event_line(payload: types.Payload) -> str:
         case types.RoundAborted():
             return f"{payload.round_id} aborted: {payload.reason} ({payload.detail})"
         case types.ReleaseEvaluated():
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in payload.metrics.items())
-            return f"{payload.release} has {metrics} on {payload.examples} held-out messages"
+            metrics = ", ".join(
+                f"{readable(name)} {'not finite' if value is None else f'{value:.4f}'}" for name, value in payload.metrics.items()
+            )
+            return f"{payload.release} has {metrics} on {payload.examples} held-out examples"
         case types.ReleasePublished():
             return f"{payload.release} published"
         case types.ReleaseRejected():

@@ -132,9 +132,10 @@ def given() -> Mapping[str, str]:
 
 
 def of_task(declared: Sequence[Option]) -> dict[str, Any]:
-    """The values of these options, which the task declares, by name; None for one that is not given."""
+    """The values of these options, which the task declares, by name; None for one that is not given. Raises `UsageError` for one
+    that is not of its kind."""
     found = given()
-    return {each.name: each.kind(found[each.name]) if each.name in found else None for each in declared}
+    return {each.name: _value(each, found[each.name]) if each.name in found else None for each in declared}
 
 
 def check_columns(data: Path | None) -> None:
@@ -154,6 +155,14 @@ def _help(declared: Mapping[str, Option], *, everywhere: bool) -> str:
     if everywhere and len(meant) == 1:
         return next(iter(meant))
     return " ".join(f"For {' and '.join(tasks)}: {text}" for text, tasks in meant.items())
+
+
+def _value(option: Option, written: str) -> Any:
+    try:
+        return option.kind(written)
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}.get(option.kind, option.metavar)
+        raise UsageError(f"--{option.name} {written!r} is not {kind}", hint=option.help) from None
 
 
 def _choose(context: click.Context, parameter: click.Parameter, value: str) -> None:

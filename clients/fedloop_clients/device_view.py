@@ -56,7 +56,7 @@ class Spent(Struct, frozen=True):
     answered: bool = False
 
 
-_VERSION: Final = 4
+_VERSION: Final = 5
 
 
 class _Version(Struct):

@@ -94,7 +94,7 @@ _MEANING: Final = {
     "quorum_wait_s": "Seconds that a request waits for enough clients before it is given up.",
     "max_update_norm": "L2 norm of an update's change, above which it is refused (where it is more, what the task allows).",
     "max_upload_bytes": "Bytes of an update's tensors, above which it is refused.",
-    "gate_margin": "How much worse than the current release a new one may be.",
+    "gate_margin": "How much worse than the current release, beyond what chance explains, a new one's leading metric may be.",
     "sweep_days": "Days after which a blob is removed that no event names: the server looks once a day.",
     "schedule": 'When a round is requested, as cron says it: "30 2 * * *" is at half past two at night; "none": only on request.',
     "windows": 'Hours in which rounds may open, as in "22-06" or "12:30-13:15,22-06"; "none": at all hours.',

@@ -40,7 +40,7 @@ class ServerState:
     """The server's folds, and its clock. `people` are those whose events count; another reader keeps them up to date."""
 
     topics = (topics.ROUNDS, topics.UPDATES, topics.RELEASES, topics.AUDIT)
-    version = 4
+    version = 5
 
     def __init__(self, run_id: str, people: Identities, on_event: OnEvent | None = None) -> None:
         self.rounds, self.releases, self.ledger = RoundsView(run_id), ReleasesView(), Ledger()

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 
 from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import FedloopError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.turns import Turn
 
 Arrays = Mapping[str, Array]
@@ -25,7 +25,7 @@ Arrays = Mapping[str, Array]
 STATE: Final = "state."
 """The beginning of the names of a release's tensors that only a program reads: `state.PROGRAM.`, and what is its own. They are no
 part of the model: devices, evaluation and export never see them, and neither do rounds of another program."""
-Evaluate = Callable[[Arrays], Evaluation]
+Evaluate = Callable[[Arrays], Measured]
 """What a release is worth, given its tensors, on the server's held-out set."""
 
 
@@ -283,6 +283,14 @@ class Export(Struct, frozen=True):
     notes: list[str] = []
 
 
+class Sample(Struct, frozen=True):
+    """What a release answers to a held-out prompt, and what it should."""
+
+    prompt: str
+    answer: str
+    wanted: str
+
+
 class Verdict(Struct, frozen=True):
     """The gate's: `reason` is "" for a candidate that passes."""
 
@@ -297,6 +305,8 @@ class Task(Protocol):
     """What the operator sets, and the rounds that follow from it."""
     base_model: ClassVar[str]
     """The base model, unless the operator names another one."""
+    speaks: ClassVar[bool]
+    """Whether the model answers in words of its own, as `Chats` does, not with one of a closed set."""
     files: ClassVar[Sequence[Option]]
     """What the command line takes to make a model; one of them is the held-out set."""
     remarks: ClassVar[Sequence[Option]]
@@ -361,8 +371,13 @@ class Task(Protocol):
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         """Evaluation on the held-out set in `folder`. Raises `UsageError` if there is none; the model is loaded when needed."""
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set."""
+    def samples(self, folder: Path, arrays: Arrays) -> list[Sample]:
+        """Some answers that the evaluation of a release with these tensors has kept in `folder`, for people; none for a model
+        whose answers say no more than its metrics, or where nothing was kept."""
+
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        """Whether a candidate may take the place of the release in force, both evaluated on the same held-out set: a function of
+        its arguments. `gating.gate` will do."""
 
     def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         """A release in one of the `formats`; where that needs the base model, it is checked by hash.

@@ -82,9 +82,11 @@ class Notes:
 
     plan: ClassVar[type[Plan]] = NotesPlan
     base_model: ClassVar[str] = "a notebook"
+    speaks: ClassVar[bool] = False
     files: ClassVar[Sequence[Option]] = (
         Option("book", "FILE", "The notes to measure with.", required=True),
         Option("data", "BOOK", "More notes."),
+        Option("pages", "N", "How many there are.", int),
     )
     remarks: ClassVar[Sequence[Option]] = (Option("preferred-over", "ID", "The response that was the worse of two.", str),)
     metrics: ClassVar[Sequence[str]] = ("tidiness",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,18 @@ import gguf_files
 import pytest
 from devices import World
 from fedloop_cli.main import run
+from fedloop_tasks.evaluation import Measured
 
 Document = Callable[..., dict[str, Any]]
 
 ROUND = (
-    "round_id number state kind strategy base_release release decision accuracy cohort participants excluded opened seconds"
-    " bytes_up bytes_down reason"
+    "round_id number state kind strategy base_release release decision accuracy metrics leading cohort participants excluded"
+    " opened seconds bytes_up bytes_down reason"
 )
-RELEASE = "release number status current accuracy round_id base_release strategy updates sha256 size_bytes proposed reason"
+RELEASE = (
+    "release number status current accuracy metrics leading round_id base_release strategy updates sha256 size_bytes proposed"
+    " reason"
+)
 AWAITED = "what request_id round_id quorum there asked missing excluded left_s epoch decided_s hint"
 BUDGET = "client_id budget delta epsilon spends kept suspended revoked"
 EVENT = "stream offset appended topic key id type source data"
@@ -58,6 +63,11 @@ def document(capsys: pytest.CaptureFixture[str]) -> Document:
     return printed
 
 
+def document_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def keys(found: dict[str, Any]) -> str:
     return " ".join(found)
 
@@ -71,6 +81,7 @@ def test_rounds(folder: Path, document: Document) -> None:
     assert each["excluded"] == [{"client": "cem", "reason": "declined.busy", "detail": ""}]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each["opened"])
     assert 0 <= each["seconds"] < 60
+    assert (each["accuracy"], each["metrics"], each["leading"]) == (0.5, {"accuracy": 0.5}, "accuracy")
     shown = document("round", "show", folder, "r0001")
     assert (
         keys(shown)
@@ -89,6 +100,7 @@ def test_releases(folder: Path, document: Document) -> None:
     first, second = found["releases"]
     assert keys(first) == keys(second) == RELEASE
     assert (first["current"], second["current"], found["current"]) == (False, True, second["release"])
+    assert (second["accuracy"], second["metrics"], second["leading"]) == (0.5, {"accuracy": 0.5}, "accuracy")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["proposed"])
     shown = document("release", "show", folder, second["release"])
     assert keys(shown) == f"{RELEASE} lineage"
@@ -98,6 +110,53 @@ def test_releases(folder: Path, document: Document) -> None:
     rebuilt = document("release", "rebuild", folder)
     assert keys(rebuilt) == "release identical published_sha256 rebuilt_sha256 steps"
     assert keys(rebuilt["steps"][0]) == "release published_sha256 rebuilt_sha256 clients"
+
+
+@pytest.fixture(scope="module")
+def by_loss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployment whose releases are judged by a loss; the second one's was not finite."""
+    world = World(tmp_path_factory.mktemp("loss") / "deployment")
+    world.device("ann")
+    world.device("bob")
+    world.request(2)
+    losses = iter([3.0, 2.5, math.nan])
+
+    def evaluate(arrays: object) -> Measured:
+        metrics = {"loss_per_token": next(losses), "exact_match": 0.25}
+        return Measured(metrics, "loss_per_token", 8, "e" * 64, higher_is_better=False)
+
+    with world.serving():
+        world.server(evaluate=evaluate).run(rounds=2)
+    world.log.close()
+    return world.folder
+
+
+def test_no_other_metric_stands_under_the_name_of_accuracy(by_loss: Path, document: Document) -> None:
+    for found, name in (("round", "rounds"), ("release", "releases")):
+        *_, good, bad = document(found, "list", by_loss)[name]
+        assert (good["accuracy"], good["leading"]) == (None, "loss_per_token")
+        assert good["metrics"] == {"loss_per_token": 2.5, "exact_match": 0.25}
+        assert (bad["accuracy"], bad["metrics"]["loss_per_token"]) == (None, None)
+
+
+def test_a_person_reads_the_leading_metric_by_its_own_name(by_loss: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*arguments: str | Path) -> str:
+        assert run([*map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    for command in ("round", "release"):
+        head, *rows = printed(command, "list", by_loss).splitlines()
+        start, end = head.index("loss per token"), head.index("loss per token") + len("loss per token")
+        column = [row[start:end].strip() for row in rows]
+        assert column[-3:][-2:] == ["2.5", "-"]
+        assert "accuracy" not in head
+    shown = printed("round", "show", by_loss, "r0001")
+    assert re.search(r"^loss per token +2\.5$", shown, re.MULTILINE)
+    assert re.search(r"^exact match +0\.25$", shown, re.MULTILINE)
+    release = document_of(printed("release", "list", by_loss, "--json"))["current"]
+    shown = printed("release", "show", by_loss, release)
+    assert re.search(r"^loss per token +2\.5$", shown, re.MULTILINE)
+    assert not re.search(r"^(accuracy|metrics|leading)", shown, re.MULTILINE)
 
 
 def test_budgets(folder: Path, document: Document) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedloop_cli.demo import leaks, users
 from fedloop_events import locations
+from fedloop_tasks.classification.task import Classification
 
 PLANTED = {("PERSON", "Grace Übermut"), ("CITY", "Ulm"), ("POSTCODE", "10115"), ("IBAN_CODE", "DE89370400440532013000")}
 
@@ -43,14 +44,14 @@ def test_every_file_and_every_event_is_searched(deployment: Path) -> None:
 
 
 def test_messages_are_spread_unevenly_and_none_is_lost_or_doubled() -> None:
-    given = users.invented(8, seed=1)
+    given = users.invented(Classification, 8, seed=1)
     texts = [message.text for device in given.devices for message in device]
     assert len(texts) == len(set(texts)) >= 1_500
     sizes = sorted(map(len, given.devices))
     assert sizes[0] >= 2
     assert sizes[-1] > 1.3 * sizes[0]
-    assert users.invented(8, seed=1).devices == given.devices
-    assert users.invented(8, seed=2).devices != given.devices
+    assert users.invented(Classification, 8, seed=1).devices == given.devices
+    assert users.invented(Classification, 8, seed=2).devices != given.devices
 
 
 def test_most_messages_come_before_the_first_round_and_all_before_the_last() -> None:

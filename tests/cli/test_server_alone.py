@@ -125,7 +125,7 @@ def test_a_deployment_is_made_and_a_round_is_run(tmp_path: Path, test: Path) -> 
     assert (round_["kind"], round_["participants"]) == ("sums", ["ann", "bob"])
     evaluated = [each for record in read_all(log) if isinstance(each := decode(record), types.ReleaseEvaluated)]
     assert [(each.leading, each.examples) for each in evaluated] == [("accuracy", 3)] * 2
-    assert all(0 <= each.metrics["accuracy"] <= 1 for each in evaluated)
+    assert all(0 <= (each.metrics["accuracy"] or 0) <= 1 and each.scores is not None for each in evaluated)
     assert alone("release", "rebuild", directory, evaluated[1].release).status == 0
     whole = list(read_all(log))
     log.close()

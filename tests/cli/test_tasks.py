@@ -61,7 +61,7 @@ def test_a_deployment_of_a_second_task_is_made_and_fed_as_that_task_says(line: L
     assert 'epsilon = "none"\n' in settings
     assert "sums_share" not in settings
     line.does("agent", "enrol", line.bank, "--store", line.store, "--key-from", "file", "--no-dp")
-    one, two = (line.does("agent", "predict", "--store", line.store, "--text", text) for text in ("a", "b"))
+    one, two = (line.does("agent", "predict", "--store", line.store, "--text", "a") for _ in range(2))
     assert one["label"] == WORD
     line.feedback("--response", one["response_id"], "--preferred-over", two["response_id"])
     line.feedback("--text", "c", "--predicted", WORD, "--correction", "more")
@@ -113,6 +113,7 @@ def test_the_settings_of_another_task_are_unknown_keys(line: Line) -> None:
             ["--task", "chat", "--book", "b", "--test", "t"],
             "--test is an option of the task classification, and this deployment's task is chat (chat takes --book, ",
         ),
+        (["--task", "chat", "--book", "b", "--pages", "two"], "--pages 'two' is not a whole number (How many there are.)"),
         (["--test", "t", "--book", "b"], "--book is an option of the task chat, and this deployment's task is classification ("),
     ],
 )
@@ -143,6 +144,6 @@ def test_the_help_lists_every_tasks_options_and_says_whose_they_are(line: Line) 
 
 def test_a_configuration_file_may_name_the_task_and_its_options(line: Line, tmp_path: Path) -> None:
     config = tmp_path / "fedloop.toml"
-    config.write_text(f'[server.init]\ntask = "chat"\nbook = "{line.book}"\nnote-key = "text"\n')
+    config.write_text(f'[server.init]\ntask = "chat"\nbook = "{line.book}"\nnote-key = "text"\npages = 2\n')
     assert f"{line.book} has no text" in line.refuses(*line.init, "--config", config)
     assert line.does(*line.init, "--config", config, "--note-key", "note")["layers"] == 1

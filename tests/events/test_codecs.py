@@ -116,6 +116,19 @@ def test_a_model_of_version_1_is_a_classifier_and_an_accuracy_of_version_1_leads
     assert msgspec.to_builtins(registered.spec) == {"task": "classification"} | spec
     assert isinstance(evaluated, types.ReleaseEvaluated)
     assert (evaluated.metrics, evaluated.leading, evaluated.examples) == ({"accuracy": 0.5}, "accuracy", 9)
+    assert (evaluated.higher_is_better, evaluated.scores) == (True, None)
+
+
+def test_an_evaluation_of_version_2_is_better_when_higher_and_has_no_scores() -> None:
+    fields = {"metrics": {"loss": 1.5, "accuracy": 0.5}, "leading": "loss", "examples": 9, "dataset_sha256": "1" * 64}
+    data = {"origin": "o", "model": "default", "epoch": 1, "release": "0001-x"} | fields
+    event = msgspec.structs.replace(samples.event(samples.feedback()), type="io.fedloop.release.evaluated.v2")
+    found = envelope.decode(msgspec.structs.replace(event, data=json.dumps(data).encode()))
+    assert found == types.ReleaseEvaluated(
+        "o", "default", 1, "0001-x", {"loss": 1.5, "accuracy": 0.5}, "loss", 9, "1" * 64, higher_is_better=True, scores=None
+    )
+    with pytest.raises(InvalidEventError):
+        envelope.decode(msgspec.structs.replace(event, data=json.dumps(data | {"metrics": {"loss": None}}).encode()))
 
 
 def test_type_names_and_topics_are_well_formed_and_unique() -> None:

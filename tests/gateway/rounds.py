@@ -84,18 +84,33 @@ def published(blob: BlobRef) -> tuple[types.ReleaseProposed, types.ReleasePublis
     return types.ReleaseProposed(**common), types.ReleasePublished(**common)
 
 
+def evaluated(scores: BlobRef) -> types.ReleaseEvaluated:
+    return types.ReleaseEvaluated(
+        origin=ORIGIN,
+        model="default",
+        epoch=1,
+        release="0001-x",
+        metrics={"accuracy": 0.5},
+        leading="accuracy",
+        examples=2,
+        dataset_sha256=SHA,
+        scores=scores,
+    )
+
+
 def masked(client_id: str, seq: int = 3) -> types.TextMasked:
     return types.TextMasked(origin=ORIGIN, client_id=client_id, seq=seq, feedback_id="f0")
 
 
 def everything(log: EventLog, blobs: BlobStore) -> dict[str, BlobRef]:
     """Say all of it in order, for device-1 (chosen), device-2 (chosen, late) and device-3 (not chosen); the blobs by name."""
-    names = ("release", "instruction-1", "instruction-2", "update-1", "update-2", "secret")
+    names = ("release", "instruction-1", "instruction-2", "update-1", "update-2", "secret", "scores")
     refs = {name: blobs.put([name.encode() * 10]) for name in names}
     said: list[types.Payload] = [
         samples.epoch(),
         types.RoundRequested(origin=ORIGIN, run_id="main", request_id="q", reason="drift"),
         *published(refs["release"]),
+        evaluated(refs["scores"]),
         opened("device-1", "device-2", base=refs["release"]),
         types.NodesListed(**COMMON, step=0, node_ids=["11", "12", "13"]),
         instruction("device-1", refs["instruction-1"]),

@@ -13,10 +13,12 @@ from fedloop_clients.device_view import DeviceView
 from fedloop_events import envelope, parts, topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.errors import BlobError, LogChangedError, NotAllowedError
+from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.http import cloudevents
 from fedloop_events.logs.port import START, read_all
 from fedloop_events.parts import split
 from fedloop_events.types import BlobRef
+from fedloop_events.verify.log import verify
 from fedloop_server.gateway import describing
 from fedloop_server.gateway.limits import Limits
 from gateway import rounds
@@ -103,6 +105,7 @@ def test_a_device_sees_what_concerns_it_and_nothing_else(world: tuple[Served, di
         ("round.requested", "main"),
         ("release.proposed", "default"),
         ("release.published", "default"),
+        ("release.evaluated", "default"),
         ("round.opened", "main"),
         ("instruction.sent", "main"),
         ("update.submitted", "device-2"),
@@ -164,14 +167,14 @@ def test_whoever_comes_from_far_back_or_in_small_steps_sees_the_same(tmp_path: P
     with serving(tmp_path, "device-1", "device-2", "device-3", "device-4", limits=limits) as served:
         rounds.everything(served.log, served.blobs)
         first = kinds(served, "device-2")
-        assert len(first) == 13
+        assert len(first) == 14
         after, small = START, list[Record]()
         log = served.as_client("device-2")
         while (batch := log.read(after=after, limit=2)).records:
             small += batch.records
             after = batch.position
         assert [(each.type, each.key) for each in small] == [(each.type, each.key) for each in read_all(log)]
-        assert served.log.end().offsets == after.offsets
+        assert served.log.end().offsets == batch.position.offsets
 
 
 # --- blobs ---
@@ -183,7 +186,7 @@ def test_whoever_comes_from_far_back_or_in_small_steps_sees_the_same(tmp_path: P
         ("device-1", {"release", "instruction-1"}),
         ("device-2", {"release", "instruction-2"}),
         ("device-3", {"release"}),
-        ("server", {"release", "instruction-1", "instruction-2", "update-1", "update-2", "secret"}),
+        ("server", {"release", "instruction-1", "instruction-2", "update-1", "update-2", "secret", "scores"}),
     ],
 )
 def test_a_device_reads_the_blobs_that_it_is_told_to(
@@ -198,6 +201,25 @@ def test_a_device_reads_the_blobs_that_it_is_told_to(
         else:
             with pytest.raises(BlobError):
                 blobs.get(ref)
+
+
+def test_what_an_evaluation_is_made_of_is_the_servers_alone(served: Served) -> None:
+    """Which held-out examples a release gets right: everyone sees the name of the file, nobody but the server the file."""
+    scores, release = served.blobs.put([b"scores"]), served.blobs.put([b"release"])
+    said = [samples.epoch(), *rounds.published(release), rounds.evaluated(scores)]
+    served.log.append([samples.signed(payload) for payload in said])
+    seen = [envelope.decode(record) for record in read_all(served.as_client("device-1"), (topics.RELEASES,))]
+    assert [each.scores for each in seen if isinstance(each, types.ReleaseEvaluated)] == [scores]
+    device = served.blobs_of("device-1")
+    assert device.exists(release)
+    assert not device.exists(scores)
+    for method in ("GET", "HEAD"):
+        assert served.raw(method, f"/v1/blobs/{scores.sha256}", "device-1").status_code == 404
+    assert served.blobs_of("server").get(scores) == b"scores"
+    # A device that checks the log through a gateway does not miss what it may not read.
+    place = DeploymentLocation(served.address, served.address)
+    report = verify(place, lambda: served.as_client("device-1"), lambda: device)
+    assert (report.wrong, report.blobs) == (0, 1), report.findings
 
 
 def test_naming_a_blob_gives_no_right_to_it_and_sending_it_does(served: Served) -> None:

@@ -244,6 +244,81 @@ def test_a_sample_is_cut_into_micro_batches_of_like_length_within_their_bound() 
     assert max(sizes) <= 36 // 2
 
 
+@dataclass
+class Bundles:
+    """Examples of one to three texts each."""
+
+    texts: Texts
+    row_counts: list[int]
+    padded: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [max(self.texts.lengths[i] for i in self.members(n)) for n in range(len(self.row_counts))]
+
+    def members(self, n: int) -> range:
+        start = sum(self.row_counts[:n])
+        return range(start, start + self.row_counts[n])
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        owners = torch.tensor([row for row, n in enumerate(indices) for _ in self.members(n)])
+        batch = self.texts.collate([i for n in indices for i in self.members(n)])
+        self.padded += [batch["input_ids"].numel()] * (len(indices) > 1)
+        return batch | {"owners": owners}
+
+
+def bundle_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """One for each bundle, in which the texts of a bundle act on each other."""
+    each = losses(model, batch)
+    return each.new_zeros(int(batch["owners"][-1]) + 1).index_add(0, batch["owners"], each).square()
+
+
+def bundles(*row_counts: int) -> Bundles:
+    return Bundles(texts(sum(row_counts)), list(row_counts))
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 30, 10_000])
+def test_an_example_of_several_rows_has_one_gradient_and_is_clipped_as_a_whole(micro_batch_tokens: int) -> None:
+    model, examples = bert(), bundles(2, 1, 3, 2, 1, 2)
+    before, oracle = weights(model), bert().double()
+    want = {name: torch.zeros_like(p) for name, p in trainable(oracle).items()}
+    for n in range(6):
+        gradients = torch.autograd.grad(bundle_losses(oracle, examples.collate([n]))[0], list(trainable(oracle).values()))
+        norm = torch.sqrt(torch.stack([(g**2).sum() for g in gradients]).sum())
+        assert norm > 0.5
+        for name, g in zip(want, gradients, strict=True):
+            want[name] += g * 0.5 / float(norm)
+    dp_sgd(model, groups(model), examples, bundle_losses, terms(), micro_batch_tokens=micro_batch_tokens)
+    after = weights(model)
+    for name, each in want.items():
+        assert ((before[name] - after[name]).double() - each).norm() <= 1e-5 * each.norm() + 2e-6, name
+    assert list(leftovers(model)) == []
+
+
+def test_rows_of_an_example_count_towards_the_bound_of_a_micro_batch() -> None:
+    model, examples = bert(), bundles(*[3] * 12)
+    dp_sgd(model, groups(model), examples, bundle_losses, terms(), micro_batch_tokens=72)
+    assert len(examples.padded) < 12
+    assert max(examples.padded) <= 72
+
+
+@pytest.mark.parametrize("row_counts", [[1, 1, 1], [2, 2], [0, 2, 2]], ids=["too few rows", "too few examples", "an empty one"])
+def test_rows_that_are_not_those_of_the_examples_are_refused(row_counts: list[int]) -> None:
+    """The examples have one row, one, and two."""
+
+    class Wrong(Bundles):
+        @property
+        def lengths(self) -> list[int]:
+            return [12] * 3
+
+        def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+            return self.texts.collate(range(4)) | {"owners": torch.tensor([0, 1, 2, 2])}
+
+    model = bert()
+    with pytest.raises(TrainingError, match=r"a row each|no gradient for each example"):
+        dp_sgd(model, groups(model), Wrong(texts(4), row_counts), bundle_losses, terms(), micro_batch_tokens=10_000)
+
+
 def leftovers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if module._forward_hooks or module._backward_hooks:

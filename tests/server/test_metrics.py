@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import urllib.error
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from devices import World
+from devices import World, evaluate, evaluation
 from fedloop_events import topics, types
 from fedloop_events.envelope import encode
 from fedloop_events.errors import UsageError
@@ -22,6 +23,7 @@ from fedloop_server.rounds.loop import Server
 from fedloop_server.telemetry import exposition, metrics
 from fedloop_server.telemetry.exposition import Address
 from fedloop_server.telemetry.metrics import MeteredLog
+from fedloop_tasks.task import Evaluate
 from prometheus_client.parser import text_string_to_metric_families
 
 Samples = dict[tuple[str, str], float]
@@ -55,9 +57,9 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def serve(world: World, stack: ExitStack) -> Served:
+def serve(world: World, stack: ExitStack, evaluate: Evaluate = evaluate) -> Served:
     log = MeteredLog(world.log)
-    server = world.server(log=log)
+    server = world.server(log=log, evaluate=evaluate)
     port = stack.enter_context(exposition.exposed(metrics.registry(server, log), log, Address("127.0.0.1", 0)))
     return Served(server, log, port)
 
@@ -99,6 +101,20 @@ def test_a_scrape_shows_what_the_log_says_of_two_rounds(tmp_path: Path, stack: E
     assert {topic: found["fedloop_events_read_total", topic] for topic in topics.ALL} == read
     text = served.get("/metrics")[1]
     assert not any(name in text for name in ("ann", "bob", "cem"))
+
+
+def test_a_metric_that_is_not_finite_has_no_figure(tmp_path: Path, stack: ExitStack) -> None:
+    world = World(tmp_path / "deployment")
+    for name in ("ann", "bob"):
+        world.device(name)
+    accuracies = iter([0.5, math.nan])
+    served = serve(world, stack, lambda arrays: evaluation(next(accuracies)))
+    world.request()
+    with world.serving():
+        step_until_idle(served.server)
+    found = served.scrape()
+    assert (found["fedloop_release_accuracy", "in_force"], found["fedloop_releases", "rejected"]) == (0.5, 1)
+    assert ("fedloop_release_accuracy", "last") not in found
 
 
 def test_a_server_started_again_shows_the_same_rounds(tmp_path: Path, stack: ExitStack) -> None:

@@ -63,7 +63,9 @@ def test_a_summary_shows_where_a_release_stands_and_what_made_it(world: World) -
         (2, "published", True),
     ]
     assert (zero.round_id, zero.base_release, zero.strategy, zero.updates) == (None, None, None, 0)
-    assert (second.round_id, second.base_release, second.updates, second.accuracy) == ("r0002", first.release, 2, 0.5)
+    assert (second.round_id, second.base_release, second.updates) == ("r0002", first.release, 2)
+    assert second.evaluation is not None
+    assert second.evaluation.score == 0.5
     blob = world.releases.releases[second.release].blob
     assert (second.sha256, second.size_bytes) == (blob.sha256, blob.size_bytes)
     proposed = {payload.release: record.appended_ms for record, payload in world.records(types.ReleaseProposed)}

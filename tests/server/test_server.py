@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -12,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import CONFIG, OPEN_CONFIG, PLAN, Behaviour, World, evaluation
+from devices import CONFIG, OPEN_CONFIG, PLAN, Behaviour, World, evaluation, scored
 from devices import evaluate as half
 from fedloop_events import ids, parts, topics, types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.envelope import Event
 from fedloop_events.errors import FencedError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.logs.port import START, Batch, EventLog, Position
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
@@ -27,6 +28,7 @@ from fedloop_server.operations import registry
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
 from fedloop_server.rounds.rebuild import rebuild
+from fedloop_tasks.evaluation import Measured, Scores
 from msgspec.structs import replace
 
 CLIENTS = ("ann", "bob", "cem")
@@ -87,7 +89,8 @@ def test_private_rounds_begin_with_sums_and_end_with_the_plan(world: World) -> N
     assert last.aborted.reason == "plan-exhausted"
     assert rounds.pending is None
     current = registry.current(releases, "default")
-    assert (current.number, current.evaluation) == (3, half({}))
+    assert current.evaluation is not None
+    assert (current.number, current.evaluation.metrics) == (3, half({}).metrics)
     lineage = registry.lineage(rounds, releases, current.release)
     assert [[each.client_id for each in step.contributions] for step in lineage] == [list(CLIENTS)] * 3 + [[]]
     assert [step.strategy for step in lineage] == ["ffa", "ffa", "sums", None]
@@ -494,19 +497,112 @@ def test_an_update_that_comes_after_its_round_has_closed_is_refused_as_late(tmp_
 # --- the gate and the registry ---------------------------------------------------------------------------------------
 
 
-def scored(*accuracies: float) -> Callable[[Mapping[str, Array]], Evaluation]:
-    left = iter(accuracies)
-    return lambda arrays: evaluation(next(left))
+def in_turn(*found: Measured) -> Callable[[Mapping[str, Array]], Measured]:
+    left = iter(found)
+    return lambda arrays: next(left)
 
 
 def test_a_release_that_is_less_accurate_than_the_margin_allows_is_rejected(world: World) -> None:
     world.request(3)
     with world.serving():
-        until_idle(world.server(evaluate=scored(0.5, 0.9, 0.8, 0.89)))
+        until_idle(world.server(evaluate=in_turn(*map(evaluation, (0.5, 0.9, 0.8, 0.89)))))
     releases = list(world.releases.releases.values())
     assert [each.status for each in releases] == ["published", "published", "rejected", "published"]
-    assert releases[2].reason == "less-accurate"
+    assert releases[2].reason == "worse"
     assert releases[3].base_release == releases[1].release
+
+
+RIGHT = [1] * 80 + [0] * 20
+"""Of the release in force."""
+BY_CHANCE = [1] * 74 + [0] * 24 + [1] * 2
+"""Worse on 6 examples and better on 2: as good for all that is known."""
+WORSE = [0] * 30 + [1] * 50 + [0] * 20
+
+
+def test_chance_rejects_no_release_and_what_is_worse_beyond_it_is_rejected_with_both_values(world: World) -> None:
+    world.request(3)
+    with world.serving():
+        until_idle(world.server(evaluate=in_turn(scored(*RIGHT), scored(*RIGHT), scored(*BY_CHANCE), scored(*WORSE))))
+    assert [each.status for each in world.releases.releases.values()] == ["published"] * 3 + ["rejected"]
+    [rejected] = world.payloads(types.ReleaseRejected)
+    assert rejected.reason == "worse"
+    assert re.fullmatch(
+        r"accuracy 0\.5, in force 0\.76: a gain of -0\.26 \(90 % interval -0\.3\d* to -0\.\d+\), at least -0\.02 is needed",
+        rejected.detail,
+    )
+    stored = {each.scores for each in world.payloads(types.ReleaseEvaluated)}
+    assert len(stored) == 4, "two releases that are right on the same examples have files of their own"
+    assert all(each is not None and world.blobs.exists(each) for each in stored)
+
+
+def test_where_scores_are_gone_or_broken_the_bare_difference_decides_and_the_server_goes_on(world: World) -> None:
+    evaluate = in_turn(scored(*RIGHT), scored(*RIGHT), scored(*BY_CHANCE), scored(*RIGHT))
+    world.request(3)
+    with world.serving():
+        world.server(evaluate=evaluate).run(rounds=1)
+        for path in _scores_of(world):
+            path.unlink()
+        world.server(evaluate=evaluate).run(rounds=1)
+        for path in _scores_of(world):
+            path.chmod(0o600)
+            path.write_bytes(b"broken")
+        world.server(evaluate=evaluate).run(rounds=1)
+    assert [each.status for each in world.releases.releases.values()] == ["published", "published", "rejected", "published"]
+    assert "no scores by example" in world.payloads(types.ReleaseRejected)[0].detail
+
+
+def _scores_of(world: World) -> list[Path]:
+    """The files of scores that are there."""
+    names = {each.scores.sha256 for each in world.payloads(types.ReleaseEvaluated) if each.scores is not None}
+    return [path for name in names if (path := world.folder / "blobs" / name[:2] / name[2:]).exists()]
+
+
+def test_a_release_without_a_finite_metric_is_recorded_and_rejected_and_the_first_one_gives_way(world: World) -> None:
+    def ruined(leading: float) -> Measured:
+        scores = Scores.of([leading, 1.0], [1, 1])
+        return Measured({"loss": leading, "accuracy": 0.5}, "loss", 2, "e" * 64, higher_is_better=False, scores=scores)
+
+    world.request(3)
+    with world.serving():
+        until_idle(world.server(evaluate=in_turn(ruined(math.nan), ruined(1.0), ruined(math.inf), ruined(math.nan))))
+    releases = list(world.releases.releases.values())
+    assert [each.status for each in releases] == ["published", "published", "rejected", "rejected"]
+    assert [each.evaluation.metrics for each in releases if each.evaluation] == [
+        {"loss": value, "accuracy": 0.5} for value in (None, 1.0, None, None)
+    ]
+    assert {each.reason for each in releases[2:]} == {"not-finite"}
+    assert all(each.higher_is_better is False for each in world.payloads(types.ReleaseEvaluated))
+
+
+def test_less_of_a_loss_is_better(world: World) -> None:
+    def loss(value: float) -> Measured:
+        return Measured({"loss": value}, "loss", 100, "e" * 64, higher_is_better=False)
+
+    world.request(3)
+    with world.serving():
+        until_idle(world.server(evaluate=in_turn(loss(3.0), loss(2.0), loss(2.5), loss(1.0))))
+    assert [each.status for each in world.releases.releases.values()] == ["published", "published", "rejected", "published"]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_server_killed_while_it_records_an_evaluation_leaves_the_same_bytes(world: World, before: bool) -> None:
+    def evaluate(arrays: Mapping[str, Array]) -> Measured:
+        return scored(*RIGHT)
+
+    world.request(1)
+    with world.serving():
+        with pytest.raises(Killed):
+            until_idle(world.server(log=Mortal(world.log, 2, before=before), evaluate=evaluate))
+        put = set(world.blobs.all())
+        until_idle(world.server(evaluate=evaluate))
+    first, second = world.payloads(types.ReleaseEvaluated)
+    assert first.scores is not None
+    assert second.scores is not None
+    assert first.scores.sha256 in put, "the file comes before the event"
+    made = {each.blob.sha256 for each in world.payloads(types.ReleaseProposed)}
+    assert {first.scores.sha256, second.scores.sha256} == set(world.blobs.all()) - made - {
+        ref.sha256 for each in world.payloads(types.UpdateSubmitted) for ref in each.content.arrays.values()
+    }, "no other file of scores is left behind"
 
 
 def test_a_new_held_out_set_measures_the_release_in_force_again(world: World) -> None:

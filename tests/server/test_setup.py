@@ -20,7 +20,7 @@ from fedloop_events.locations import DeploymentLocation
 from fedloop_events.logs.port import read_all
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server import config as configuration
-from fedloop_server.deployment import create_deployment, open_deployment
+from fedloop_server.deployment import create_deployment, open_deployment, read_config
 from msgspec.structs import replace
 
 
@@ -186,3 +186,11 @@ def test_a_damaged_file_of_what_the_folder_is_to_become_is_one_clear_sentence(tm
         open_deployment(tmp_path)
     with pytest.raises(UsageError, match=r"deployment\.json does not say what the deployment is"):
         create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+
+
+def test_a_folder_that_has_lost_what_it_was_to_become_is_taken_for_no_tasks_deployment(tmp_path: Path) -> None:
+    create_deployment(tmp_path, SPEC, initial_arrays(), CONFIG)
+    (tmp_path / "server" / "deployment.json").unlink()
+    for read in (open_deployment, read_config):
+        with pytest.raises(UsageError, match=r"deployment\.json does not say what the deployment is"):
+            read(tmp_path)

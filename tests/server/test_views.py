@@ -300,7 +300,7 @@ def rejected(number: int, *, at_epoch: int = 1) -> types.ReleaseRejected:
 
 
 def evaluated(number: int, accuracy: float, dataset: str = "a", at_epoch: int = 1) -> types.ReleaseEvaluated:
-    metrics = {"accuracy": accuracy}
+    metrics: dict[str, float | None] = {"accuracy": accuracy}
     return types.ReleaseEvaluated(ORIGIN, "default", at_epoch, f"default-{number}", metrics, "accuracy", 10, dataset * 64)
 
 

@@ -16,7 +16,6 @@ import torch
 from fedloop_events.errors import TensorError
 from fedloop_events.types import BlobRef, CausalSpec, Mechanism, RoundOpened
 from fedloop_privacy.dp.dpsgd import dp_sgd, example_gradients, plain_sgd
-from fedloop_tasks.causal import probe, training
 from fedloop_tasks.causal.chat import Chat, TooLongError
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
@@ -237,21 +236,6 @@ def test_a_round_without_privacy_learns(folder: Path, activated: bool) -> None:
     update = program.compute(model, EXAMPLES, round_opened)
     model.load(program.apply(round_opened, arrays, update))
     assert (losses_of(model, EXAMPLES) < before).all()
-
-
-def test_the_loss_of_transformers_itself_is_caught(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the mean over all tokens of a batch, whose examples then depend on each other."""
-
-    def of_the_batch(module: Any, batch: training.Batch) -> torch.Tensor:
-        each, _ = training.token_losses(module, batch)
-        return each.new_zeros(len(batch.states)).index_add(0, batch.rows, each) / len(each)
-
-    monkeypatch.setattr(probe, "losses", of_the_batch)
-    with (
-        pytest.raises(ModelError, match="another gradient in a batch"),
-        made(llama).training(EXAMPLES, ["lora.3.mlp.up_proj.B"], {"lora_lr": 1}),
-    ):
-        pass
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])

@@ -15,7 +15,6 @@ from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.causal.task import Chat
 from fedloop_tasks.task import Material, Message
 from fedloop_tasks.turns import Turn
-from msgspec.structs import replace
 
 HELD_OUT = [
     Message("where is my card", "we have sent it"),
@@ -48,7 +47,7 @@ def test_the_first_release_is_the_base_model_and_learns_what_is_public_the_same_
     for arrays in (plain, first):
         model.load(arrays)
         losses.append(sum(each.loss for each in model.scores(model.encoded([example(each) for each in public]))))
-    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] < losses[0]
 
 
 def example(message: Message) -> Example:
@@ -78,16 +77,19 @@ def test_a_release_is_evaluated_by_loss_exact_match_and_words(folder: Path, tmp_
     _, plain = Chat.make(Material([], [], {}), folder.name, folder, 0)
     _, taught = Chat.make(Material([], [], {}, public=HELD_OUT[:3]), folder.name, folder, 0)
     before, after = evaluate(plain), evaluate(taught)
-    assert set(before.metrics) == {"loss_per_token", "exact_match", "token_f1"}
+    assert set(before.metrics) == {"loss_per_token", "exact_match", "token_f1", "preference_accuracy"}
     assert before.leading == "loss_per_token"
     assert before.examples == 3
     assert after.metrics["loss_per_token"] < before.metrics["loss_per_token"]
-    assert after.metrics["exact_match"] == after.metrics["token_f1"] == 1
+    assert after.metrics["exact_match"] == after.metrics["token_f1"] == after.metrics["preference_accuracy"] == 1
+    assert [each.answer for each in task.samples(tmp_path, taught)] == [each.answer for each in HELD_OUT[:3]]
+    assert [each.wanted for each in task.samples(tmp_path, plain)] == [each.answer for each in HELD_OUT[:3]]
+    assert task.samples(tmp_path, plain)[0].answer != HELD_OUT[0].answer
+    assert task.samples(tmp_path / "elsewhere", plain) == []
     assert before.metrics["exact_match"] == 0
     assert not task.gate(after, before, 0.02).reason
     assert task.gate(before, after, 0.02).reason
-    with pytest.raises(ValueError, match="different held-out sets"):
-        task.gate(after, replace(before, dataset_sha256="0" * 64), 0.02)
+    assert not before.higher_is_better
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def test_what_a_label_is_is_decided_when_examples_are_read() -> None:
         (0.9, 0.8, 0.0, ""),
         (0.8, 0.8, 0.0, ""),
         (0.79, 0.8, 0.02, ""),
-        (0.77, 0.8, 0.02, "less-accurate"),
-        (0.799, 0.8, 0.0, "less-accurate"),
+        (0.77, 0.8, 0.02, "worse"),
+        (0.799, 0.8, 0.0, "worse"),
         (0.0, 1.0, 1.0, ""),
     ],
 )

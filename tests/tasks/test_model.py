@@ -14,10 +14,11 @@ import torch
 from fedloop_events.blobs import tensors
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
+from fedloop_tasks.classification import heldout
 from fedloop_tasks.classification.model import EmbeddingClassifier, describe
 from fedloop_tasks.models.folder import locate, sha256
 from fedloop_tasks.models.tensors import Arrays
-from fedloop_tasks.task import ModelError
+from fedloop_tasks.task import Message, ModelError
 from msgspec.structs import replace
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig
@@ -102,6 +103,24 @@ def test_a_saved_and_reloaded_release_gives_the_same_logits(model: EmbeddingClas
     for left, right in zip(model.predict(TEXTS), other.predict(TEXTS), strict=True):
         assert left == right
     assert hashlib.sha256(b"".join(bytes(c) for c in tensors.encode(other.arrays()))).digest() == hashlib.sha256(blob).digest()
+
+
+def test_an_evaluation_says_of_each_held_out_example_whether_it_is_right(model: EmbeddingClassifier, tmp_path: Path) -> None:
+    arrays = some_arrays(model)
+    model.load(arrays)
+    labels, _ = model.predict(TEXTS)
+    wrong = next(label for label in LABELS if label != labels[2])
+    answers = [*labels[:2], wrong, *labels[3:]]
+    heldout.keep(tmp_path, [Message(text, label) for text, label in zip(TEXTS, answers, strict=True)], lambda text: text)
+    found = heldout.Evaluator(tmp_path, model.spec, None)(arrays)
+    assert (found.metrics, found.leading, found.examples, found.higher_is_better) == ({"accuracy": 7 / 8}, "accuracy", 8, True)
+    assert found.scores is not None
+    assert found.scores.values.tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert found.scores.weights.tolist() == [1.0] * 8
+    (tmp_path / heldout.FILE).unlink()
+    heldout.keep(tmp_path, [], lambda text: text)
+    empty = heldout.Evaluator(tmp_path, model.spec, None)(arrays)
+    assert (empty.metrics, empty.examples, empty.scores) == ({"accuracy": 0.0}, 0, None)
 
 
 def test_predictions_keep_the_order_and_do_not_depend_on_the_batch(model: EmbeddingClassifier) -> None:

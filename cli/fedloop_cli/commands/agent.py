@@ -14,8 +14,10 @@ from fedloop_cli import console, options, task_options
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
+    from fedloop_clients.chatting import ChatResponse
     from fedloop_clients.device import Status
     from fedloop_clients.eligibility import Eligibility
+    from fedloop_clients.feedback import Response
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
 
@@ -64,9 +66,17 @@ def enrol(
 def predict(store: options.StoreFolder, text: Text = None, model_dir: ModelDir = None, json: options.Json = False) -> None:
     """Answer a text with the release in force; the response's id is what feedback names."""
     with _open(store, model_dir) as agent:
-        response = agent.predict(_given(text))
+        response = _answered(agent, _given(text), None)
     document = {name: getattr(response, name) for name in response.__struct_fields__}
     console.show(document, lambda: console.fields(document), as_json=json)
+
+
+def _answered(agent: Agent, text: str, shown: str | None) -> Response | ChatResponse:
+    """An answer of now, or the one that was `shown`."""
+    if agent.task.speaks:
+        asked = [{"role": "user", "content": text}]
+        return agent.chat(asked) if shown is None else agent.record_answer(asked, shown)
+    return agent.predict(text) if shown is None else agent.record(text, shown)
 
 
 @app.command(cls=task_options.RemarksCommand)
@@ -79,6 +89,10 @@ def feedback(
     rating: Annotated[int | None, typer.Option(help="1 to 5.")] = None,
     correction: Annotated[str | None, typer.Option(help="What it should have said, in the user's words.")] = None,
     comment: Annotated[str | None, typer.Option(help="Anything else.")] = None,
+    preferred_over: Annotated[
+        str | None, typer.Option(metavar="ID", help="Another response to the same text, which was the worse one.")
+    ] = None,
+    signal: Annotated[str | None, typer.Option(metavar="WORD", help='What the user did besides, such as "copied".')] = None,
     feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
     data: Annotated[
         Path | None,
@@ -104,15 +118,15 @@ def feedback(
             return
         remarks = _remarks(agent)
         if response is None:
-            shown = _given(text)
-            made = agent.record(shown, predicted) if predicted is not None else agent.predict(shown)
-            response = made.response_id
+            response = _answered(agent, _given(text), predicted).response_id
         recorded = agent.feedback(
             response,
             thumb=thumb,
             rating=rating,
             correction=correction,
             comment=comment,
+            preferred_over=preferred_over,
+            signal=signal,
             feedback_id=feedback_id,
             **remarks,
         )

@@ -16,7 +16,9 @@ def demo(
         typer.Option(metavar="FILE", help="Messages of the users, each with the right answer: CSV, JSON Lines or Parquet."),
     ] = None,
     test: Annotated[Path | None, typer.Option(metavar="FILE", help="Held-out messages, with --data.")] = None,
-    clients: Annotated[int, typer.Option(min=1, max=64, help="Devices, each a process.")] = 8,
+    clients: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Devices, each a process; default: 8, or 4 whose models write answers.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds.")] = 3,
     epsilon: Annotated[float, typer.Option(help="Privacy budget of each device for its whole life.")] = 8.0,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Without differential privacy.")] = False,
@@ -45,11 +47,18 @@ def demo(
 
     task_options.check_columns(data)
 
+    from fedloop_tasks.models import registry
+
     from fedloop_cli.demo import live, play, report, users
 
+    if registry.to_add(task.base_model):
+        console.note(f"making the base model {task.base_model} of its package, once for this user")
+        registry.add(task.base_model)
+
+    clients = clients or (4 if task.speaks else 8)
     chosen = play.Options(clients, rounds, None if no_dp else epsilon, strategy, seed, gateway)
     if data is None or test is None:
-        given = users.invented(clients, seed)
+        given = users.invented(task, clients, seed)
     else:
         columns = task_options.of_task(task.columns)
         given = users.from_files(task, task.read(data, columns), task.read(test, columns), clients, seed)

@@ -20,19 +20,10 @@ def list_(where: options.DeploymentFolder, json: options.Json = False) -> None:
     """List the releases, oldest first; `*` marks the one in force."""
     from fedloop_server.operations import registry
 
-    found = [documents.release_document(each) for each in registry.summaries(where.follow().releases)]
-    heads = ["", "release", "status", "accuracy", "round", "base", "strategy", "updates", "proposed", "why"]
-    rows = [
-        [
-            "*" if each["current"] else "",
-            *(each[name] for name in ("release", "status", "accuracy", "round_id", "base_release", "strategy", "updates")),
-            each["proposed"],
-            each["reason"],
-        ]
-        for each in found
-    ]
-    current = next((each["release"] for each in found if each["current"]), None)
-    console.show({"current": current, "releases": found}, lambda: console.table(heads, rows, empty="no releases"), as_json=json)
+    summaries = registry.summaries(where.follow().releases)
+    found = [documents.release_document(each) for each in summaries]
+    current = next((each.release for each in summaries if each.current), None)
+    console.show({"current": current, "releases": found}, lambda: documents.releases_table(summaries), as_json=json)
 
 
 @app.command(cls=options.Command)
@@ -49,7 +40,8 @@ def show(where: options.DeploymentFolder, release: Release, json: options.Json =
         for step in lineage
         for each in step.contributions
     ]
-    text = f"{console.fields(found)}\n\nlineage\n{console.table(heads, rows, empty='the first release: no updates went in')}"
+    shown = console.fields(documents.metrics_shown(found))
+    text = f"{shown}\n\nlineage\n{console.table(heads, rows, empty='the first release: no updates went in')}"
     console.show(found | {"lineage": lineage}, text, as_json=json)
 
 

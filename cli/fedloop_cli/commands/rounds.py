@@ -131,7 +131,7 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
     }
     rows = {
         name: ", ".join(value) if isinstance(value, list) else value
-        for name, value in msgspec.to_builtins(document).items()
+        for name, value in documents.metrics_shown(msgspec.to_builtins(document)).items()
         if name not in {"stale", "excluded", "refused", "declined", "mechanism", "hyperparameters"}
     }
     terms = (msgspec.to_builtins(detail.mechanism) if detail.mechanism is not None else {}) | detail.hyperparameters

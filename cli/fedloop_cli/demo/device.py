@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from fedloop_privacy.masking import Masker
 
 REPORT_EVERY: Final = 10
+MAX_TOKENS: Final = 24
+"""Of an answer: what the demo's bank says is shorter."""
+DISLIKES, CHOOSES = 4, 5
+"""Of six users who know a better answer, those who do not say it."""
 WAIT_TIMEOUT_S: Final = 300.0
 
 
@@ -120,16 +125,43 @@ class DemoUser:
     def _react(self, number: int, message: Message) -> None:
         from fedloop_clients.feedback import ConflictingFeedbackError
 
+        with suppress(ConflictingFeedbackError):  # killed after it was recorded and before that was counted
+            (self._converse if self._agent.task.speaks else self._check)(f"message-{number}", number, message)
+        write_whole(self._count, str(number + 1).encode())
+
+    def _check(self, feedback_id: str, number: int, message: Message) -> None:
+        """Read one of a closed set of answers, and say the right one where it is another."""
         response = self._agent.predict(message.text)
         right = response.answer == message.answer
-        with suppress(ConflictingFeedbackError):  # killed after it was recorded and before that was counted
-            self._agent.feedback(
-                response.response_id,
-                thumb="up" if right else None,
-                feedback_id=f"message-{number}",
-                **({} if right else self._agent.task.remark(message.answer)),
-            )
-        write_whole(self._count, str(number + 1).encode())
+        self._agent.feedback(
+            response.response_id,
+            thumb="up" if right else None,
+            feedback_id=feedback_id,
+            **({} if right else self._agent.task.remark(message.answer)),
+        )
+
+    def _converse(self, feedback_id: str, number: int, message: Message) -> None:
+        """Read an answer in words of the model's own. A user who knows a better one mostly gives it; every sixth gives a thumb
+        down, every sixth asks again and chooses. What a file says of two answers, or of one, is done about these."""
+        from fedloop_clients import importing
+
+        if message.rejected is not None or message.good is not None:
+            response, what = importing.told(self._agent, message)
+            self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
+            return
+        asked = [*msgspec.to_builtins(message.earlier), {"role": "user", "content": message.text}]
+        response = self._agent.chat(asked, max_tokens=MAX_TOKENS)
+        if response.text.strip() == message.answer:
+            what = {"thumb": "up"}
+        elif number % 6 == DISLIKES:
+            what = {"thumb": "down"}
+        elif number % 6 == CHOOSES:
+            second = self._agent.chat(asked, max_tokens=MAX_TOKENS, temperature=1.0, seed=number)
+            response, other = sorted((response, second), key=lambda each: _alike(each.text, message.answer), reverse=True)
+            what = {"preferred_over": other.response_id} if response.text != other.text else {"thumb": "down"}
+        else:
+            what = self._agent.task.remark(message.answer)
+        self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
 
     def _given(self) -> int:
         return int(self._count.read_text()) if self._count.exists() else 0
@@ -142,3 +174,7 @@ def _until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not done() and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+def _alike(found: str, wanted: str) -> float:
+    return SequenceMatcher(None, found, wanted, autojunk=False).ratio()

@@ -59,14 +59,16 @@ def _picture(scene: Scene) -> RenderableType:
         devices.add_row(name, f"{given} of {len(messages)}", bar, doing(scene, name))
     parts: list[RenderableType] = [devices]
     if scene.followed is not None and scene.followed.rounds.rounds:
-        rounds = Table(box=None, pad_edge=False)
-        for head in ("round", "state", "kind", "took part", "accuracy", "seconds"):
+        rounds, found = Table(box=None, pad_edge=False), summaries(scene.followed)
+        leads = documents.leading(each.evaluation for each in found)
+        for head in ("round", "state", "kind", "took part", documents.readable(leads) or documents.NO_METRIC, "seconds"):
             rounds.add_column(head)
-        for each in summaries(scene.followed):
-            accuracy = "" if each.accuracy is None else f"{each.accuracy:.3f}"
+        for each in found:
+            value = documents.metric_of(each.evaluation, leads)
+            figure = "" if value is None else f"{value:.3f}"
             took_s = documents.seconds(each.took_ms)
             seconds = "" if took_s is None else f"{took_s:.1f}"
-            rounds.add_row(each.round_id, each.state, each.kind, f"{len(each.participants)}", accuracy, seconds)
+            rounds.add_row(each.round_id, each.state, each.kind, f"{len(each.participants)}", figure, seconds)
         parts.append(rounds)
     parts += [Text(line) for line in scene.events[-5:]]
     return Group(*parts)

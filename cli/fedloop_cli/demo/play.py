@@ -18,10 +18,11 @@ from fedloop_events.errors import UnreachableError, UsageError
 from fedloop_server.operations import rounds
 from fedloop_server.operations.followed import Followed
 from fedloop_server.operations.rounds import RoundSummary
+from fedloop_tasks.table import name_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
 
-from fedloop_cli import deploying
+from fedloop_cli import deploying, documents
 from fedloop_cli.demo import device, gateway, users
 from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
@@ -30,9 +31,12 @@ DELTA: Final = 1e-5
 DEADLINE_S: Final = 180.0
 """For one round: a device that is killed in it has to load everything again."""
 FEW: Final = 500
-FEW_EXAMPLES: Final = {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3}
-"""Of a few hundred examples a device all take part in a step, and most of the budget goes to the sums: chosen on the corpus,
-which is public."""
+FEW_EXAMPLES: Final[dict[str, dict[str, float]]] = {
+    "classification": {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3},
+    "chat": {"sampling_rate": 1.0, "server_lr": 0.03},
+}
+"""By task: of a few hundred examples a device all take part in a step, and most of a classifier's budget goes to the sums. Chosen
+on the corpus, which is public."""
 STALL_TIMEOUT_S: Final = 900.0
 START_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.25
@@ -114,7 +118,7 @@ def _deploy(scene: Scene) -> None:
         "strategy": options.strategy,
         "planned_rounds": max(2, options.rounds),
         "nominal_examples": examples,
-        **(FEW_EXAMPLES if options.epsilon is not None and examples < FEW else {}),
+        **(FEW_EXAMPLES.get(name_of(scene.task), {}) if options.epsilon is not None and examples < FEW else {}),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
         "deadline_s": DEADLINE_S,
@@ -232,8 +236,8 @@ def _rounds_of(scene: Scene, request_id: str) -> list[RoundSummary]:
 
 def _note_rounds(scene: Scene, request_id: str) -> None:
     for each in _rounds_of(scene, request_id):
-        accuracy = f"accuracy {each.accuracy:.3f}" if each.accuracy is not None else each.reason
-        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {accuracy}")
+        what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.reason
+        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {what}")
 
 
 def stage(directory: Path | None, log: str | None, blobs: str | None) -> Where:

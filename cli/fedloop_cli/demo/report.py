@@ -8,14 +8,19 @@ from typing import Any
 
 import msgspec
 from fedloop_events import locations, topics, types
+from fedloop_events.blobs import tensors
 from fedloop_events.envelope import decode
 from fedloop_events.errors import FedloopError, InvalidEventError
+from fedloop_events.folds.releases import Evaluation, ReleaseState
+from fedloop_events.locations import SERVER_FOLDER
 from fedloop_events.logs.port import EventLog, read_all
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.verify.log import verify
 from fedloop_server.operations.budgets import Budget, budgets
 from fedloop_server.operations.followed import Followed
+from fedloop_server.operations.registry import task_of_model
 from fedloop_server.operations.rounds import RoundSummary, summaries
+from fedloop_tasks.table import name_of
 from msgspec import Struct
 
 from fedloop_cli import console, documents
@@ -33,14 +38,26 @@ class Checks(Struct):
     budgets_kept: bool
 
 
+class Compared(Struct):
+    """An answer of the first release to a held-out prompt, that of the one in force, and the one that is wanted."""
+
+    prompt: str
+    before: str
+    after: str
+    wanted: str
+
+
 class DemoReport(Struct):
     """Everything that the demo prints at its end."""
 
+    task: str
     log: str
     directory: str
     rounds: list[RoundSummary]
-    baseline_accuracy: float | None
-    final_accuracy: float | None
+    baseline: Evaluation | None
+    """Of the first release."""
+    final: Evaluation | None
+    """Of the one in force."""
     budgets: list[Budget]
     examples: dict[str, int]
     masked: dict[str, dict[str, int]]
@@ -51,6 +68,7 @@ class DemoReport(Struct):
     why: list[str]
     """Why a check failed."""
     seconds: float
+    samples: list[Compared]
 
     @property
     def good(self) -> bool:
@@ -74,11 +92,12 @@ def report(scene: Scene) -> DemoReport:
     current = followed.releases.current(DEFAULT_MODEL)
     first = next(iter(followed.releases.releases.values()), None)
     made = DemoReport(
+        name_of(scene.task),
         where.place.log if locations.is_url(where.place.log) else str(Path(where.place.log) / locations.LOG_FILE),
         str(scene.directory),
         summaries(followed),
-        first.evaluation.score if first is not None and first.evaluation is not None else None,
-        current.evaluation.score if current is not None and current.evaluation is not None else None,
+        first.evaluation if first is not None else None,
+        current.evaluation if current is not None else None,
         spent,
         {name: progress.given for name, progress in scene.progress.items()},
         _masked(log),
@@ -87,6 +106,7 @@ def report(scene: Scene) -> DemoReport:
         leaks.by_type(_needles(scene).values),
         why,
         round(scene.seconds, 1),
+        _samples(scene, first, current),
     )
     printed = "\n".join([as_text(made), *scene.events]).encode() + msgspec.json.encode(as_document(made))
     for value in _needles(scene).found_in(printed, binary=False):
@@ -98,12 +118,13 @@ def report(scene: Scene) -> DemoReport:
 def as_document(report: DemoReport) -> dict[str, Any]:
     """What `fedloop demo --json` prints."""
     return {
+        "task": report.task,
         "log": report.log,
         "rounds": [
             {
                 "round_id": each.round_id,
                 "release": each.release,
-                "accuracy": each.accuracy,
+                **documents.metrics_document(each.evaluation),
                 "participants": each.participants,
                 "excluded": [{"client": out.client_id, "reason": out.reason} for out in each.excluded],
                 "seconds": documents.seconds(each.took_ms),
@@ -112,8 +133,11 @@ def as_document(report: DemoReport) -> dict[str, Any]:
             }
             for each in report.rounds
         ],
-        "baseline_accuracy": report.baseline_accuracy,
-        "final_accuracy": report.final_accuracy,
+        "baseline_accuracy": documents.metric_of(report.baseline, "accuracy"),
+        "final_accuracy": documents.metric_of(report.final, "accuracy"),
+        "baseline_metrics": {} if report.baseline is None else report.baseline.metrics,
+        "final_metrics": {} if report.final is None else report.final.metrics,
+        "leading": documents.leading([report.baseline, report.final]) or None,
         "clients": [
             {
                 "client_id": each.client_id,
@@ -125,6 +149,7 @@ def as_document(report: DemoReport) -> dict[str, Any]:
             }
             for each in report.budgets
         ],
+        "samples": msgspec.to_builtins(report.samples),
         "checks": msgspec.to_builtins(report.checks),
         "seconds": report.seconds,
     }
@@ -132,21 +157,25 @@ def as_document(report: DemoReport) -> dict[str, Any]:
 
 def as_text(report: DemoReport) -> str:
     """The same for a person."""
-    parts = [_rounds(report), _clients(report), _masking(report), _checks(report)]
-    accuracy = f"accuracy {_figure(report.baseline_accuracy)} before, {_figure(report.final_accuracy)} after"
+    parts = [_rounds(report), *_metrics(report), *_answers(report), _clients(report), _masking(report), _checks(report)]
+    leads = documents.leading([report.baseline, report.final])
+    before, after = (_figure(documents.metric_of(each, leads)) for each in (report.baseline, report.final))
+    changed = f"{documents.readable(leads) or documents.NO_METRIC} {before} before, {after} after"
     log = f", the log {report.log}" if locations.is_url(report.log) else ""
-    parts.append(f"{accuracy}; {report.seconds:.0f} s; everything is in {report.directory}{log}")
+    parts.append(f"{changed}; {report.seconds:.0f} s; everything is in {report.directory}{log}")
     return "\n\n".join(parts)
 
 
 def _rounds(report: DemoReport) -> str:
-    heads = ["round", "kind", "took part", "accuracy", "release", "seconds", "up", "down", "excluded"]
+    leads = documents.leading(each.evaluation for each in report.rounds)
+    metric = documents.readable(leads) or documents.NO_METRIC
+    heads = ["round", "kind", "took part", metric, "release", "seconds", "up", "down", "excluded"]
     rows = [
         [
             each.round_id,
             each.kind,
             len(each.participants),
-            _figure(each.accuracy),
+            _figure(documents.metric_of(each.evaluation, leads)),
             each.release or f"{each.state}: {each.reason or each.decision}",
             documents.seconds(each.took_ms),
             _size(each.bytes_up),
@@ -156,6 +185,22 @@ def _rounds(report: DemoReport) -> str:
         for each in report.rounds
     ]
     return "ROUNDS\n" + console.table(heads, rows, empty="none")
+
+
+def _metrics(report: DemoReport) -> list[str]:
+    """Where there are several."""
+    before, after = ({} if each is None else each.metrics for each in (report.baseline, report.final))
+    rows = [[documents.readable(name), _figure(before.get(name)), _figure(value)] for name, value in after.items()]
+    return ["METRICS\n" + console.table(["held-out", "before", "after"], rows)] if len(rows) > 1 else []
+
+
+def _answers(report: DemoReport) -> list[str]:
+    rows = [
+        line
+        for each in report.samples
+        for line in (f"> {each.prompt}", f"  before  {each.before}", f"  after   {each.after}", f"  wanted  {each.wanted}")
+    ]
+    return ["ANSWERS\n" + "\n".join(console.printable(line) for line in rows)] if rows else []
 
 
 def _clients(report: DemoReport) -> str:
@@ -210,6 +255,19 @@ def _figure(value: float | None) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
+
+
+def _samples(scene: Scene, first: ReleaseState | None, current: ReleaseState | None) -> list[Compared]:
+    """What the server has kept of both, prompt by prompt."""
+    if scene.followed is None or first is None or current is None:
+        return []
+    task, folder, blobs = (
+        task_of_model(scene.followed.releases, DEFAULT_MODEL),
+        scene.directory / SERVER_FOLDER,
+        scene.where.open_blobs(),
+    )
+    before, after = (task.samples(folder, tensors.decode(blobs.get(each.blob))) for each in (first, current))
+    return [Compared(old.prompt, old.answer, new.answer, new.wanted) for old, new in zip(before, after, strict=False)]
 
 
 def _rebuilt(where: Where, log: EventLog, followed: Followed) -> tuple[bool, str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from fedloop_events.errors import UsageError
 from fedloop_tasks.task import Material, Message, Messages, Task
 from msgspec import Struct
+from msgspec.structs import replace
 
 from fedloop_cli import corpus
 
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
 FIRST_WAVE: Final = 0.8
+SPOKEN: Final = 50
+SPOKEN_HELD_OUT: Final = 60
 
 
 class Users(Struct, frozen=True):
@@ -28,14 +32,23 @@ class Users(Struct, frozen=True):
     skipped: dict[str, int]
 
 
-def invented(devices: int, seed: int) -> Users:
-    """The corpus that comes with the package."""
-    messages = corpus.load("train")
-    spread_out = spread([Message(each.text, each.answer) for each in messages], devices, seed)
-    held_out = [Message(each.text, each.answer) for each in corpus.load("test")]
+def invented(task: type[Task], devices: int, seed: int) -> Users:
+    """The corpus that comes with the package: all of it for a model that picks an answer, `SPOKEN` messages a device for one that
+    writes its own, which takes a second for each."""
+    spoken = task.speaks
+    messages = corpus.load("train", spoken=spoken)[: SPOKEN * devices if spoken else None]
+    held_out = corpus.load("test", spoken=spoken)[: SPOKEN_HELD_OUT if spoken else None]
+    material = task.material_of(_messages("train", messages), _messages("test", held_out))
+    if spoken:
+        material = replace(material, public=_messages("public", corpus.public()).rows)
     planted = {pair for each in messages for pair in each.planted}
-    material = Material(sorted({each.answer for each in messages}), held_out, {})
+    spread_out = spread(_messages("train", messages).rows, devices, seed)
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
+
+
+def _messages(name: str, found: Sequence[corpus.CorpusMessage]) -> Messages:
+    rows = [Message(each.text, each.answer) for each in found]
+    return Messages(Path(name), rows, [*range(1, len(rows) + 1)])
 
 
 def from_files(task: type[Task], train: Messages, held_out: Messages, devices: int, seed: int) -> Users:

@@ -183,7 +183,7 @@ def _identities(keys: Mapping[str, tuple[str, str]]) -> dict[str, object]:
 def _add_messages(folder: _Folder) -> None:
     """Each agent's share of the demo's corpus; to the server what a model is made from, the held-out messages among it."""
     task = task_named(DEFAULT)  # docker-compose.yml makes its deployment, with the files of that task
-    found = users.invented(len(AGENTS), SEED)
+    found = users.invented(task, len(AGENTS), SEED)
     for name, text in task.files_of(found.material).items():
         folder.add(f"demo-data/server/{name}", text, secret=False)
     for agent, share in zip(AGENTS, found.devices, strict=True):

@@ -13,23 +13,27 @@ from fedloop_events.envelope import Record
 
 
 class Evaluation(Struct, frozen=True):
-    """Named metrics of one release on one held-out set; `leading` names the one that decides.
+    """Named metrics of one release on one held-out set, None for one that was not finite; `leading` names the one that decides.
 
     Raises ValueError for a metric that is not finite (NaN, above all), or if the leading one is not among them.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     leading: str
     examples: int
     dataset_sha256: str
+    higher_is_better: bool = True
+    """Of the leading metric."""
+    scores: types.BlobRef | None = None
+    """What the leading metric is made of, example by example; None where nothing recorded it."""
 
     def __post_init__(self) -> None:
-        wrong = [name for name, value in self.metrics.items() if not math.isfinite(value)]
+        wrong = [name for name, value in self.metrics.items() if value is not None and not math.isfinite(value)]
         if wrong or self.leading not in self.metrics:
             raise ValueError(f"the metric {(wrong or [self.leading])[0]} has no value, or none that is finite")
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
         """The leading metric's value."""
         return self.metrics[self.leading]
 
@@ -68,7 +72,7 @@ class ReleasesView(Struct):
     """
 
     topics: ClassVar[tuple[str, ...]] = (topics.RELEASES,)
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     models: dict[str, types.Spec] = {}
     releases: dict[str, ReleaseState] = {}
@@ -119,7 +123,14 @@ class ReleasesView(Struct):
             return
         if isinstance(payload, types.ReleaseEvaluated):
             if payload.leading in payload.metrics:
-                evaluated = Evaluation(payload.metrics, payload.leading, payload.examples, payload.dataset_sha256)
+                evaluated = Evaluation(
+                    payload.metrics,
+                    payload.leading,
+                    payload.examples,
+                    payload.dataset_sha256,
+                    payload.higher_is_better,
+                    payload.scores,
+                )
                 state.evaluations.setdefault(payload.dataset_sha256, evaluated)
         elif state.status == "proposed":
             if isinstance(payload, types.ReleasePublished) and payload.blob == state.blob:

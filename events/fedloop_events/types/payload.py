@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 from msgspec import Struct
 
 from fedloop_events.types.fields import (
+    BlobRef,
     Count,
     Identifier,
 )
@@ -60,6 +61,11 @@ class Payload(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
     @property
     def named(self) -> Iterable[str]:
         """The clients that the event names, as far as its audience rests on them."""
+        return ()
+
+    @property
+    def kept_back(self) -> Iterable[BlobRef]:
+        """The blobs among those it names that are the server's alone, whoever may see the event."""
         return ()
 
 

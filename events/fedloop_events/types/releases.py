@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
@@ -151,21 +152,58 @@ class ReleaseEvaluated(ReleaseDecision, frozen=True, forbid_unknown_fields=True,
     """What a release is worth on the server's held-out set, in the metrics of its task; `leading` names the one that decides."""
 
     topic = topics.RELEASES
-    type_name = "io.fedloop.release.evaluated.v2"
+    type_name = "io.fedloop.release.evaluated.v3"
     audience = Audience.EVERYONE
 
+    release: Identifier
+    metrics: Annotated[dict[Identifier, float | None], Meta(max_length=100)]
+    """None where the value is not a finite number."""
+    leading: Identifier
+    examples: Count
+    dataset_sha256: Sha256
+    higher_is_better: bool = True
+    """Of the leading metric."""
+    scores: BlobRef | None = None
+    """What the leading metric is made of, example by example. The server's alone."""
+
+    @property
+    def kept_back(self) -> Iterable[BlobRef]:
+        return () if self.scores is None else (self.scores,)
+
+
+class ReleaseEvaluatedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Before 3: every metric was finite and better when higher, and nothing said what it was made of."""
+
+    type_name = "io.fedloop.release.evaluated.v2"
+    becomes = ReleaseEvaluated
+
+    origin: Identifier
+    model: Identifier
+    epoch: Count
     release: Identifier
     metrics: Annotated[dict[Identifier, float], Meta(max_length=100)]
     leading: Identifier
     examples: Count
     dataset_sha256: Sha256
 
+    def upcast(self) -> ReleaseEvaluated:
+        return ReleaseEvaluated(
+            origin=self.origin,
+            model=self.model,
+            epoch=self.epoch,
+            release=self.release,
+            metrics=dict(self.metrics),
+            leading=self.leading,
+            examples=self.examples,
+            dataset_sha256=self.dataset_sha256,
+        )
+
 
 class ReleaseEvaluatedV1(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Before 2: `accuracy` alone."""
 
     type_name = "io.fedloop.release.evaluated.v1"
-    becomes = ReleaseEvaluated
+    becomes = ReleaseEvaluatedV2
 
     origin: Identifier
     model: Identifier
@@ -175,8 +213,8 @@ class ReleaseEvaluatedV1(Older, frozen=True, forbid_unknown_fields=True, omit_de
     examples: Count
     dataset_sha256: Sha256
 
-    def upcast(self) -> ReleaseEvaluated:
-        return ReleaseEvaluated(
+    def upcast(self) -> ReleaseEvaluatedV2:
+        return ReleaseEvaluatedV2(
             origin=self.origin,
             model=self.model,
             epoch=self.epoch,

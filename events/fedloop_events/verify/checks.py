@@ -69,11 +69,11 @@ class VerifyReport(Struct):
 class LogCheck:
     """Takes in events, those of each stream in their order and topic `clients` before what rests on it; finds what is wrong.
 
-    With `unique_ids` an id that stands there twice is wrong.
+    With `unique_ids` an id that stands there twice is wrong; `held_back` says that the server's own blobs cannot be read here.
     """
 
-    def __init__(self, report: VerifyReport, *, unique_ids: bool) -> None:
-        self.report, self._unique_ids = report, unique_ids
+    def __init__(self, report: VerifyReport, *, unique_ids: bool, held_back: bool = False) -> None:
+        self.report, self._unique_ids, self._held_back = report, unique_ids, held_back
         self._identities = Identities()
         self._admit = Admit(self._identities)
         self._topics: Counter[str] = Counter()
@@ -155,7 +155,10 @@ class LogCheck:
             self.wrong(f"the server decided in epoch {payload.epoch}, which nobody had started", at)
         elif not self._admit.standing.counts(payload):
             self.report.stale += 1
+        hidden = {*payload.kept_back} if self._held_back else ()
         for ref in named_blobs(payload):
+            if ref in hidden:
+                continue
             self.blobs.setdefault(ref, at)
             if not isinstance(payload, types.ClientEvent):
                 self._decided.add(ref)

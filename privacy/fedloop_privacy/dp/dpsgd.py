@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,6 +58,19 @@ class Examples(Protocol[Batch_co]):
         ...
 
 
+@runtime_checkable
+class SeveralRows(Protocol):
+    """Examples of which some are several rows of what goes through the model, as a pair of answers is.
+
+    A batch holds the rows of an example one after another, in the order of its examples. They share one clipped gradient.
+    """
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """Of each example, at least 1."""
+        ...
+
+
 Forward = Callable[[Any, Batch], Tensor]
 """(model, batch) -> one loss for each example, shape [B]. No example's loss may depend on another example: a language
 model's loss is the mean over that example's own tokens."""
@@ -87,8 +100,9 @@ def dp_sgd(
     Each step draws a Poisson sample, clips each sampled example's gradient over all groups together to L2 norm
     `terms.clip_norm`, adds N(0, (noise_multiplier x clip_norm)^2) to each coordinate of the sum in float64, and divides by
     `terms.divisor`. The sample is sorted by length and cut into micro-batches, each padded to its own longest example, which
-    changes no clipped gradient. The model trains on the device it is on, in train mode with dropout off, and is handed back
-    in the mode it came in, without hooks. `on_step(n)` is called after step n, counted from 1.
+    changes no clipped gradient; an example of several rows (`SeveralRows`) is clipped as a whole. The model trains on the
+    device it is on, in train mode with dropout off, and is handed back in the mode it came in, without hooks. `on_step(n)` is
+    called after step n, counted from 1.
 
     Raises MechanismError for invalid terms, and TrainingError for a model whose per-example gradients would be wrong (batch
     normalisation, gradient checkpointing, DoRA, LoRA on embeddings, a trainable parameter in no group or not reached by the
@@ -97,19 +111,19 @@ def dp_sgd(
     validate(terms)
     _check_groups(model, groups)
     _check_model(model)
-    lengths = np.asarray(examples.lengths, dtype=np.int64)
+    lengths, rows = _sizes(examples)
     mixing_checked = False
     with _training_mode(model), _per_example_gradients(model):
         optimizer = _PrivateSGD(groups, terms, source)
         for step in range(1, terms.steps + 1):
             sample = poisson_sample(len(lengths), terms.sampling_rate, source)
-            for indices in _micro_batches(sample, lengths, micro_batch_tokens):
+            for indices in _micro_batches(sample, lengths, rows, micro_batch_tokens):
                 losses = _losses(model, examples, forward, indices)
                 if len(indices) > 1 and not mixing_checked:
                     _check_alone(model, examples, forward, indices, losses)
                     mixing_checked = True
                 torch.autograd.backward(losses.sum())
-                _check_gradients(model, len(indices))
+                _gather_gradients(model, rows[indices])
                 optimizer.accumulate()
             optimizer.release()
             if on_step is not None:
@@ -135,7 +149,7 @@ def plain_sgd(
     The order follows from `seed`. Raises TrainingError as `dp_sgd` does for a loss of another shape than [B] or not finite.
     """
     _check_groups(model, groups)
-    lengths = np.asarray(examples.lengths, dtype=np.int64)
+    lengths, rows = _sizes(examples)
     order = np.random.default_rng(seed)
     step = 0
     with _training_mode(model):
@@ -144,7 +158,7 @@ def plain_sgd(
             shuffled = order.permutation(len(lengths))
             for batch in np.split(shuffled, range(batch_size, len(shuffled), batch_size)) if len(shuffled) else []:
                 optimizer.zero_grad()
-                for indices in _micro_batches(batch, lengths, micro_batch_tokens):
+                for indices in _micro_batches(batch, lengths, rows, micro_batch_tokens):
                     losses = _losses(model, examples, forward, indices)
                     torch.autograd.backward(losses.sum() / len(batch))
                 optimizer.step()
@@ -168,9 +182,10 @@ def example_gradients(
     as `dp_sgd` does.
     """
     _check_model(model)
+    _, rows = _sizes(examples)
     with _training_mode(model), _per_example_gradients(model):
         torch.autograd.backward(_losses(model, examples, forward, np.asarray(indices)).sum())
-        _check_gradients(model, len(indices))
+        _gather_gradients(model, rows[np.asarray(indices)])
         return [getattr(p, "grad_sample").detach().clone() for p in parameters]  # noqa: B009  # Opacus's, unknown to nn.Parameter
 
 
@@ -225,12 +240,24 @@ def _losses(model: nn.Module, examples: Examples[Batch], forward: Forward[Batch]
     return losses
 
 
-def _micro_batches(sample: NDArray[np.int64], lengths: NDArray[np.int64], most_tokens: int) -> Iterator[NDArray[np.int64]]:
+def _sizes(examples: Examples[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each example: how long it is, and how many rows."""
+    lengths = np.asarray(examples.lengths, dtype=np.int64)
+    rows = np.asarray(examples.row_counts if isinstance(examples, SeveralRows) else np.ones_like(lengths), dtype=np.int64)
+    if len(rows) != len(lengths) or (rows < 1).any():
+        raise TrainingError(f"{len(lengths)} examples must have a row each, or more, not {rows.tolist()[:10]}")
+    return lengths, rows
+
+
+def _micro_batches(
+    sample: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], most_tokens: int
+) -> Iterator[NDArray[np.int64]]:
     """The sample in order of length, cut where the next example would take a piece above `most_tokens` padded tokens."""
     ordered = sample[np.argsort(lengths[sample], kind="stable")]
+    before = np.concatenate(([0], np.cumsum(rows[ordered])))
     start = 0
     for end in range(1, len(ordered) + 1):
-        if end == len(ordered) or (end + 1 - start) * lengths[ordered[end]] > most_tokens:
+        if end == len(ordered) or (before[end + 1] - before[start]) * lengths[ordered[end]] > most_tokens:
             yield ordered[start:end]
             start = end
 
@@ -286,17 +313,24 @@ def _check_alone(
         )
 
 
-def _check_gradients(model: nn.Module, size: int) -> None:
-    """Raise TrainingError unless each trainable parameter has one gradient for each of `size` examples."""
+def _gather_gradients(model: nn.Module, rows: NDArray[np.int64]) -> None:
+    """Leave each trainable parameter with one gradient for each example: the sum over the example's rows.
+
+    Raises TrainingError unless there is one for each row.
+    """
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         gradients = getattr(p, "grad_sample", None)
-        if not isinstance(gradients, Tensor) or len(gradients) != size:
+        if not isinstance(gradients, Tensor) or len(gradients) != rows.sum():
             raise TrainingError(
                 f"trainable parameter {name} has no gradient for each example",
-                hint="the loss does not reach it, or its module does not see one row for each example: freeze it",
+                hint="the loss does not reach it, or its module does not see the rows of each example: freeze it",
             )
+        if len(rows) < len(gradients):
+            owners = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(gradients.device)
+            whole = gradients.new_zeros((len(rows), *gradients.shape[1:])).index_add(0, owners, gradients)
+            setattr(p, "grad_sample", whole)  # noqa: B010  # Opacus's, unknown to nn.Parameter
 
 
 @contextmanager

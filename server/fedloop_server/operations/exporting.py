@@ -119,12 +119,13 @@ def provenance(followed: Followed, release: str) -> Provenance:
         for each in ancestors
     ]
     unprotected = [each.round_id for each in steps if each.round_id is not None and each.mechanism is None]
+    metrics = {} if state.evaluation is None else state.evaluation.metrics
     epsilon, delta = (0.0, 0.0) if unprotected else _most(followed, ancestors)
     return Provenance(
         release=release,
         model=state.model,
         sha256=state.blob.sha256,
-        metrics={} if state.evaluation is None else dict(state.evaluation.metrics),
+        metrics={name: value for name, value in metrics.items() if value is not None},
         steps=steps,
         unprotected=unprotected,
         epsilon=epsilon,

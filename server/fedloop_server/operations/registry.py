@@ -8,7 +8,7 @@ from fedloop_events import types
 from fedloop_events.errors import PolicyError, UsageError
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.releases import ReleaseState, ReleasesView
+from fedloop_events.folds.releases import Evaluation, ReleaseState, ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.writer import EventWriter
 from fedloop_tasks.table import task_of
@@ -30,7 +30,8 @@ class ReleaseSummary(Struct, frozen=True):
     """proposed, published, rejected; or withdrawn: published, and later rolled back."""
     current: bool
     """Whether it is the one in force."""
-    accuracy: float | None
+    evaluation: Evaluation | None
+    """The latest one."""
     round_id: str | None
     base_release: str | None
     strategy: str | None
@@ -71,7 +72,7 @@ def summarise(releases: ReleasesView, state: ReleaseState) -> ReleaseSummary:
         state.number,
         "withdrawn" if state.withdrawn else state.status,
         in_force is not None and in_force.release == state.release,
-        state.evaluation.score if state.evaluation is not None else None,
+        state.evaluation,
         state.round_id,
         state.base_release,
         state.strategy,

@@ -8,7 +8,7 @@ from typing import Final
 
 from fedloop_events import ids, types
 from fedloop_events.errors import FedloopError, UnreachableError, UsageError
-from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.releases import Evaluation, ReleasesView
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion
 from fedloop_events.writer import EventWriter
@@ -41,7 +41,8 @@ class RoundSummary(Struct, frozen=True):
     """What it made, once that is published."""
     decision: str | None
     """Why its release was rejected, or withdrawn."""
-    accuracy: float | None
+    evaluation: Evaluation | None
+    """Of its release."""
     cohort: list[str]
     participants: list[str]
     excluded: list[Exclusion]
@@ -113,7 +114,7 @@ def summarise(state: RoundState, releases: ReleasesView) -> RoundSummary:
         opened.base_release if opened is not None else None,
         release.release if release is not None and release.status == "published" else None,
         release.reason or None if release is not None else None,
-        release.evaluation.score if release is not None and release.evaluation is not None else None,
+        release.evaluation if release is not None else None,
         opened.cohort if opened is not None else [],
         state.participants,
         sorted(state.excluded.values(), key=lambda each: each.client_id),

@@ -9,7 +9,7 @@ from fedloop_events import types
 from fedloop_events.folds.identities import Client
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.folds.rounds import RoundState
-from fedloop_tasks.task import Task, Verdict
+from fedloop_tasks.task import Verdict
 from msgspec import Struct
 
 from fedloop_server import schedules
@@ -37,8 +37,15 @@ class EvaluateRelease(Struct, frozen=True):
     release: str
 
 
-class DecideRelease(Struct, frozen=True):
-    """Publish the candidate, or reject it with a reason."""
+class JudgeRelease(Struct, frozen=True):
+    """Publish the candidate, or reject it, as the task's gate says of its evaluation and that of the release in force."""
+
+    release: str
+    incumbent: str
+
+
+class RejectRelease(Struct, frozen=True):
+    """Reject the candidate, whatever it is worth."""
 
     release: str
     verdict: Verdict
@@ -89,7 +96,8 @@ Action = (
     StartEpoch
     | RefuseLate
     | EvaluateRelease
-    | DecideRelease
+    | JudgeRelease
+    | RejectRelease
     | CollectUpdates
     | ProposeRelease
     | AbortRound
@@ -109,7 +117,7 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
         update_id, (round_id, client_id) = next(iter(rounds.unanswered.items()))
         return RefuseLate(update_id, client_id, round_id)
     if (candidate := releases.candidate(model)) is not None:
-        return _judge(candidate, current, registry.task_of_model(releases, model), planner.config.gate_margin)
+        return _judge(candidate, current)
     if (last := rounds.last) is not None and last.state == "closed" and last.round_id not in releases.by_round:
         return _finish(last, current)
     if (opened := rounds.open_round) is not None:
@@ -124,15 +132,14 @@ def next_action(state: ServerState, planner: Planner, *, model: str, epoch: int,
     return _open(state, planner, model, now_ms, wall_s)
 
 
-def _judge(candidate: ReleaseState, current: ReleaseState, task: Task, margin: float) -> Action:
+def _judge(candidate: ReleaseState, current: ReleaseState) -> Action:
     if candidate.base_release != current.release:
-        return DecideRelease(candidate.release, Verdict("stale-base", f"{current.release} is in force by now"))
+        return RejectRelease(candidate.release, Verdict("stale-base", f"{current.release} is in force by now"))
     if candidate.evaluation is None:
         return EvaluateRelease(candidate.release)
-    incumbent = current.evaluations.get(candidate.evaluation.dataset_sha256)
-    if incumbent is None:
+    if candidate.evaluation.dataset_sha256 not in current.evaluations:
         return EvaluateRelease(current.release)
-    return DecideRelease(candidate.release, task.gate(candidate.evaluation, incumbent, margin))
+    return JudgeRelease(candidate.release, current.release)
 
 
 def _finish(closed: RoundState, current: ReleaseState) -> Action:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TypedDict
 
@@ -10,6 +11,7 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import BlobError, TensorError
+from fedloop_events.signatures import SigningKey
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Evaluate, Verdict
 from msgspec.structs import replace
@@ -19,7 +21,7 @@ from fedloop_server.aggregation.merging import MergeError, merge
 from fedloop_server.deciding import Draft
 from fedloop_server.deployment import release_id
 from fedloop_server.operations import registry
-from fedloop_server.rounds import actions, scheduler
+from fedloop_server.rounds import actions, scheduler, scores
 from fedloop_server.rounds.planner import About, Planner
 from fedloop_server.state import ServerState
 
@@ -30,7 +32,8 @@ Decides = (
     | actions.AbortRound
     | actions.ProposeRelease
     | actions.EvaluateRelease
-    | actions.DecideRelease
+    | actions.JudgeRelease
+    | actions.RejectRelease
 )
 """The actions that are one decision."""
 
@@ -53,7 +56,8 @@ class _Release(TypedDict):
 
 
 class Drafting:
-    """What a server of `epoch` would append for an action, as `state` is now. `source` decides who takes part."""
+    """What a server of `epoch` would append for an action, as `state` is now. `source` decides who takes part, and `key` is the
+    server's."""
 
     def __init__(
         self,
@@ -63,10 +67,11 @@ class Drafting:
         evaluate: Evaluate,
         source: random.Random,
         *,
+        key: SigningKey,
         model: str,
         epoch: int,
     ) -> None:
-        self._state, self._blobs, self._planner = state, blobs, planner
+        self._state, self._blobs, self._planner, self._key = state, blobs, planner, key
         self._evaluate, self._source, self._model, self._epoch = evaluate, source, model, epoch
 
     def draft(self, action: Decides) -> Draft:
@@ -83,7 +88,9 @@ class Drafting:
                 return self._proposed(action.round_id)
             case actions.EvaluateRelease():
                 return self._evaluated(action.release)
-            case actions.DecideRelease():
+            case actions.JudgeRelease():
+                return self._judged(action)
+            case actions.RejectRelease():
                 return self._decided(action.release, action.verdict)
 
     def _refused(self, action: actions.RefuseLate) -> Draft:
@@ -159,17 +166,34 @@ class Drafting:
         return self._of_release(proposed, proposed.release, "proposed")
 
     def _evaluated(self, release: str) -> Draft:
+        """Measure; what the figure is made of first, then the event that names it."""
         state = self._state.releases.releases[release]
         found = self._evaluate(self._arrays(state.blob))
+        kept = None
+        if found.scores is not None:
+            kept = scores.put(self._blobs, found.scores, key=self._key, release=release, dataset_sha256=found.dataset_sha256)
         evaluated = types.ReleaseEvaluated(
             **self._release(release),
-            metrics=found.metrics,
+            metrics={name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
             leading=found.leading,
             examples=found.examples,
             dataset_sha256=found.dataset_sha256,
+            higher_is_better=found.higher_is_better,
+            scores=kept,
         )
         first = not state.evaluations
         return self._of_release(evaluated, release, f"evaluated{'' if first else found.dataset_sha256}")
+
+    def _judged(self, action: actions.JudgeRelease) -> Draft:
+        releases = self._state.releases
+        candidate, incumbent = releases.releases[action.release], releases.releases[action.incumbent]
+        assert candidate.evaluation is not None
+        verdict = registry.task_of_model(releases, self._model).gate(
+            scores.measured(self._blobs, candidate.evaluation),
+            scores.measured(self._blobs, incumbent.evaluations[candidate.evaluation.dataset_sha256]),
+            self._planner.config.gate_margin,
+        )
+        return self._decided(action.release, verdict)
 
     def _decided(self, release: str, verdict: Verdict) -> Draft:
         state = self._state.releases.releases[release]

@@ -216,7 +216,14 @@ class Server:
     def _decide(self, action: Decides) -> None:
         """Append the event that does it; it is done when something else comes next."""
         drafting = Drafting(
-            self.state, self._blobs, self.planner, self._evaluate, self._source, model=self.model, epoch=self.epoch
+            self.state,
+            self._blobs,
+            self.planner,
+            self._evaluate,
+            self._source,
+            key=self._writer.key,
+            model=self.model,
+            epoch=self.epoch,
         )
         draft = drafting.draft(action)
         decide(

@@ -210,8 +210,9 @@ def _evaluations(shown: Iterable[tuple[str, ReleaseState]]) -> Iterator[Metric]:
         meaning = f"The {metric} on the held-out messages: of the release in force, and of the candidate made last."
         gauge = GaugeMetricFamily(f"fedloop_release_{metric}", meaning, labels=["release"])
         for which, release in shown:
-            if release.evaluation is not None and metric in release.evaluation.metrics:
-                gauge.add_metric([which], release.evaluation.metrics[metric])
+            found = None if release.evaluation is None else release.evaluation.metrics.get(metric)
+            if found is not None:
+                gauge.add_metric([which], found)
         yield gauge
 
 

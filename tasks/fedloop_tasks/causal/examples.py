@@ -1,30 +1,36 @@
-"""What a language model learns from: masked prompts, and the answers that are right for them."""
+"""What a language model learns from: masked prompts, and what users made of the answers to them. All of it is masked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from msgspec import Struct
 
-from fedloop_tasks.task import Interaction
 from fedloop_tasks.turns import Turn
 
 
 class Example(Struct, frozen=True):
-    """What was written up to the answer, and the answer. All of it is masked."""
+    """What was written up to the answer, and the answer to learn."""
 
     turns: tuple[Turn, ...]
     answer: str
 
 
-def examples(interactions: Iterable[Interaction]) -> list[Example]:
-    """An example of every response whose user has given a better answer, or was content with it, in the order in which they were
-    taught. Of several interactions about one response the latest holds."""
-    latest: dict[str, Example] = {}
-    for each in interactions:
-        content = each.thumb == "up" or (each.thumb is None and (each.rating or 0) >= 4)
-        answer = each.edit or (each.response if content else None)
-        if answer is not None:
-            latest.pop(each.interaction_id, None)
-            latest[each.interaction_id] = Example((Turn("user", each.prompt.text),), answer.text)
-    return [*latest.values()]
+class Judged(Struct, frozen=True):
+    """An answer with a thumb, up or down."""
+
+    turns: tuple[Turn, ...]
+    answer: str
+    good: bool
+
+
+class Pair(Struct, frozen=True):
+    """Two answers to the same turns, of which one is preferred."""
+
+    turns: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    learn: bool = False
+    """Whether the chosen one is an answer to learn as well, as a correction is. It is one example so: two, a pair and an
+    `Example`, would let one correction move a private step by twice the clip norm."""
+
+
+Feedback = Example | Judged | Pair

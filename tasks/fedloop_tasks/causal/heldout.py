@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from fedloop_events.blobs import tensors
 from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from fedloop_tasks.causal.examples import Example
-from fedloop_tasks.task import Arrays, Message
+from fedloop_tasks.causal.examples import Example, Pair
+from fedloop_tasks.evaluation import Measured, Scores
+from fedloop_tasks.task import Arrays, Message, Sample
 from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
@@ -32,9 +33,14 @@ EXACT: Final = "exact_match"
 F1: Final = "token_f1"
 """How far the words of greedy answers are those wanted, over the first `WRITTEN` prompts (Rajpurkar et al. 2016, arXiv
 1606.05250, without their clean-up of articles)."""
-METRICS: Final = (LOSS, EXACT, F1)
+PREFERENCE: Final = "preference_accuracy"
+"""The part of the held-out pairs of answers that are ranked right; only where there are some."""
+METRICS: Final = (LOSS, EXACT, F1, PREFERENCE)
 WRITTEN: Final = 24
-"""Answers are written for so many prompts: a second each, where a pass over all of them takes as long."""
+"""Answers are written for so many prompts: half a second each, where a pass over all of them takes seconds. An answer is cut off
+when it is twice as long as the one that is wanted."""
+SAMPLES: Final = 5
+"""Answers that are kept with a release."""
 _AGAIN: Final = "run `fedloop server init` again as before"
 _WORD: Final = re.compile(r"\w+")
 
@@ -73,7 +79,7 @@ class Evaluator:
     """
 
     def __init__(self, folder: Path, spec: CausalSpec, model_dir: Path | None) -> None:
-        path = folder / FILE
+        path, self._folder = folder / FILE, folder
         try:
             data = path.read_bytes()
             self._held = msgspec.json.decode(data, type=HeldOut).messages
@@ -87,23 +93,54 @@ class Evaluator:
         self._spec, self._model_dir = spec, model_dir
         self._model: CausalModel | None = None
 
-    def __call__(self, arrays: Arrays) -> Evaluation:
+    def __call__(self, arrays: Arrays) -> Measured:
         if self._model is None:
             from fedloop_tasks.causal.model import CausalModel
 
             self._model = CausalModel(self._spec, model_dir=self._model_dir)
-        self._model.load(arrays)
-        turns = [(*each.earlier, Turn("user", each.text)) for each in self._held]
-        scores = self._model.scores(
-            self._model.encoded([Example(said, each.answer) for said, each in zip(turns, self._held, strict=True)])
-        )
-        answers = [self._model.generate(said).text for said in turns[:WRITTEN]]
+        model = self._model
+        model.load(arrays)
+        asked = [(*each.earlier, Turn("user", each.text)) for each in self._held]
+        found = model.scores(model.encoded([Example(turns, each.answer) for turns, each in zip(asked, self._held, strict=True)]))
+        samples = [
+            Sample(each.text, model.generate(turns, most=self._room(each.answer)).text, each.answer)
+            for turns, each in zip(asked[:WRITTEN], self._held, strict=False)
+        ]
+        scores = Scores.of([each.loss / each.tokens for each in found], [each.tokens for each in found]) if found else None
         metrics = {
-            LOSS: sum(each.loss for each in scores) / max(1, sum(each.tokens for each in scores)),
-            EXACT: _mean([each.exact for each in scores]),
-            F1: _mean([f1(answer, each.answer) for answer, each in zip(answers, self._held, strict=False)]),
+            LOSS: 0.0 if scores is None else scores.mean,
+            EXACT: _mean([each.exact for each in found]),
+            F1: _mean([f1(each.answer, each.wanted) for each in samples]),
         }
-        return Evaluation(metrics, LOSS, len(scores), self._sha256)
+        pairs = [
+            Pair(turns, each.answer, each.rejected)
+            for turns, each in zip(asked, self._held, strict=True)
+            if each.rejected is not None
+        ]
+        if pairs:
+            metrics[PREFERENCE] = _mean([margin > 0 for margin in model.preferences(pairs)])
+        write_private(self._folder / _file(arrays), msgspec.json.encode(samples[:SAMPLES]))
+        return Measured(metrics, LOSS, len(found), self._sha256, higher_is_better=False, scores=scores)
+
+    def _room(self, answer: str) -> int:
+        """Tokens for an answer in place of this one."""
+        assert self._model is not None
+        return min(self._spec.max_answer_tokens, 2 * len(self._model.chat.answer(answer)))
+
+
+def samples(folder: Path, arrays: Arrays) -> list[Sample]:
+    """See `Task.samples`."""
+    try:
+        return msgspec.json.decode((folder / _file(arrays)).read_bytes(), type=list[Sample])
+    except (OSError, msgspec.MsgspecError):
+        return []
+
+
+def _file(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensors.encode(arrays):
+        digest.update(chunk)
+    return f"samples-{digest.hexdigest()}.json"
 
 
 def f1(found: str, wanted: str) -> float:

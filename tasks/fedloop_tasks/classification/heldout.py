@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
 
+from fedloop_tasks.evaluation import Measured, Scores
 from fedloop_tasks.task import Arrays, Message
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ class Evaluator:
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None
 
-    def __call__(self, arrays: Arrays) -> Evaluation:
+    def __call__(self, arrays: Arrays) -> Measured:
         if self._model is None:
             from fedloop_tasks.classification.model import EmbeddingClassifier
 
             self._model = EmbeddingClassifier(self._spec, model_dir=self._model_dir)
         self._model.load(arrays)
-        accuracy = self._model.accuracy(self._held.texts, self._held.labels)
-        return Evaluation({ACCURACY: accuracy}, ACCURACY, len(self._held.texts), self._sha256)
+        correct = self._model.correct(self._held.texts, self._held.labels)
+        scores = Scores.of(correct) if correct else None
+        return Measured({ACCURACY: 0.0 if scores is None else scores.mean}, ACCURACY, len(correct), self._sha256, scores=scores)

