@@ -37,12 +37,13 @@ from fedloop_clients.feedback import (
     identifier,
     mended,
 )
+from fedloop_clients.feedback_links import DEFAULT_TTL_S, FeedbackLinks
 from fedloop_clients.gate import Apps
 from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.refreshing import Refresher, refresh_now
-from fedloop_clients.releases import KeptRelease
+from fedloop_clients.releases import KeptRelease, NoReleaseError
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import NotWritableError, cannot_write
@@ -75,7 +76,8 @@ class Agent:
     that has one declines what no mechanism covers.
 
     `settings.eligibility` are the owner's terms. `conditions` tells whether they hold now: an application knows more than
-    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day alone.
+    the default, which goes by the platform; `clock` is the device's wall clock, which counts for hours of the day and for
+    links.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Agent:
         self._device = Device(store, identity, place, settings, Surroundings(conditions, clock))
         self._apps = Apps(dict(apps or {}), app)
         self._masker = masker
+        self.links = FeedbackLinks(store, identity.secret("link"), clock)
         self._reading, self._masking = threading.Lock(), threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
         self._chatting = Chatting(self._device.interactions, self._lent_to_chat)
@@ -203,6 +206,7 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatResponse: ...
     @overload
     def chat(
@@ -213,6 +217,7 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatStream: ...
     def chat(
         self,
@@ -222,22 +227,24 @@ class Agent:
         max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> ChatResponse | ChatStream:
         """Answer the last of the `messages`, which is the user's, with the release in force, and keep the response, so that
         feedback can name it.
 
         A message is `{"role": "system" | "user" | "assistant", "content": TEXT}`; the system speaks first or not at all, then
         user and assistant take turns. The answer has at most `max_tokens` tokens (the model's own bound, if None), and no more
-        than the model has room for. It is greedy, or at a `temperature` above 0 drawn, and then the same for the same `seed`.
-        With `stream` the call returns when the answer begins, and what it returns gives its pieces. Unlike `predict` the model
-        sees what was written, not what is left of it masked: nothing of it leaves the device but masked, and it learns from that
+        than the model has room for. It is greedy, or at a `temperature` above 0 drawn, and then the same for the same `seed`; it
+        ends before the first of the texts `stop` that it would hold. With `stream` the call returns when the answer begins, and
+        what it returns gives its pieces. Unlike `predict` the model sees what was written, not what is left of it masked: nothing
+        of it leaves the device but masked, and it learns from that
         alone. Answers are written one at a time, whichever thread asks.
 
         On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
         kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
         words (`predict`), or where no release is known yet; `ModelError` and `BlobError` if there is no model to be had.
         """
-        turns, how = turns_of(messages), sampling(max_tokens, temperature, seed)
+        turns, how = turns_of(messages), sampling(max_tokens, temperature, seed, stop)
         return self._chatting.stream(turns, how) if stream else self._chatting.whole(turns, how)
 
     def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
@@ -310,6 +317,15 @@ class Agent:
         response_id = self._own_id("response", response_id)
         feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
         return Feedback(feedback_id, response_id, task.taught(recorded) if task else None, note)
+
+    def feedback_url(self, response_id: str, *, ttl: float = DEFAULT_TTL_S) -> str:
+        """A link that opens a page for feedback on the response, of this device's sidecar, without its key, for `ttl` seconds.
+
+        The page opens as often as it is asked for; feedback is taken from it once, and the same again counts once. The link holds
+        nothing but the response's id, when it expires, and a signature. Raises `UnknownResponseError`, and `UsageError` for a
+        time that a link cannot hold, or as long as no sidecar has served this device.
+        """
+        return self.links.url(self._own_id("response", response_id), ttl)
 
     @property
     def task(self) -> Task:
@@ -422,13 +438,13 @@ class Agent:
                 return release
         raise self._no_release()
 
-    def _no_release(self) -> UsageError:
+    def _no_release(self) -> NoReleaseError:
         known = self._device.view.releases.current(self.settings.model) is not None
         what = "could not be read yet" if known else "is known to this device"
         hint = (
             "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
         )
-        return UsageError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
+        return NoReleaseError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
 
     def _masked(self, text: str) -> MaskedText:
         """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from types import TracebackType
@@ -19,6 +19,7 @@ from msgspec import Struct
 from fedloop_clients.conversations import Sampling
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.releases import KeptRelease
+from fedloop_clients.stopping import stopped
 from fedloop_clients.store_file import NotWritableError
 
 THREAD: Final = "fedloop-chat"
@@ -26,6 +27,10 @@ THREAD: Final = "fedloop-chat"
 Lend = Callable[[], AbstractContextManager[tuple[Chats, KeptRelease]]]
 """The device's model, as long as the block lasts, and the release that it holds. What it raises, chatting raises."""
 _NOTHING: Final = Answer("", 0, 0.0, finished=False, cut=0)
+
+
+class ConversationTooLongError(UsageError):
+    """The conversation leaves the model no room for an answer."""
 
 
 class ChatResponse(Struct, frozen=True):
@@ -130,7 +135,7 @@ class Chatting:
         """See `Agent.chat`."""
         with self._turn, self._lend() as (model, release):
             begun, most = _begin(model, release, turns, how)
-            *_, answer = model.writing(turns, most=most, temperature=how.temperature, seed=how.seed)
+            *_, answer = _writing(model, turns, how, most)
         return self._keep(turns, begun, answer)
 
     def stream(self, turns: Sequence[Turn], how: Sampling) -> ChatStream:
@@ -164,7 +169,7 @@ class Chatting:
             with self._turn, self._lend() as (model, release):
                 begun, most = _begin(model, release, turns, how)
                 first.put(begun)
-                for answer in model.writing(turns, most=most, temperature=how.temperature, seed=how.seed):
+                for answer in _writing(model, turns, how, most):
                     if stop.is_set() or self._closed.is_set():
                         raise UsageError("the answer was not written to its end, because its reader or the agent was closed")
                     found.put(answer)
@@ -191,12 +196,16 @@ class Chatting:
         )
 
 
+def _writing(model: Chats, turns: Sequence[Turn], how: Sampling, most: int) -> Iterator[Answer]:
+    return stopped(model.writing(turns, most=most, temperature=how.temperature, seed=how.seed), how.stop)
+
+
 def _begin(model: Chats, release: KeptRelease, turns: Sequence[Turn], how: Sampling) -> tuple[Begun, int]:
     """What is about to be written, and in how many tokens at most. Raises `UsageError` where there is room for none."""
     count = model.prompt_tokens(turns)
     room = model.context - count
     if room < 1:
-        raise UsageError(
+        raise ConversationTooLongError(
             f"the conversation has {count:,} tokens, and the model takes at most {model.context - 1:,} before its answer",
             hint="leave out the oldest messages, or shorten them",
         )

@@ -15,19 +15,22 @@ from msgspec import Struct
 from fedloop_clients.feedback import MAX_TEXT_CHARS, check_text
 
 MAX_ANSWER_CHARS: Final = 100_000
+MAX_STOP_CHARS: Final = 200
 _ROLES: Final[tuple[str, ...]] = get_args(Role)
 _MOST: Final = 2**63
 
 
 class Sampling(Struct, frozen=True):
-    """How an answer is written: in at most `max_tokens` tokens (as the model does, if None), greedily or drawn."""
+    """How an answer is written: in at most `max_tokens` tokens (as the model does, if None), greedily or drawn, up to the first
+    of the texts `stop`."""
 
     max_tokens: int | None
     temperature: float
     seed: int
+    stop: tuple[str, ...] = ()
 
 
-def sampling(max_tokens: int | None, temperature: float, seed: int | None) -> Sampling:
+def sampling(max_tokens: int | None, temperature: float, seed: int | None, stop: Sequence[str] = ()) -> Sampling:
     """Raises `UsageError`. Without a seed each answer is drawn anew."""
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise UsageError("max_tokens must be a whole number of 1 or more")
@@ -35,7 +38,9 @@ def sampling(max_tokens: int | None, temperature: float, seed: int | None) -> Sa
         raise UsageError("temperature must be a number of 0 or more")
     if seed is not None and (type(seed) is not int or not -_MOST <= seed < _MOST):
         raise UsageError("seed must be a whole number of at most 64 bits")
-    return Sampling(max_tokens, float(temperature), secrets.randbits(63) if seed is None else seed)
+    if isinstance(stop, str) or not all(type(each) is str and 0 < len(each) <= MAX_STOP_CHARS for each in stop):
+        raise UsageError(f"stop must be a list of texts of 1 to {MAX_STOP_CHARS} characters")
+    return Sampling(max_tokens, float(temperature), secrets.randbits(63) if seed is None else seed, tuple(stop))
 
 
 def turns_of(messages: object) -> list[Turn]:

@@ -63,6 +63,10 @@ class Identity(Struct, frozen=True, forbid_unknown_fields=True):
         data = msgspec.json.encode((kind, given))
         return hashlib.blake2b(data, digest_size=16, key=self.signing_key, person=b"fedloop.id").hexdigest()
 
+    def secret(self, purpose: str) -> bytes:
+        """A key of 32 bytes for one purpose (of up to 8 letters), derived from the device's own, of which it tells nothing."""
+        return hashlib.blake2b(digest_size=32, key=self.signing_key, person=b"fedloop." + purpose.encode()).digest()
+
     def writer(self, log: EventLog) -> EventWriter:
         """Who signs the events of this device."""
         return EventWriter(log, self.key)

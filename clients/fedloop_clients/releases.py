@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.errors import BlobError
+from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.types import BlobRef, Spec
 from msgspec import Struct
@@ -18,6 +18,10 @@ _RELEASE: Final = "release"
 _TENSORS: Final = "tensors"
 MAX_RELEASE_BYTES: Final = 512 << 20
 """Half of what SQLite can hold in one value."""
+
+
+class NoReleaseError(UsageError):
+    """The device has no release to answer with yet."""
 
 
 class KeptRelease(Struct, frozen=True):

@@ -16,6 +16,7 @@ import torch
 from fedloop_events.errors import TensorError
 from fedloop_events.types import BlobRef, CausalSpec, Mechanism, RoundOpened
 from fedloop_privacy.dp.dpsgd import dp_sgd, example_gradients, plain_sgd
+from fedloop_tasks.causal import training
 from fedloop_tasks.causal.chat import Chat, TooLongError
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
@@ -236,6 +237,26 @@ def test_a_round_without_privacy_learns(folder: Path, activated: bool) -> None:
     update = program.compute(model, EXAMPLES, round_opened)
     model.load(program.apply(round_opened, arrays, update))
     assert (losses_of(model, EXAMPLES) < before).all()
+
+
+def test_the_loss_of_some_tokens_at_a_time_is_that_of_all_at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient too, whatever weighs the tokens, against autograd's through all logits."""
+    monkeypatch.setattr(training, "HEAD_TOKENS", 7)
+    model = made(llama)
+    with model.training(EXAMPLES, list(model.shapes), {"lora_lr": 1.0}) as ready:
+        assert ready is not None
+        batch = ready.examples.collate(range(len(EXAMPLES))).answers
+        logits = model.tail(*batch[:3], batch.prompts)
+        losses, hits = training.token_losses(model.tail, batch)
+        assert len(losses) % 7
+        assert torch.equal(hits, logits.argmax(1) == batch.wanted)
+        weights = torch.linspace(0.1, 2.0, len(losses))
+        expected = torch.nn.functional.cross_entropy(logits, batch.wanted, reduction="none")
+        assert torch.allclose(losses, expected, rtol=1e-5)
+        parameters = list(ready.groups[0].parameters)
+        found, wanted = (torch.autograd.grad((weights * each).sum(), parameters) for each in (losses, expected))
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.linalg.vector_norm(one - other) <= 1e-4 * torch.linalg.vector_norm(other)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])

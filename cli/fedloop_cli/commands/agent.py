@@ -11,6 +11,7 @@ import typer
 from msgspec.structs import replace
 
 from fedloop_cli import console, options, task_options
+from fedloop_cli.commands import sidecar
 
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fedloop_clients.feedback import Response
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
+app.command(cls=options.Command)(sidecar.serve)
+app.command(cls=options.Command)(sidecar.chat)
 
 Text = Annotated[str | None, typer.Option("--text", help="What the user wrote; - reads standard input.")]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")]

@@ -45,6 +45,9 @@ class DeviceSettings(Struct, frozen=True):
     client_id: str
     epsilon: float | None
     delta: float
+    every: int = 1
+    """Of a model that writes its answers, every which message is asked now: an answer takes a second. The others are of earlier
+    conversations, which the user brings along."""
 
 
 class Wave(Struct, frozen=True):
@@ -79,7 +82,7 @@ def main(terms: DeviceSettings, channel: socket.socket, masker: Masker) -> None:
         stop = threading.Event()
         runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")
         runner.start()
-        _guarded(lambda: DemoUser(agent, Path(terms.store), channel).live())
+        _guarded(lambda: DemoUser(agent, terms, channel).live())
         stop.set()
         runner.join()
 
@@ -100,9 +103,9 @@ def _guarded(work: Callable[[], None]) -> None:
 class DemoUser:
     """Writes messages, reads the answers, and judges whether they are right."""
 
-    def __init__(self, agent: Agent, store: Path, channel: socket.socket) -> None:
-        self._agent, self._channel = agent, channel
-        self._count = store / "given"
+    def __init__(self, agent: Agent, terms: DeviceSettings, channel: socket.socket) -> None:
+        self._agent, self._channel, self._every = agent, channel, terms.every
+        self._count = Path(terms.store) / "given"
         """How many messages were written, over all the device's processes."""
 
     def live(self) -> None:
@@ -145,7 +148,8 @@ class DemoUser:
         down, every sixth asks again and chooses. What a file says of two answers, or of one, is done about these."""
         from fedloop_clients import importing
 
-        if message.rejected is not None or message.good is not None:
+        asks, rest = divmod(number, self._every)
+        if rest or message.rejected is not None or message.good is not None:
             response, what = importing.told(self._agent, message)
             self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
             return
@@ -153,9 +157,9 @@ class DemoUser:
         response = self._agent.chat(asked, max_tokens=MAX_TOKENS)
         if response.text.strip() == message.answer:
             what = {"thumb": "up"}
-        elif number % 6 == DISLIKES:
+        elif asks % 6 == DISLIKES:
             what = {"thumb": "down"}
-        elif number % 6 == CHOOSES:
+        elif asks % 6 == CHOOSES:
             second = self._agent.chat(asked, max_tokens=MAX_TOKENS, temperature=1.0, seed=number)
             response, other = sorted((response, second), key=lambda each: _alike(each.text, message.answer), reverse=True)
             what = {"preferred_over": other.response_id} if response.text != other.text else {"thumb": "down"}

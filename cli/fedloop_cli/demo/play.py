@@ -144,9 +144,11 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
             place = scene.where.place
             if scene.options.gateway:
                 place = _gateway(scene, nursery, children, printed)
-            for name in scene.devices:
+            for name, messages in zip(scene.devices, scene.users.devices, strict=True):
                 store = scene.directory / "devices" / name
-                terms = device.DeviceSettings(place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA)
+                terms = device.DeviceSettings(
+                    place.log, place.blobs, str(store), name, scene.options.epsilon, DELTA, -(-len(messages) // users.ASKED)
+                )
                 receive = partial(_receive, scene, name)
                 children.append(Child(name, nursery, "device", msgspec.json.encode(terms).decode(), printed, receive))
             yield children

@@ -17,8 +17,11 @@ from fedloop_cli import corpus
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
 FIRST_WAVE: Final = 0.8
-SPOKEN: Final = 50
+SPOKEN, ASKED = 200, 40
+"""Messages of a device whose model writes its answers, and how many of them are asked now: an answer takes a second."""
 SPOKEN_HELD_OUT: Final = 60
+SHAPE: Final = {"layers": 4, "rank": 4, "targets": ["v_proj", "down_proj"]}
+"""Of the adapters of such a model: so few parameters that the noise for some hundred examples leaves something to learn."""
 
 
 class Users(Struct, frozen=True):
@@ -34,13 +37,13 @@ class Users(Struct, frozen=True):
 
 def invented(task: type[Task], devices: int, seed: int) -> Users:
     """The corpus that comes with the package: all of it for a model that picks an answer, `SPOKEN` messages a device for one that
-    writes its own, which takes a second for each."""
+    writes its own."""
     spoken = task.speaks
     messages = corpus.load("train", spoken=spoken)[: SPOKEN * devices if spoken else None]
     held_out = corpus.load("test", spoken=spoken)[: SPOKEN_HELD_OUT if spoken else None]
     material = task.material_of(_messages("train", messages), _messages("test", held_out))
     if spoken:
-        material = replace(material, public=_messages("public", corpus.public()).rows)
+        material = replace(material, public=_messages("public", corpus.public()).rows, shape=SHAPE)
     planted = {pair for each in messages for pair in each.planted}
     spread_out = spread(_messages("train", messages).rows, devices, seed)
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
@@ -53,7 +56,7 @@ def _messages(name: str, found: Sequence[corpus.CorpusMessage]) -> Messages:
 
 def from_files(task: type[Task], train: Messages, held_out: Messages, devices: int, seed: int) -> Users:
     """Any messages. Nothing is planted in them, so no leak can be searched for. Raises `UsageError`."""
-    material = task.material_of(train, held_out)
+    material = replace(task.material_of(train, held_out), shape=SHAPE if task.speaks else {})
     if len(train.rows) < 2 * devices:
         raise UsageError(f"{train.path} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
     spread_out = spread(train.rows, devices, seed)

@@ -107,21 +107,22 @@ class Tail(Layers):
         self.norm, self.head = norm, head
 
     def forward(self, states: Tensor, rows: Tensor, columns: Tensor, prompts: Prompts | None = None) -> Tensor:
-        """Logits [n, V] of the token that follows the one at each of `rows` and `columns` [n]: nowhere else are they computed.
+        """Logits [n, V] of the token that follows the one at each of `rows` and `columns` [n]: see `read`."""
+        logits: Tensor = self.head(self.read(states, rows, columns, prompts))
+        return logits
+
+    def read(self, states: Tensor, rows: Tensor, columns: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """What the head gets at each of `rows` and `columns` [n]: [n, d].
 
         States [B, T, d] are of the tokens on which the adapters act; those before them are `prompts`.
         """
-        if prompts is None:
-            return self.logits(self.run(states)[rows, columns])
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(prompts.kept, start=self.first):
-            cache.update(keys, values, layer)
-        return self.logits(self.run(states, cache, prompts.lengths)[rows, columns])
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Of the token that follows: [n, V] for the states [n, d] that the layers gave."""
-        logits: Tensor = self.head(self.norm(states))
-        return logits
+        cache, before = None, None
+        if prompts is not None:
+            cache, before = DynamicCache(), prompts.lengths
+            for layer, (keys, values) in enumerate(prompts.kept, start=self.first):
+                cache.update(keys, values, layer)
+        found: Tensor = self.norm(self.run(states, cache, before)[rows, columns])
+        return found
 
     def keys_and_values(self, states: Tensor) -> Tensor:
         """[layers, 2, B, heads, T, size] of tokens on which no adapter acts."""

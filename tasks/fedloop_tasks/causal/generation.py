@@ -45,7 +45,7 @@ def tokens(
         new = states[:, max(0, begin - start) :]
         before = start + states.shape[1] - new.shape[1]
         found = tail.run(new, cache, torch.tensor([before], device=device) if before else None)
-        logits = tail.logits(found[:, -1])[0].double().cpu()
+        logits = tail.head(tail.norm(found[:, -1]))[0].double().cpu()
         chosen = _chosen(logits, temperature, random)
         yield chosen, float(logits.log_softmax(0)[chosen])
         if chosen in ends:

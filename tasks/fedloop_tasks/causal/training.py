@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from fedloop_tasks.causal.chat import Encoded
-from fedloop_tasks.causal.decoder import Prompts
+from fedloop_tasks.causal.decoder import Prompts, Tail
 
 PROMPT_TOKENS: Final = 16
 """Tokens of prompts that are kept, counted as one on which adapters act: at least so much less memory they take in a step."""
+HEAD_TOKENS: Final = 64
+"""Whose logits are there at once: 13 MB of a vocabulary of 50,000."""
 
 
 class Batch(NamedTuple):
@@ -47,5 +50,37 @@ class Answers:
 
 def token_losses(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of each token of an answer: its cross entropy, and whether it is the most probable one: [n], [n]."""
-    logits = module(batch.states, batch.rows, batch.columns, batch.prompts).float()
-    return F.cross_entropy(logits, batch.wanted, reduction="none"), logits.argmax(1) == batch.wanted
+    assert isinstance(module, Tail)
+    states = module.read(batch.states, batch.rows, batch.columns, batch.prompts)
+    losses, hits = _Losses.apply(states, module.head, batch.wanted)  # type: ignore[no-untyped-call]
+    return losses, hits
+
+
+class _Losses(Function):
+    """Cross entropy over a frozen head, some tokens at a time: logits of all would be most of a step's memory.
+
+    A token's loss depends on its own states alone, so its gradient is computed beside it and waits for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: nn.Module, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, losses, hits = torch.empty_like(states), [], []
+        for start in range(0, len(states), HEAD_TOKENS):
+            some = slice(start, start + HEAD_TOKENS)
+            logits, own = head(states[some]).float(), wanted[some, None]
+            sums = logits.logsumexp(1, keepdim=True)
+            losses.append((sums - logits.gather(1, own)).squeeze(1))
+            hits.append(logits.argmax(1) == wanted[some])
+            if ctx.needs_input_grad[0]:
+                change = logits.sub_(sums).exp_().scatter_add_(1, own, -torch.ones_like(sums))
+                gradients[some] = change.to(states) @ head.weight
+        hit = torch.cat(hits)
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(hit)
+        return torch.cat(losses), hit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, losses: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * losses[:, None].to(gradients), None, None
