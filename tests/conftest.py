@@ -2,10 +2,12 @@
 
 The broker is the one that FEDLOOP_TEST_KAFKA=HOST:PORT names, else one of our own where Java and Maven are, else a container
 where Docker runs. Where none of them is, these tests are left out: the last line says so, and with CI=true the run fails.
+llama.cpp is asked for by the marker `llama_cpp`; where it is not installed, those tests are left out, and a line says so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Generator, Iterator
@@ -21,10 +23,12 @@ from confluent_kafka.admin import AdminClient
 VARIABLE: Final = "FEDLOOP_TEST_KAFKA"
 ANSWER_S: Final = 30.0
 _LEFT_OUT: Final = pytest.StashKey[str]()
+_WITHOUT_LLAMA_CPP: Final = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kafka: needs a real Kafka broker (added by itself to tests that use its fixtures)")
+    config.addinivalue_line("markers", "llama_cpp: needs llama.cpp (CMAKE_ARGS=-DGGML_NATIVE=OFF pip install llama-cpp-python)")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -34,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if {"kafka", "secure_kafka"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
     yield
+    _leave_out_llama_cpp(config, items)
     wanting = [item for item in items if item.get_closest_marker("kafka")]
     reason = brokers.why_not() if wanting else ""
     if not reason:
@@ -49,11 +54,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_LEFT_OUT] = f"{len(wanting)} Kafka tests were left out: {reason}"
 
 
+def _leave_out_llama_cpp(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """llama.cpp is optional in CI too: no wheel of it is published, and it takes minutes to build."""
+    wanting = [item for item in items if item.get_closest_marker("llama_cpp")]
+    if wanting and importlib.util.find_spec("llama_cpp") is None:
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+        config.stash[_WITHOUT_LLAMA_CPP] = f"{len(wanting)} llama.cpp tests were left out: llama-cpp-python is not installed"
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     yield
     left_out = session.config.stash.get(_LEFT_OUT, "")
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if without := session.config.stash.get(_WITHOUT_LLAMA_CPP, ""):
+        assert reporter is not None
+        reporter.write_line(without, yellow=True)
     if left_out and reporter is not None:
         if os.environ.get("CI") == "true":
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

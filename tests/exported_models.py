@@ -78,6 +78,12 @@ def theirs(model: Any, ids: list[int] = IDS) -> torch.Tensor:
     return found
 
 
+def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The mean over the tokens of the Kullback-Leibler divergence of `other` from `one`, in nats."""
+    logs, theirs = one.double().log_softmax(1), other.double().log_softmax(1)
+    return float((logs.exp() * (logs - theirs)).sum(1).mean())
+
+
 def in_peft(base: Path, folder: Path) -> Any:
     from peft import PeftModel
 

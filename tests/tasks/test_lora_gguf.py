@@ -11,7 +11,8 @@ import gguf_files
 import numpy as np
 import pytest
 import tiny_models as tiny
-from exported_models import FAMILIES, GGUF_FAMILIES, Pair, exported, made, read
+import torch
+from exported_models import FAMILIES, GGUF_FAMILIES, Pair, divergence, exported, logits, made, read
 from fedloop_events.errors import UsageError
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,23 @@ def test_a_lora_gguf_says_what_llama_cpp_asks_for(pair: Pair, tmp_path: Path) ->
         weight = base[name.rpartition(".lora_")[0]]
         assert values.dtype == np.float32
         assert values.shape == ((4, weight.shape[1]) if name.endswith("_a") else (weight.shape[0], 4))
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_gives_the_logits_of_the_model(pair: Pair, tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
+    ids = [5, 17, 40, 3, 99, 120, 7, 7, 200, 31]
+    adapter = exported(pair.model, pair.base, "gguf", tmp_path / "out") / "adapter.gguf"
+
+    def of(**settings: Any) -> torch.Tensor:
+        engine = Llama(str(pair.path), n_ctx=128, n_threads=1, logits_all=True, verbose=False, **settings)
+        engine.eval(ids)
+        return torch.from_numpy(np.array(engine.scores[: len(ids)]))
+
+    plain, adapted = of(), of(lora_path=str(adapter))
+    assert divergence(logits(pair.model, ids), adapted) < 1e-5
+    assert divergence(logits(pair.model, ids), plain) > 5e-3
 
 
 def test_names_in_a_lora_gguf_are_those_of_the_package_gguf(folder: Path, tmp_path: Path) -> None:

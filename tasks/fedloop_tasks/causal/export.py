@@ -25,8 +25,8 @@ from fedloop_tasks.task import Arrays, Export, Provenance, Streamed
 _NOTES: Final = {
     "merged": "on a device the adapter acts only from the assistant's turn on, in a merged model on the prompt too: it answers "
     "otherwise; exported as peft it does not",
-    "gguf": "the adapter is to act only from the assistant's turn on, which llama.cpp's server sees to; a program that does not "
-    "read adapter.alora.invocation_tokens lets it act on the prompt too, and answers otherwise",
+    "gguf": "on a device the adapter acts only from the assistant's turn on; llama.cpp's server lets it act from one token "
+    "earlier on, and a program that does not read adapter.alora.invocation_tokens on the whole prompt, so it answers otherwise",
 }
 """What becomes of an activated adapter."""
 _PATTERNS: Final = {"gpt2": "h"}
