@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from fedloop_tasks.causal.examples import Example
+from fedloop_tasks.causal.model import CausalModel, describe
+from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import registry
 from fedloop_tasks.models.registry import BaseModel
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -108,6 +114,34 @@ def test_a_chat_is_rendered_equally_and_answered_until_its_end(both: Both) -> No
     text = both.tokenizer.decode(answered[0, asked["input_ids"].shape[1] :])
     assert "Paris" in text
     assert text.endswith("<|im_end|>")
+
+
+def test_activated_adapters_answer_as_in_peft_and_a_prompt_is_kept_without_them(both: Both) -> None:
+    model = CausalModel(describe(PACKAGE, model_dir=both.made.folder, layers=2), model_dir=both.made.folder, device="cpu")
+    random = np.random.default_rng(0)
+    arrays = {name: random.normal(0, 0.05, shape).astype(np.float32) for name, shape in model.shapes.items()}
+    model.load(arrays)
+    turns = tuple(Turn(each["role"], each["content"]) for each in CHAT)
+    encoded = model.encoded([Example(turns, "It is on its way."), Example((Turn("user", "Where is my card?"),), "Sent.")])
+    found = model.scores(encoded)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.spec.rank,
+        lora_alpha=16,
+        target_modules=sorted({f"model.layers.{name[5:-2]}" for name in arrays}),
+        alora_invocation_tokens=list(model.chat.invocation),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(both.made.folder, local_files_only=True), config).eval()
+    with torch.no_grad():
+        for name, value in arrays.items():
+            adapted: Any = peft.get_submodule(f"base_model.model.model.layers.{name[5:-2]}")
+            getattr(adapted, f"lora_{name[-1]}")["default"].weight.copy_(torch.from_numpy(value))
+        for each, score in zip(encoded, found, strict=True):
+            logits = peft(input_ids=torch.tensor([each.ids])).logits[0, each.start - 1 : -1]
+            expected = torch.nn.functional.cross_entropy(logits, torch.tensor(each.ids[each.start :]), reduction="sum")
+            assert score.loss == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_it_is_the_same_model_on_every_machine(both: Both) -> None:
