@@ -13,9 +13,9 @@ import pytest
 import torch
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
-from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import registry
 from fedloop_tasks.models.registry import BaseModel
+from fedloop_tasks.turns import Turn
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
