@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 LEARNS: Final = ("feedback", "sft", "kto", "dpo")
 WARM_EPOCHS: Final = 15
 """Passes of the first release over public examples: with two or three of each kind of answer more of them helped little."""
-WARM_BATCH: Final = 32
+WARM_BATCH: Final = 16
 
 
 class Chat:
@@ -180,7 +181,7 @@ def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
     import torch
     from fedloop_privacy.dp.dpsgd import plain_sgd
 
-    with model.training(known, list(model.shapes), PLAIN_RATES) as training:
+    with _one_thread(), model.training(known, list(model.shapes), PLAIN_RATES) as training:
         if training is not None:
             plain_sgd(
                 *training,
@@ -189,3 +190,16 @@ def _warm_up(model: CausalModel, known: Sequence[Example], seed: int) -> None:
                 seed=seed,
                 make_optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
             )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The bytes would depend on how many there are, and on a busy machine they wait for each other most of the time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
