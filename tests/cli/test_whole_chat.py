@@ -104,3 +104,28 @@ def test_an_option_of_another_task_or_a_model_that_is_not_there_is_one_clear_err
         assert said in ended.err
         assert "Traceback" not in ended.err
     assert not (tmp_path / "deployment").exists()
+
+
+def test_the_demo_of_a_chat_shows_what_was_measured_and_five_answers(tmp_path: Path) -> None:
+    """With the real model, and a file in which some rows are right answers, some pairs, some judged."""
+    prompts = {"Where is my card?": "It is on its way.", "I lost my card.": "It is frozen now.", "What does it cost?": "Nothing."}
+    told: list[dict[str, object]] = [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()] * 2
+    told += [{"prompt": prompt, "chosen": answer, "rejected": "No idea."} for prompt, answer in prompts.items()]
+    told += [{"prompt": prompt, "completion": "No idea.", "label": False} for prompt in prompts]
+    pairs = [{"prompt": f"Hello. {prompt}", "chosen": answer, "rejected": "No idea."} for prompt, answer in prompts.items()]
+    data, test = rows(tmp_path / "data.jsonl", *told), rows(tmp_path / "test.jsonl", *pairs, *pairs)
+    directory = tmp_path / "run"
+    files = ("--task", "chat", "--data", data, "--test", test, "--dir", directory)
+    with running("demo", *files, "--clients", "2", "--rounds", "2", "--no-dp", "--json") as demo:
+        out, err = demo.communicate(timeout=500)
+    assert demo.returncode == 0, err
+    found = json.loads(out)
+    assert found["task"] == "chat"
+    assert found["baseline_metrics"].keys() == {"loss_per_token", "exact_match", "token_f1", "preference_accuracy"}
+    assert found["final_metrics"]["loss_per_token"] < found["baseline_metrics"]["loss_per_token"]
+    assert [each["metrics"].keys() for each in found["rounds"]] == [found["final_metrics"].keys()] * 2
+    assert [sample["wanted"] for sample in found["samples"]] == [*prompts.values(), *prompts.values()][:5]
+    assert all(sample.keys() == {"prompt", "before", "after", "wanted"} for sample in found["samples"])
+    assert found["checks"]["log_verified"]
+    assert found["checks"]["rebuilt_identical"]
+    assert sum(each["examples"] for each in found["clients"]) == len(told)
