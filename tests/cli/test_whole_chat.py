@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models as tiny
@@ -109,7 +110,7 @@ def test_an_option_of_another_task_or_a_model_that_is_not_there_is_one_clear_err
 def test_the_demo_of_a_chat_shows_what_was_measured_and_five_answers(tmp_path: Path) -> None:
     """With the real model, and a file in which some rows are right answers, some pairs, some judged."""
     prompts = {"Where is my card?": "It is on its way.", "I lost my card.": "It is frozen now.", "What does it cost?": "Nothing."}
-    told: list[dict[str, object]] = [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()] * 2
+    told: list[Any] = [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()] * 2
     told += [{"prompt": prompt, "chosen": answer, "rejected": "No idea."} for prompt, answer in prompts.items()]
     told += [{"prompt": prompt, "completion": "No idea.", "label": False} for prompt in prompts]
     pairs = [{"prompt": f"Hello. {prompt}", "chosen": answer, "rejected": "No idea."} for prompt, answer in prompts.items()]
