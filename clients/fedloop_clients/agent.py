@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Protocol, Self, cast, overload
 
+from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
@@ -247,6 +248,16 @@ class Agent:
         turns, how = turns_of(messages), sampling(max_tokens, temperature, seed, stop)
         return self._chatting.stream(turns, how) if stream else self._chatting.whole(turns, how)
 
+    def embed(self, texts: Sequence[str]) -> Array:
+        """The texts as the model's unit vectors, [n, d] float32; nothing is kept. The model sees what was written.
+
+        A classifier's are of the release in force, a language model's of its base. Raises as `predict` does.
+        """
+        for text in texts:
+            check_text("text", text, MAX_TEXT_CHARS)
+        with self._lent() as (model, _):
+            return model.embed(texts)
+
     def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
         """Keep an answer that was made elsewhere, as if the release in force had made it: see `chat` and `record`.
 
@@ -400,12 +411,13 @@ class Agent:
         return self.identity.derived_id(kind, given)
 
     @contextmanager
-    def _lent(self, *, chats: bool) -> Iterator[tuple[Model, KeptRelease]]:
+    def _lent(self, *, chats: bool | None = None) -> Iterator[tuple[Model, KeptRelease]]:
         """The model with the newest release that is kept, for as long as the block lasts. Raises `UsageError` unless it does what
         is asked."""
         while True:
             release = self._kept_release()
-            _check_chats(release.spec, chats=chats)
+            if chats is not None:
+                _check_chats(release.spec, chats=chats)
             with self._device.models.borrowed(release.spec) as held:
                 try:
                     model = held.load(release.blob, self._device.releases.tensors)
