@@ -9,13 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self, overload
 
-<<<<<<< HEAD
-from fedloop_events.errors import UsageError
-=======
 from fedloop_events.blobs.tensors import Array
-from fedloop_events.errors import BlobError, UsageError
-from fedloop_events.folds.releases import ReleaseState
->>>>>>> sidecar
+from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
@@ -249,7 +244,7 @@ class Agent:
         """
         for text in texts:
             check_text("text", text, MAX_TEXT_CHARS)
-        with self._lent() as (model, _):
+        with self._in_force.to_embed() as (model, _):
             return model.embed(texts)
 
     def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
@@ -404,87 +399,3 @@ class Agent:
         if given is None or self._device.interactions.knows(kind, identifier(f"{kind}_id", given)):
             return given
         return self.identity.derived_id(kind, given)
-<<<<<<< HEAD
-=======
-
-    @contextmanager
-    def _lent(self, *, chats: bool | None = None) -> Iterator[tuple[Model, KeptRelease]]:
-        """The model with the newest release that is kept, for as long as the block lasts. Raises `UsageError` unless it does what
-        is asked."""
-        while True:
-            release = self._kept_release()
-            if chats is not None:
-                _check_chats(release.spec, chats=chats)
-            with self._device.models.borrowed(release.spec) as held:
-                try:
-                    model = held.load(release.blob, self._device.releases.tensors)
-                except BlobError:
-                    if self._device.releases.current(self.settings.model) == release:
-                        raise
-                    continue  # a newer one took its place meanwhile
-                yield model, release
-                return
-
-    @contextmanager
-    def _lent_to_chat(self) -> Iterator[tuple[Chats, KeptRelease]]:
-        with self._lent(chats=True) as (model, release):
-            yield cast(Chats, model), release
-
-    def _in_force(self) -> tuple[Spec, ReleaseState]:
-        """As the device has read it: its tensors may not have come yet."""
-        device = self._device
-        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
-            refresh()
-            spec, release = device.spec, device.view.releases.current(self.settings.model)
-            if spec is not None and release is not None:
-                return spec, release
-        raise self._no_release()
-
-    def _kept_release(self) -> KeptRelease:
-        for refresh in (self._refresher.refresh, self._refresher.refresh_first):
-            refresh()
-            if (release := self._device.releases.current(self.settings.model)) is not None:
-                return release
-        raise self._no_release()
-
-    def _no_release(self) -> NoReleaseError:
-        known = self._device.view.releases.current(self.settings.model) is not None
-        what = "could not be read yet" if known else "is known to this device"
-        hint = (
-            "check the location of the blobs (--blobs)" if known else "connect this device to the log once: `fedloop agent run`"
-        )
-        return NoReleaseError(f"no release of model {self.settings.model!r} {what}", cause=self._refresher.problem, hint=hint)
-
-    def _masked(self, text: str) -> MaskedText:
-        """Raises `MaskingError`, whatever goes wrong: a masker of the owner's own may raise anything, with the text in it."""
-        failure = ""
-        with self._masking:
-            try:
-                if self._masker is None:
-                    from fedloop_privacy.masking import Masker
-
-                    self._masker = Masker()
-                return self._masker.mask(text)
-            except MaskingError:
-                raise
-            except Exception as error:
-                failure = type(error).__name__
-        raise MaskingError("the text could not be masked, so nothing of it is used", cause=failure)
-
-    def _masked_together(self, texts: Sequence[str]) -> list[MaskedText]:
-        return [self._masked(text) for text in texts]
-
-    def _masked_or_none(self, text: str) -> MaskedText | None:
-        """What is not masked now is masked by the loop, or never leaves the device."""
-        with suppress(MaskingError):
-            return self._masked(text)
-        return None
-
-
-def _check_chats(spec: Spec, *, chats: bool) -> None:
-    """Raise `UsageError` unless the model answers in its own words, or, without `chats`, with one of a closed set."""
-    if chats and task_of(spec).words:
-        raise UsageError("this model answers with one of a closed set of words, so it does not chat", hint="use Agent.predict")
-    if not chats and not task_of(spec).words:
-        raise UsageError("this model answers in its own words, which is no prediction", hint="use Agent.chat")
->>>>>>> sidecar
