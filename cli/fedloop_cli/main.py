@@ -22,8 +22,8 @@ from fedloop_cli import console, options, task_options
 from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, model, release, rounds, server
 
 INTERRUPTED: Final = 130
-_REFRESHING: Final = "fedloop-refresh"
-"""The thread in which a device reads a log that may be away."""
+_LEFT: Final = ("fedloop-refresh", "fedloop-rounds")
+"""Threads that may be left in the middle of something: a device reads a log that may be away, or trains."""
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
 app.command(cls=task_options.MessagesCommand)(demo.demo)
@@ -62,7 +62,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
-    if any(each.name == _REFRESHING for each in threading.enumerate()):
+    if any(each.name in _LEFT for each in threading.enumerate()):
         # It may be in the middle of C++, which aborts the process where Python, on its way down, ends the thread under it.
         sys.stderr.flush()
         os._exit(status)

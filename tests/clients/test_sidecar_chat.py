@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -189,10 +190,12 @@ def test_who_goes_away_stops_the_writing_and_what_was_read_is_kept(slow: Served,
 
 
 def test_who_goes_away_while_waiting_is_forgotten(slow: Served, paced: Paced) -> None:
-    hasty = slow.openai.with_options(timeout=0.5)
-    for _ in range(2):  # the first is being answered, the second waits
-        with pytest.raises(openai.APITimeoutError):
-            hasty.chat.completions.create(model="default", messages=asked())
+    body = json.dumps({"messages": asked()}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+    for number in (1, 2):  # the first is being answered, the second waits
+        with socket.create_connection(slow.listening.getsockname()) as gone:
+            gone.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: waiting(slow) == number)  # noqa: B023
     until(lambda: slow.server.server_state.tasks == set())
     until(lambda: waiting(slow) == 0, between=lambda: paced.let_write(1))
     assert paced.written < 10

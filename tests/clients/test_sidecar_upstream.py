@@ -19,8 +19,6 @@ from fedloop_clients import Agent
 from fedloop_clients.sidecar.upstream import Upstream, check_url
 from fedloop_events.errors import UsageError
 
-SILENCE_S = 1.0
-
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[FakeUpstream]:
@@ -34,7 +32,7 @@ def served(upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> 
     chatted = chatted_in(folder / "deployment")
     with (
         chatted.enrol(folder / "store") as agent,
-        serving(agent, Upstream(agent, upstream.url, "their-key", silence_s=SILENCE_S)) as made,
+        serving(agent, Upstream(agent, upstream.url, "their-key")) as made,
     ):
         yield made
     chatted.log.close()
@@ -189,8 +187,11 @@ def test_one_that_hangs_is_an_error_after_a_while(served: Served, upstream: Fake
         await asyncio.sleep(600)
 
     upstream.answer = hang
-    with pytest.raises(openai.InternalServerError, match="sent nothing for 1 seconds") as raised:
-        served.openai.chat.completions.create(model="m", messages=asked())
+    with (
+        serving(served.agent, Upstream(served.agent, upstream.url, silence_s=1.0)) as impatient,
+        pytest.raises(openai.InternalServerError, match="sent nothing for 1 seconds") as raised,
+    ):
+        impatient.openai.chat.completions.create(model="m", messages=asked())
     assert raised.value.status_code == 504
     assert upstream.gone.wait(30)
 

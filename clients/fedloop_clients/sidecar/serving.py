@@ -21,6 +21,9 @@ HOST: Final = "127.0.0.1"
 KEEP_ALIVE_S: Final = 30
 DRAIN_S: Final = 5
 MOST_CONNECTIONS: Final = 512
+ROUNDS_THREAD: Final = "fedloop-rounds"
+"""The name of the thread of the device's loop."""
+SOON_S: Final = 2.0
 _BACKLOG: Final = 256
 
 _logger = logging.getLogger(__name__)
@@ -105,10 +108,13 @@ def rounds(agent: Agent) -> Iterator[None]:
         except FedloopError as error:
             _logger.warning("no part is taken in rounds: %s", error.message)
 
-    thread = threading.Thread(target=run, name="fedloop-rounds")
+    thread = threading.Thread(target=run, name=ROUNDS_THREAD, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(SOON_S)
+        if thread.is_alive():
+            _logger.warning("a round is under way that has been paid for: it is waited for, and a second Ctrl-C gives it up")
+            thread.join()
