@@ -49,6 +49,15 @@ class Process:
         document = json.loads(self.printed)
         self.base_url, self.key = document["base_url"], Path(document["key_file"]).read_text().strip()
 
+    def feedback(self, response_id: str) -> Any:
+        """What is answered to a thumb up."""
+        return httpx.post(
+            f"{self.base_url}/feedback",
+            json={"id": response_id, "thumb": "up"},
+            headers={"authorization": f"Bearer {self.key}"},
+            trust_env=False,
+        ).json()
+
     def ends(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
         return self.process.wait(60)
@@ -73,18 +82,24 @@ def test_a_device_is_served_with_a_key_of_its_own_and_takes_part_in_rounds_meanw
         with openai.OpenAI(base_url=device.base_url, api_key=device.key, max_retries=0) as client:
             answer = client.chat.completions.create(model="default", messages=[{"role": "user", "content": TEXTS["loan"]}])
             assert answer.choices[0].message.content == "loan"
-        given = httpx.post(
-            f"{device.base_url}/feedback",
-            json={"id": answer.id, "thumb": "up"},
-            headers={"authorization": f"Bearer {device.key}"},
-            trust_env=False,
-        ).json()
+        given = device.feedback(answer.id)
         wait_for(lambda: given["id"] in [each.feedback_id for each in classified.appended(types.FeedbackRecorded)])
         assert device.ends(signal.SIGTERM) == 0
         key = device.key
     with served("--store", str(store), "--no-rounds") as device:
         assert device.key == key
         assert device.ends(signal.SIGINT) == 130
+
+
+def test_feedback_that_was_answered_survives_a_kill(classified: Classified, store: Path) -> None:
+    with Agent.open(store) as agent:
+        response = agent.record(TEXTS["loan"], "loan").response_id
+    with served("--store", str(store), "--no-rounds") as device:
+        given = device.feedback(response)
+        device.process.kill()
+        device.process.wait(60)
+    with Agent.open(store) as agent:
+        assert agent.knows(given["id"])
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
