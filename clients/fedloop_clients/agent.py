@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self, overload
 
+from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_tasks.table import task_of
@@ -235,6 +236,16 @@ class Agent:
         """
         turns, how = turns_of(messages), sampling(max_tokens, temperature, seed, stop)
         return self._chatting.stream(turns, how) if stream else self._chatting.whole(turns, how)
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """The texts as the model's unit vectors, [n, d] float32; nothing is kept. The model sees what was written.
+
+        A classifier's are of the release in force, a language model's of its base. Raises as `predict` does.
+        """
+        for text in texts:
+            check_text("text", text, MAX_TEXT_CHARS)
+        with self._in_force.to_embed() as (model, _):
+            return model.embed(texts)
 
     def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
         """Keep an answer that was made elsewhere, as if the release in force had made it: see `chat` and `record`.

@@ -56,6 +56,12 @@ class InForce:
             yield cast(Chats, model), release
 
     @contextmanager
+    def to_embed(self) -> Iterator[tuple[Model, KeptRelease]]:
+        """The same for any model."""
+        with self._lent(lambda spec: None) as lent:
+            yield lent
+
+    @contextmanager
     def _lent(self, check: Callable[[Spec], None]) -> Iterator[tuple[Model, KeptRelease]]:
         while True:
             release = self.kept()

@@ -182,6 +182,10 @@ class Model(Protocol):
     def predict(self, texts: Sequence[str]) -> tuple[list[str], list[float]]:
         """Each text's answer, and how sure the model is of it, from 0 to 1."""
 
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Each text as a unit vector, [n, d] float32: texts of much the same meaning have a large product. Raises `UsageError`
+        for one that is longer than the model takes."""
+
 
 Combine = Callable[[RoundOpened, Arrays, Arrays, Iterable[tuple[Arrays, float]]], dict[str, Array]]
 """How updates become one where their mean is not enough: of a round, its base's tensors, the updates' weighted mean, and the

@@ -74,6 +74,12 @@ def test_text_completions_and_models_answer_too(served: Served) -> None:
     assert served.openai.models.retrieve("fedloop").id == "default"
 
 
+def test_a_classifiers_embeddings_tell_its_classes_apart(served: Served) -> None:
+    texts = ["I lost my card", TEXTS["card-lost"], TEXTS["loan"]]
+    one, same, other = (each.embedding for each in served.openai.embeddings.create(model="default", input=texts).data)
+    assert sum(a * b for a, b in zip(one, same, strict=True)) > sum(a * b for a, b in zip(one, other, strict=True))
+
+
 def test_curl_is_answered(served: Served) -> None:
     message = json.dumps({"messages": asked(TEXTS["card-lost"])})
     command = ["curl", "-sS", f"{served.base_url}/chat/completions", "-H", f"Authorization: Bearer {KEY}", "-d", message]

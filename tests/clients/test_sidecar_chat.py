@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +15,16 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from clients.chatted import Chatted, chatted_in
-from clients.sidecar_served import Served, error, serving
+from clients.sidecar_served import KEY, Served, error, serving
 from fedloop_clients import Agent
 from fedloop_clients.models import Held
 from fedloop_clients.sidecar.answering import OwnModel
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.turns import Turn
+from transformers import AutoModelForCausalLM
 
 
 class Paced(CausalModel):
@@ -236,3 +241,43 @@ def test_a_new_release_answers_as_soon_as_it_is_there(chatted: Chatted, served: 
 def test_a_text_completion_is_the_answer_to_one_message(served: Served) -> None:
     answer = served.openai.completions.create(model="default", prompt="where is my card")
     assert answer.choices[0].text == served.agent.chat(asked()).text
+
+
+def test_an_answer_may_be_asked_to_be_longer_than_the_model_can(served: Served) -> None:
+    answer = served.openai.chat.completions.create(model="default", messages=asked("hi"), max_tokens=100_000)
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_embeddings_are_unit_vectors_of_the_base_model(chatted: Chatted, served: Served, packed: bool) -> None:
+    how: Any = {} if packed else {"encoding_format": "float"}
+    texts = ["where is my card", "the card is lost", "where is my card"]
+    found = [each.embedding for each in served.openai.embeddings.create(model="default", input=texts, **how).data]
+    assert found[0] == found[2] != found[1]
+    assert [sum(x * x for x in each) for each in found] == pytest.approx([1, 1, 1], abs=1e-5)
+    whole = AutoModelForCausalLM.from_pretrained(chatted.base_folder)
+    ids = torch.tensor([chatted.model.chat.text(texts[1])])
+    states = whole.model(ids).last_hidden_state[0].mean(0)
+    assert found[1] == pytest.approx((states / states.norm()).tolist(), abs=1e-5)
+
+
+def test_what_cannot_be_embedded_is_refused(served: Served) -> None:
+    for wrong in ([], [1, 2], [[1, 2]], ["a", ""], "word " * 200, {"text": "a"}, ["a"] * 257):
+        assert served.http.post("/v1/embeddings", json={"input": wrong}).status_code == 400
+    assert served.http.post("/v1/embeddings", json={"input": "a", "dimensions": 8}).status_code == 400
+    assert served.http.post("/v1/embeddings", json={"input": "a", "model": "other"}).status_code == 404
+
+
+def test_the_documents_programs_run_as_they_stand(served: Served, tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "sidecar.md").read_text(encoding="utf-8")
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "sidecar.key").write_text(KEY + "\n")
+    program, *_ = re.findall(r"^```python\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    curl, *_ = re.findall(r"^```\n(curl .*?)^```$", document, re.DOTALL | re.MULTILINE)
+    before = served.agent.status().waiting
+    for command in ([sys.executable, "-c", program], ["bash", "-c", curl]):
+        here = [part.replace("http://127.0.0.1:11435", served.address) for part in command]
+        done = subprocess.run(here, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > 20
+    assert served.agent.status().waiting == before + 1

@@ -109,6 +109,17 @@ def test_its_models_are_listed(served: Served, upstream: FakeUpstream) -> None:
         assert error(served.http.get("/v1/models"))["code"] == "upstream_error"
 
 
+def test_embeddings_are_those_of_the_upstream(served: Served, upstream: FakeUpstream) -> None:
+    data = [{"index": 1, "embedding": [0.0, 1.0]}, {"index": 0, "embedding": [1.0, 0.0]}]
+    upstream.answer = document("200 OK", {"data": data})
+    found = served.openai.embeddings.create(model="m", input=["a", "b"])
+    assert [each.embedding for each in found.data] == [[1.0, 0.0], [0.0, 1.0]]
+    assert upstream.requests[-1][2] == {"model": "m", "input": ["a", "b"], "encoding_format": "float"}
+    upstream.answer = document("200 OK", {"data": data[:1]})
+    with pytest.raises(openai.InternalServerError, match="an embedding of each text"):
+        served.openai.embeddings.create(model="m", input=["a", "b"])
+
+
 LIES: dict[str, tuple[bytes, int, str]] = {
     "a refusal": (document("400 Bad Request", {"error": {"message": "no such\nfield"}}), 400, "no such field"),
     "no such model": (document("404 Not Found", {"error": {"message": "model 'm' not found"}}), 404, "not found"),
@@ -117,7 +128,7 @@ LIES: dict[str, tuple[bytes, int, str]] = {
     "a wrong key": (document("401 Unauthorized", {"error": {"message": "their key"}}), 502, "status 401"),
     "a failure": (document("500 Internal Server Error", b"<html>oops</html>"), 502, "status 500"),
     "a failure of lists": (document("500 Internal Server Error", b"[" * 9_000), 502, "status 500"),
-    "a failure that is long": (document("500 Internal Server Error", b"a" * (1 << 21)), 502, "more than"),
+    "a failure that is long": (document("500 Internal Server Error", b"a" * (33 << 20)), 502, "more than"),
     "a redirect": (b"HTTP/1.1 302 Found\r\nlocation: http://example.org/\r\ncontent-length: 0\r\n\r\n", 502, "status 302"),
     "a document": (document("200 OK", {"choices": []}), 502, "did not stream"),
     "no JSON": (HEAD + b"data: {oops\n\n" + DONE, 502, "no chunk"),

@@ -56,6 +56,9 @@ class Answering(Protocol):
     def answer(self, asked: Asked) -> Parts:
         """Raises `ApiError` and `FedloopError`, before the first piece or after any."""
 
+    async def embed(self, model: str | None, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        """The texts as vectors. Raises `ApiError` and `FedloopError`."""
+
     async def models(self) -> Sequence[str]:
         """The models that can be asked for. Raises `ApiError`."""
 
@@ -74,8 +77,7 @@ class OwnModel:
         self._worker = ThreadPoolExecutor(1, "fedloop-answers")
 
     async def answer(self, asked: Asked) -> Parts:
-        if self._waiting >= self._most_waiting:
-            raise ApiError("too_many_waiting", f"{self._waiting} answers are waited for already", retry_after_s=BUSY_S)
+        self._come_in()
         loop, gone = asyncio.get_running_loop(), threading.Event()
         parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
 
@@ -95,7 +97,6 @@ class OwnModel:
             finally:
                 loop.call_soon_threadsafe(self._ended)
 
-        self._waiting += 1
         self._worker.submit(work)
         try:
             while True:
@@ -108,6 +109,15 @@ class OwnModel:
         finally:
             gone.set()
 
+    async def embed(self, model: str | None, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        self._come_in()
+        try:
+            found = await asyncio.wrap_future(self._worker.submit(self._agent.embed, texts))
+        finally:
+            self._ended()
+        vectors: list[list[float]] = found.tolist()
+        return vectors
+
     async def models(self) -> Sequence[str]:
         return [self._agent.settings.model]
 
@@ -119,6 +129,11 @@ class OwnModel:
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _come_in(self) -> None:
+        if self._waiting >= self._most_waiting:
+            raise ApiError("too_many_waiting", f"{self._waiting} answers are waited for already", retry_after_s=BUSY_S)
+        self._waiting += 1
 
     def _ended(self) -> None:
         self._waiting -= 1

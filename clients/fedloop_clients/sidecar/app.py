@@ -21,10 +21,10 @@ from fedloop_clients.sidecar import asked as asking
 from fedloop_clients.sidecar import bodies, errors
 from fedloop_clients.sidecar.access import HostCheck, KeyCheck
 from fedloop_clients.sidecar.answering import Answering, Begun, Parts
-from fedloop_clients.sidecar.asked import Asked, Judged
+from fedloop_clients.sidecar.asked import Asked, Embedded, Judged
 from fedloop_clients.sidecar.errors import JSON, NO_STORE, ApiError
 from fedloop_clients.sidecar.linked import Linked
-from fedloop_clients.sidecar.written import EventStream, completion, events
+from fedloop_clients.sidecar.written import EventStream, completion, events, vectors
 
 
 def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collection[str] = ()) -> Starlette:
@@ -33,6 +33,7 @@ def create_app(agent: Agent, answering: Answering, key: str, *, origins: Collect
     routes = (
         ("/v1/chat/completions", "POST", sidecar.chat),
         ("/v1/completions", "POST", sidecar.text),
+        ("/v1/embeddings", "POST", sidecar.embeddings),
         ("/v1/models", "GET", sidecar.models),
         ("/v1/models/{model:path}", "GET", sidecar.model),
         ("/v1/feedback", "POST", sidecar.feedback),
@@ -73,6 +74,12 @@ class Sidecar:
 
     async def text(self, request: Request) -> Response:
         return await self._complete(request, asking.text(await bodies.read(request)))
+
+    async def embeddings(self, request: Request) -> Response:
+        wanted = asking.decode(await bodies.read(request), Embedded)
+        model, texts = self._answering.named(wanted.model), wanted.texts
+        found = await bodies.unless_gone(request, self._answering.embed(wanted.model, texts))
+        return _json(vectors(model, found, packed=wanted.encoding_format == "base64"))
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [_model(each) for each in await self._answering.models()]})

@@ -15,6 +15,7 @@ T = TypeVar("T")
 _Count = Annotated[int, Meta(ge=1)]
 ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_STOPS: Final = 4
+MOST_INPUTS: Final = 256
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -87,10 +88,19 @@ class _Text(_Sampled, kw_only=True):
 class Embedded(Struct, kw_only=True):
     """Texts whose embeddings are wanted."""
 
-    input: str | list[str]
+    input: Any
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Raises `ApiError`."""
+        _refuse("dimensions", self.dimensions, "embeddings have the model's own number of them")
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_INPUTS or any(not isinstance(each, str) for each in texts):
+            raise ApiError("invalid_request", f"input must be a text, or a list of 1 to {MOST_INPUTS} texts", param="input")
+        return texts
 
 
 class Judged(Struct, kw_only=True, forbid_unknown_fields=True):

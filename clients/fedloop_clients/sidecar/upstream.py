@@ -27,7 +27,7 @@ from fedloop_clients.sidecar.errors import ApiError
 CONNECT_TIMEOUT_S: Final = 10.0
 SILENCE_S: Final = 120.0
 """How long a server may send nothing: it may have to load its model first."""
-_MOST_DOCUMENT_BYTES: Final = 1 << 20
+_MOST_DOCUMENT_BYTES: Final = 32 << 20
 _SAME: Final = {400: "invalid_request", 404: "model_not_found", 413: "too_large", 422: "invalid_request", 429: "too_many_waiting"}
 """Refusals that are about what the client asked, and so are passed on as such."""
 
@@ -38,6 +38,15 @@ class _Named(Struct):
 
 class _Models(Struct):
     data: list[_Named]
+
+
+class _Vector(Struct):
+    index: int
+    embedding: list[float]
+
+
+class _Vectors(Struct):
+    data: list[_Vector]
 
 
 class Upstream:
@@ -61,6 +70,17 @@ class Upstream:
                 return [each.id for each in msgspec.json.decode(await _whole(response), type=_Models).data]
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 raise ApiError("upstream_error", "the upstream server did not answer with a list of models") from None
+
+    async def embed(self, model: str | None, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        body = {"model": model, "input": list(texts), "encoding_format": "float"}
+        async with self._asked("POST", "embeddings", body) as response:
+            try:
+                found = msgspec.json.decode(await _whole(response), type=_Vectors).data
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                found = []
+        if len(found) != len(texts):
+            raise ApiError("upstream_error", "the upstream server did not answer with an embedding of each text")
+        return [each.embedding for each in sorted(found, key=lambda each: each.index)]
 
     def named(self, model: str | None) -> str:
         """Which models there are the other server knows."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import base64
+import struct
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -51,6 +53,19 @@ async def events(asked: Asked, model: str, begun: Begun, parts: Parts) -> AsyncI
         if asked.include_usage:
             yield _event(head | {"choices": [], "usage": _usage(part)})
         yield DONE
+
+
+def vectors(model: str, found: Sequence[Sequence[float]], *, packed: bool) -> dict[str, Any]:
+    """Embeddings, `packed` as the base64 of little-endian float32."""
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(struct.pack(f"<{len(each)}f", *each)).decode() if packed else each,
+        }
+        for index, each in enumerate(found)
+    ]
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
 class EventStream(StreamingResponse):

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from fedloop_events.errors import UsageError
 from fedloop_events.types import CausalSpec
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedloop_tasks.causal import decoder, generation, preferences, probe, training
@@ -283,6 +286,19 @@ class CausalModel(Adapted):
             seed=seed,
         )
         return generation.writing(found, self.chat.decode, self.chat.ends, cut)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See `Model`: the mean over a text's tokens of what the base model's last layer gives. No adapter acts, for a text is no
+        answer: embeddings of all releases can be compared."""
+        rows: list[Tensor] = []
+        for text in texts:
+            ids = self.chat.text(text)
+            if len(ids) > self._context:
+                raise UsageError(f"a text has {len(ids):,} tokens, and the model takes at most {self._context:,}")
+            with self.tail.frozen():
+                states = self.tail.run(self._trunk(torch.tensor([ids], device=self.device)))
+                rows.append(nn.functional.normalize(self.tail.norm(states)[0].float().mean(0), dim=0).cpu())
+        return torch.stack(rows).numpy()
 
     @property
     def context(self) -> int:
