@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -142,7 +142,7 @@ def measured_bytes(folder: Path, which: str) -> int:
         return alone.submit(added_bytes, folder, which).result()
 
 
-def rows(quick: bool) -> list[Row]:
+def rows(quick: bool) -> Iterator[Row]:
     """Seconds a step against the peer's and ours without what is kept, and gigabytes against a bound and the peer's."""
     size, runs = (8, 1) if quick else (BATCH, MIN_RUNS)
     what = f"DP step, SmolLM2-135M, LoRA r=8 on 8 layers, activated, B={size}"
@@ -158,11 +158,9 @@ def rows(quick: bool) -> list[Row]:
         everywhere = ours(folder, activated=False)
         where = partial(private_step, everywhere, everywhere.encoded(banking77(size)))
         peers.append(("adapters on the prompt too, states below them kept", where, None))
-        result = []
         for name, theirs, at_least in peers:
-            pairs = timed_in_turn(mine, theirs, runs=runs)
-            result.append(costs(what, name, pairs, "s", at_least))
+            yield costs(what, name, timed_in_turn(mine, theirs, runs=runs), "s", at_least)
         memory = [(measured_bytes(folder, "ours") / _GB, measured_bytes(folder, "plain") / _GB) for _ in range(runs)]
     shape = "memory that its steps add to the loaded model, B={}, T={}".format(*_LONG)
-    bound = [(mine_gb, 0.3) for mine_gb, _ in memory]
-    return [*result, costs(shape, "0.3 GB, the bound", bound, "GB", 1.0), costs(shape, "plain steps", memory, "GB")]
+    yield costs(shape, "0.3 GB, the bound", [(mine_gb, 0.3) for mine_gb, _ in memory], "GB", 1.0)
+    yield costs(shape, "plain steps", memory, "GB")

@@ -16,6 +16,7 @@ from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.causal.turns import Turn
 from fedloop_tasks.models import registry
 from fedloop_tasks.models.registry import BaseModel
+from msgspec import convert
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,7 +122,7 @@ def test_activated_adapters_answer_as_in_peft_and_a_prompt_is_kept_without_them(
     random = np.random.default_rng(0)
     arrays = {name: random.normal(0, 0.05, shape).astype(np.float32) for name, shape in model.shapes.items()}
     model.load(arrays)
-    turns = tuple(Turn(each["role"], each["content"]) for each in CHAT)
+    turns = tuple(convert(CHAT, list[Turn]))
     encoded = model.encoded([Example(turns, "It is on its way."), Example((Turn("user", "Where is my card?"),), "Sent.")])
     found = model.scores(encoded)
     config = LoraConfig(
