@@ -153,6 +153,15 @@ def test_feedback_is_published_masked_with_what_was_masked(deployment: Deploymen
     assert agent.status().examples == 1
 
 
+def test_what_was_shown_beside_a_label_is_masked_and_not_published(deployment: Deployment, agent: Agent) -> None:
+    shown, other = (agent.record("my card is lost", label, response=f"call {NUMBER}") for label in ("card-lost", "loan"))
+    agent.feedback(shown.response_id, preferred_over=other.response_id)
+    agent.run(until=settled)
+    (recorded,) = deployment.appended(types.FeedbackRecorded)
+    assert (recorded.predicted, recorded.response, recorded.preferred_over) == ("card-lost", None, other.response_id)
+    assert {each.response.text for each in agent._device.interactions.judged() if each.response} == {"call <NUMBER_1>"}
+
+
 @pytest.mark.parametrize("rest", [{"thumb": "up"}, {"rating": 5}, {"label": "card-lost"}])
 @pytest.mark.parametrize(
     ("remark", "kept", "note"),

@@ -221,29 +221,55 @@ def test_a_stream_of_which_nothing_was_read_keeps_nothing(agent: Agent) -> None:
         agent.feedback(stream.response_id, thumb="down")
 
 
-def test_an_agent_that_is_closed_ends_its_streams(chatted: Chatted, tmp_path: Path) -> None:
-    with chatted.enrol(tmp_path / "other") as agent:
-        model = agent._device.models
-        with model.borrowed(chatted.model.spec) as held:
-            stopped, go = threading.Event(), threading.Event()
-            writing = held.model.writing  # type: ignore[attr-defined]
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """The model goes on after its first word when the first event is set, and sets the second once it has written all."""
+    from fedloop_tasks.causal.model import CausalModel
 
-            def slow(*given: Any, **named: Any) -> Iterator[object]:
-                for answer in writing(*given, **named):
-                    yield answer
-                    go.wait(30)
-                stopped.set()
+    go, whole, writing = threading.Event(), threading.Event(), CausalModel.writing
 
-            held.model.writing = slow  # type: ignore[attr-defined]
-        stream = agent.chat(HELLO, stream=True)
-        next(stream)
+    def held_up(*given: Any, **named: Any) -> Iterator[object]:
+        for answer in writing(*given, **named):
+            yield answer
+            assert go.wait(30)
+        whole.set()
+
+    monkeypatch.setattr(CausalModel, "writing", held_up)
+    yield go, whole
     go.set()
-    with pytest.raises(UsageError, match="not written to its end"):
-        list(stream)
-    assert not stopped.is_set()
+
+
+def no_writer_is_left() -> bool:
     for writer in [each for each in threading.enumerate() if each.name == chatting.THREAD]:
         writer.join(30)
-        assert not writer.is_alive()
+    return all(each.name != chatting.THREAD for each in threading.enumerate())
+
+
+def test_an_agent_that_is_closed_ends_its_streams(
+    chatted: Chatted, tmp_path: Path, slow: tuple[threading.Event, threading.Event]
+) -> None:
+    with chatted.enrol(tmp_path / "other") as agent:
+        stream = agent.chat(HELLO, stream=True)
+        next(stream)
+    slow[0].set()
+    with pytest.raises(UsageError, match="not written to its end"):
+        list(stream)
+    assert no_writer_is_left()
+    assert not slow[1].is_set()
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_what_nobody_reads_any_more_is_not_written(agent: Agent, slow: tuple[threading.Event, threading.Event], how: str) -> None:
+    stream = agent.chat(HELLO, stream=True)
+    next(stream)
+    if how == "close":
+        stream.close()
+    del stream
+    gc.collect()
+    slow[0].set()
+    assert no_writer_is_left()
+    assert not slow[1].is_set()
+    assert kept(agent) == (1 if how == "close" else 0)
 
 
 def test_a_model_that_fails_is_an_error_where_it_fails_and_nothing_is_kept(

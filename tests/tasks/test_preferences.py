@@ -135,8 +135,9 @@ def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 # --- values and gradients ---
 
 
-def test_each_loss_is_that_of_its_paper_in_a_mixed_batch_too(folder: Path) -> None:
-    model = made(folder)
+@pytest.mark.parametrize("activated", [True, False])
+def test_each_loss_is_that_of_its_paper_in_a_mixed_batch_too(folder: Path, activated: bool) -> None:
+    model = made(folder, activated=activated)
     by_hand = ByHand(folder, model)
     with model.training(MIXED, list(model.shapes), {"lora_lr": 1.0} | SETTINGS) as ready, torch.no_grad():
         assert ready is not None
@@ -145,8 +146,9 @@ def test_each_loss_is_that_of_its_paper_in_a_mixed_batch_too(folder: Path) -> No
     assert torch.allclose(found.double(), expected.double(), rtol=1e-4)
 
 
-def test_gradients_in_a_mixed_batch_are_those_of_each_example_by_itself(folder: Path) -> None:
-    model = made(folder)
+@pytest.mark.parametrize("activated", [True, False])
+def test_gradients_in_a_mixed_batch_are_those_of_each_example_by_itself(folder: Path, activated: bool) -> None:
+    model = made(folder, activated=activated)
     by_hand, found = ByHand(folder, model), gradients(model, MIXED)
     with model.trainable(list(model.shapes)) as chosen:
         for given, together in zip(MIXED, found, strict=True):
@@ -213,7 +215,7 @@ def test_a_loss_that_depends_on_the_batch_has_other_gradients_there(llama: Path,
         together, alone = gradients(model, MIXED, losses), [gradients(model, [each], losses)[0] for each in MIXED]
         worst[losses] = max(apart(*each) for each in zip(together, alone, strict=True))
     assert worst[preferences.losses] < 1e-3
-    assert worst[wrong] > 0.05
+    assert worst[wrong] > 0.02
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -302,7 +304,7 @@ class Trl:
 
 @pytest.fixture
 def trl(folder: Path, tmp_path: Path) -> Trl:
-    return Trl(folder, made(folder), tmp_path)
+    return Trl(folder, made(folder, activated=False), tmp_path)
 
 
 def own(model: CausalModel, given: Feedback, settings: dict[str, float]) -> float:
@@ -378,7 +380,7 @@ def test_a_reference_is_computed_once_and_disturbs_no_gradient(llama: Path, monk
 
 
 def test_a_pair_is_as_long_as_its_longer_answer_and_both_follow_the_same_prompt(llama: Path) -> None:
-    model = made(llama, max_tokens=64)
+    model = made(llama, max_tokens=64, activated=False)
     pair = Pair((Turn("user", "where is my card? " * 20),), "yes", "we have sent it to you today, to your house")
     chosen, rejected = preferences.encode_pair(model.chat, pair, 64)
     assert (len(chosen.ids) < len(rejected.ids), len(rejected.ids)) == (True, 64)

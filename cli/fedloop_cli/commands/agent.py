@@ -92,9 +92,6 @@ def feedback(
     rating: Annotated[int | None, typer.Option(help="1 to 5.")] = None,
     correction: Annotated[str | None, typer.Option(help="What it should have said, in the user's words.")] = None,
     comment: Annotated[str | None, typer.Option(help="Anything else.")] = None,
-    preferred_over: Annotated[
-        str | None, typer.Option(metavar="ID", help="Another response to the same text, which was the worse one.")
-    ] = None,
     signal: Annotated[str | None, typer.Option(metavar="WORD", help='What the user did besides, such as "copied".')] = None,
     feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
     data: Annotated[
@@ -128,7 +125,6 @@ def feedback(
             rating=rating,
             correction=correction,
             comment=comment,
-            preferred_over=preferred_over,
             signal=signal,
             feedback_id=feedback_id,
             **remarks,

@@ -151,7 +151,8 @@ class CausalModel(Adapted):
         self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
         probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
-        self._reference = preferences.Reference(self.tail, self._tensors, self._answers)
+        alone = Kept(self._trunk, self.tail, self.device, 0)  # what another text left would have other last bits
+        self._reference = preferences.Reference(self.tail, self._tensors, lambda encoded: Answers(encoded, alone.states))
 
     # --- what programs ask for ---
 

@@ -93,8 +93,8 @@ def _without_beginning(given: Encoded, tokens: int) -> Encoded:
 class Reference:
     """The log-probabilities of answers by the base, which is the model with its adapters off.
 
-    Each answer goes through it by itself, once: what comes out depends on the answer alone, not on what else was in a batch or
-    was computed before, so that a device that starts again trains on the same numbers. The last ones are kept.
+    Each answer goes through it by itself, once: what comes out depends on the answer alone, to the last bit, not on what else was
+    in a batch or was kept of other texts, so that a device that starts again trains on the same numbers. The last ones are kept.
     """
 
     def __init__(

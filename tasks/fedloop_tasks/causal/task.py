@@ -56,7 +56,9 @@ class Chat:
         Option("rank", "N", "The rank of the adapters; default: 8.", int),
         Option("targets", "NAMES", "The linear modules that carry one, as in q_proj,v_proj; default: all.", str),
     )
-    remarks: ClassVar[Sequence[Option]] = ()
+    remarks: ClassVar[Sequence[Option]] = (
+        Option("preferred-over", "ID", "Another response to the same text, which was the worse one.", str),
+    )
     metrics: ClassVar[Sequence[str]] = heldout.METRICS
     columns: ClassVar[Sequence[Option]] = (
         Option("prompt-column", "NAME", "The column of prompts in a file of conversations; default: prompt.", str),
