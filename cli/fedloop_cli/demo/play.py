@@ -28,12 +28,13 @@ from fedloop_cli.demo.processes import Child, Nursery
 from fedloop_cli.options import Where
 
 DELTA: Final = 1e-5
-DEADLINE_S: Final = 180.0
-"""For one round: a device that is killed in it has to load everything again."""
+DEADLINE_S, SPOKEN_DEADLINE_S = 180.0, 600.0
+"""For one round: a device that is killed in it has to load everything again. A model that writes answers takes a minute for its
+first one, several on a busy machine."""
 FEW: Final = 500
 FEW_EXAMPLES: Final[dict[str, dict[str, float]]] = {
     "classification": {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3},
-    "chat": {"sampling_rate": 1.0, "server_lr": 0.03},
+    "chat": {"sampling_rate": 1.0},
 }
 """By task: of a few hundred examples a device all take part in a step, and most of a classifier's budget goes to the sums. Chosen
 on the corpus, which is public."""
@@ -112,6 +113,7 @@ def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
 def _deploy(scene: Scene) -> None:
     options, given = scene.options, scene.users
     examples = max(2, round(sum(map(len, given.devices)) / options.clients))
+    deadline_s = SPOKEN_DEADLINE_S if scene.task.speaks else DEADLINE_S
     settings: dict[str, Any] = {
         "epsilon": "none" if options.epsilon is None else options.epsilon,
         "delta": DELTA,
@@ -121,8 +123,8 @@ def _deploy(scene: Scene) -> None:
         **(FEW_EXAMPLES.get(name_of(scene.task), {}) if options.epsilon is not None and examples < FEW else {}),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
-        "deadline_s": DEADLINE_S,
-        "quorum_wait_s": DEADLINE_S,
+        "deadline_s": deadline_s,
+        "quorum_wait_s": deadline_s,
     }
     deploying.deploy(scene.directory, scene.where.place, scene.task, given.material, settings, seed=options.seed)
     scene.followed = scene.where.follow()
