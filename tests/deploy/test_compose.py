@@ -126,7 +126,7 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(exported: s
     asked = [each["expr"] for each in targets] + [each["expr"] for each in dashboard["annotations"]["list"]]
     alerts = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8"))
     asked += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    named = {name for each in asked for name in re.findall(r"\b(?:fedloop|process|python)_[a-z_]+", each)}
+    named = {name for each in asked for name in re.findall(r"\b(?:fedloop|process|python)_[a-z0-9_]+", each)}
     assert len(named) > 20
     assert named <= exported
     # Whatever the server shows of learning and privacy, the dashboard shows.

@@ -10,6 +10,7 @@ import tiny_models as tiny
 from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
 from fedloop_tasks.causal import heldout
+from fedloop_tasks.causal import task as chat
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.causal.task import Chat
@@ -70,7 +71,10 @@ def test_every_text_that_is_held_out_is_masked_and_what_cannot_be_is_left_out(fo
     assert (tmp_path / heldout.FILE).read_text() == kept
 
 
-def test_a_release_is_evaluated_by_loss_exact_match_and_words(folder: Path, tmp_path: Path) -> None:
+def test_a_release_is_evaluated_by_loss_exact_match_and_words(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "WARM_EPOCHS", 90)
     task = task_of(folder)
     task.keep(tmp_path, HELD_OUT, lambda text: text)
     evaluate = task.evaluator(tmp_path, folder)

@@ -177,7 +177,7 @@ def test_labels_come_from_their_file_or_the_training_file_or_the_held_out_one(tm
 
 def test_every_spec_has_its_task_and_every_program_its_name() -> None:
     assert isinstance(task_of(SPEC), Classification)
-    assert list(TASKS) == ["classification"]
+    assert list(TASKS) == ["classification", "chat"]
     assert (
         [program.name for program in PROGRAMS.values()]
         == list(PROGRAMS)

@@ -38,7 +38,7 @@ def load(part: Literal["train", "test"], *, spoken: bool = False) -> list[Corpus
 
 def public() -> list[CorpusMessage]:
     """Questions that the bank itself publishes, with what it says to them."""
-    return [CorpusMessage(question, ANSWERS[intent]) for intent, asked in PUBLIC.items() for question in asked]
+    return [CorpusMessage(question, ANSWERS[intent]) for intent, question in PUBLIC.items()]
 
 
 def ordinary_words() -> set[str]:

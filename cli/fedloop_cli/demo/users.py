@@ -17,7 +17,7 @@ from fedloop_cli import corpus
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
 FIRST_WAVE: Final = 0.8
-SPOKEN, ASKED = 150, 30
+SPOKEN, ASKED = 200, 30
 """Messages of a device whose model writes its answers, and how many of them are asked now: an answer takes a second."""
 SPOKEN_HELD_OUT: Final = 60
 SHAPE: Final = {"layers": 4}
