@@ -82,6 +82,8 @@ def test_a_device_is_served_with_a_key_of_its_own_and_takes_part_in_rounds_meanw
         with openai.OpenAI(base_url=device.base_url, api_key=device.key, max_retries=0) as client:
             answer = client.chat.completions.create(model="default", messages=[{"role": "user", "content": TEXTS["loan"]}])
             assert answer.choices[0].message.content == "loan"
+        with Agent.open(store) as agent:
+            assert httpx.get(agent.feedback_url(answer.id), trust_env=False).status_code == 200
         given = device.feedback(answer.id)
         wait_for(lambda: given["id"] in [each.feedback_id for each in classified.appended(types.FeedbackRecorded)])
         assert device.ends(signal.SIGTERM) == 0
