@@ -22,8 +22,8 @@ from fedloop_cli import console, options, task_options
 from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, model, release, rounds, server
 
 INTERRUPTED: Final = 130
-_LEFT: Final = ("fedloop-refresh", "fedloop-rounds")
-"""Threads that may be left in the middle of something: a device reads a log that may be away, or trains."""
+_LEFT: Final = ("fedloop-refresh", "fedloop-rounds", "fedloop-releases")
+"""Threads that may be left in the middle of something: a device reads a log that may be away, trains, or hands a release over."""
 
 app = options.group(help="Keep a language model learning from its users' feedback without their words leaving their devices.")
 app.command(cls=task_options.MessagesCommand)(demo.demo)

@@ -13,7 +13,7 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation, check_blobs, is_url, locate, open_log
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Task
+from fedloop_tasks.task import Export, Task
 
 from fedloop_clients import enrolment
 from fedloop_clients.chatting import ChatResponse, ChatStream, Chatting
@@ -336,6 +336,19 @@ class Agent:
         if (task := self._device.task) is None:
             raise self._in_force.none()
         return task
+
+    @property
+    def release(self) -> str:
+        """The release that answers: the newest whose tensors this device has. Raises `UsageError` as long as there is none."""
+        return self._in_force.kept().release
+
+    def export(self, form: str) -> tuple[str, Export]:
+        """The release that answers, and its files for other programs, in one of the formats of `task`, for a model that chats.
+
+        The card among them tells nothing of evaluation, rounds and privacy: devices do not read what it takes. Raises
+        `UsageError`, `ModelError` for a base model that is needed and not there, `BlobError`.
+        """
+        return self._in_force.exported(form)
 
     def knows(self, feedback_id: str) -> bool:
         """Whether feedback with this id is in the store."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+from fedloop_events.blobs import tensors
 from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.types import Spec
 from fedloop_tasks.chats import Chats
 from fedloop_tasks.table import task_of
-from fedloop_tasks.task import Model
+from fedloop_tasks.task import Export, Model, Provenance
 
 from fedloop_clients.device import Device
 from fedloop_clients.refreshing import Refresher
@@ -41,6 +42,24 @@ class InForce:
             if (release := self._device.releases.current(self._device.settings.model)) is not None:
                 return release
         raise self.none()
+
+    def exported(self, form: str) -> tuple[str, Export]:
+        """The name of the one that is kept, and its files in a format of its task. Its card tells no more of its lineage than a
+        device knows. Raises `UsageError` for a model that does not chat or has no such format, and what `Task.export` does."""
+        while True:
+            release = self.kept()
+            task = task_of(release.spec)
+            check_chats(release.spec)
+            if form not in task.formats:
+                raise UsageError(f"this model cannot be exported as {form!r}, but as {' or '.join(task.formats)}")
+            try:
+                arrays = tensors.decode(self._device.releases.tensors(release.blob))
+            except BlobError:
+                if self._device.releases.current(release.model) == release:
+                    raise
+                continue  # another one took its place meanwhile
+            about = Provenance(release=release.release, model=release.model, sha256=release.blob.sha256)
+            return release.release, task.export(arrays, about, form, self._device.settings.model_dir)
 
     @contextmanager
     def to_predict(self) -> Iterator[tuple[Model, KeptRelease]]:

@@ -9,6 +9,7 @@ from typing import Final
 from fedloop_tasks.task import Provenance, Step
 
 NAME: Final = "README.md"
+_NOT_KNOWN: Final = "Not known to the device that wrote this; the card of `fedloop release export` has it."
 
 
 def as_json(value: object) -> bytes:
@@ -29,7 +30,7 @@ def front(library: str, pipeline: str, base_model: str, licence: str = "") -> li
 
 def written(metadata: Sequence[str], provenance: Provenance, about: Sequence[str]) -> str:
     """The card: `about` says what the release is and how it is used; evaluation, privacy and lineage come from the log."""
-    measured = [f"- {name}: {value:.4f}" for name, value in provenance.metrics.items()] or ["- not evaluated"]
+    measured = [f"- {name}: {value:.4f}" for name, value in provenance.metrics.items()]
     return "\n".join(
         [
             "---",
@@ -42,7 +43,7 @@ def written(metadata: Sequence[str], provenance: Provenance, about: Sequence[str
             "",
             "## Evaluation on the held-out set",
             "",
-            *measured,
+            *(measured or ["- not evaluated" if provenance.steps else _NOT_KNOWN]),
             "",
             "## Privacy",
             "",
@@ -52,16 +53,14 @@ def written(metadata: Sequence[str], provenance: Provenance, about: Sequence[str
             "",
             f"Tensors of this release: SHA-256 `{provenance.sha256}`.",
             "",
-            "| release | round | strategy | base release | updates | noise multiplier | sampling rate | steps | clip norm |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(_row(each) for each in provenance.steps),
-            "",
-            *_updates(provenance),
+            *(_lineage(provenance) if provenance.steps else [_NOT_KNOWN, ""]),
         ]
     )
 
 
 def _privacy(provenance: Provenance) -> str:
+    if not provenance.steps:
+        return _NOT_KNOWN
     if provenance.unprotected:
         return f"No bound: {', '.join(provenance.unprotected)} had no differential privacy."
     if not provenance.steps[0].round_id:
@@ -71,6 +70,16 @@ def _privacy(provenance: Provenance) -> str:
         f"{provenance.epsilon:.3f} at delta {provenance.delta:g}: the most of any device, with the mechanisms of all its rounds "
         "composed. This rests on each device adding its noise. Masked feedback in the log is not covered."
     )
+
+
+def _lineage(provenance: Provenance) -> list[str]:
+    return [
+        "| release | round | strategy | base release | updates | noise multiplier | sampling rate | steps | clip norm |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(each) for each in provenance.steps),
+        "",
+        *_updates(provenance),
+    ]
 
 
 def _row(step: Step) -> str:

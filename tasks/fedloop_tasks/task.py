@@ -259,15 +259,16 @@ class Provenance(Struct, frozen=True, kw_only=True):
     model: str
     sha256: str
     """Of its tensors' blob."""
-    metrics: dict[str, float]
+    metrics: dict[str, float] = {}
     """On the held-out set; none, if it was not evaluated."""
-    steps: list[Step]
-    """Newest first: the release itself, and back to the first one."""
-    unprotected: list[str]
+    steps: list[Step] = []
+    """Newest first: the release itself, and back to the first one. None on a device, which reads no more of the log than concerns
+    it: there nothing below is known, nor the metrics."""
+    unprotected: list[str] = []
     """Rounds among them without differential privacy: if there is one, epsilon and delta mean nothing."""
-    epsilon: float
+    epsilon: float = 0.0
     """The most that these rounds cost one of the clients whose updates went in, at its `delta`."""
-    delta: float
+    delta: float = 0.0
 
 
 class Streamed(Struct, frozen=True):

@@ -18,7 +18,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from clients.chatted import chatted_in
 from clients.classified import TEXTS, Classified, classified_in
+from clients.fake_upstream import fake_upstream
+from clients.fake_vllm import FakeVllm
 from fedloop_cli import main
 from fedloop_clients import Agent
 from fedloop_clients.sidecar.access import KEY_FILE
@@ -104,6 +107,23 @@ def test_feedback_that_was_answered_survives_a_kill(classified: Classified, stor
         assert agent.knows(given["id"])
 
 
+def test_the_release_is_handed_to_the_upstream_and_answers_there(tmp_path: Path) -> None:
+    chatted = chatted_in(tmp_path / "deployment")
+    chatted.enrol(tmp_path / "store").close()
+    with fake_upstream() as fake:
+        vllm = FakeVllm(fake)
+        options = ("--store", str(tmp_path / "store"), "--no-rounds", "--model-dir", str(chatted.base_folder))
+        with served(*options, "--upstream", fake.url, "--hand-releases", "vllm") as device:
+            name = f"fedloop-{chatted.base_release}"
+            with openai.OpenAI(base_url=device.base_url, api_key=device.key, max_retries=0) as client:
+                wait_for(lambda: "fedloop" in [each.id for each in client.models.list()], 180)
+                answer = client.chat.completions.create(model="fedloop", messages=[{"role": "user", "content": "hello"}])
+            assert answer.choices[0].message.content == "Hello there"
+            assert vllm.adapters == {name: str(tmp_path / "store" / "upstream" / name)}
+            assert device.ends(signal.SIGTERM) == 0
+    chatted.log.close()
+
+
 def wait_for(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -128,5 +148,7 @@ def test_what_cannot_be_served_is_refused(store: Path, capsys: pytest.CaptureFix
     assert "enrol this device first" in refused("--store", str(store / "none"), status=1)
     key.unlink()
     assert "closed set of words" in refused(*here, "--upstream", "http://127.0.0.1:1/v1", status=2)
+    assert "there is nobody" in refused(*here, "--hand-releases", "vllm", status=2)
+    assert "is for --hand-releases" in refused(*here, "--releases-folder", "out", status=2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused(*here, "--port", str(taken.getsockname()[1]), status=3)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,22 @@ def serve(
             " Its key, if it wants one, is in FEDLOOP_UPSTREAM_KEY.",
         ),
     ] = None,
+    hand_releases: Annotated[
+        Literal["vllm", "llama.cpp"] | None,
+        typer.Option(
+            help="Hand each new release to the --upstream: load it into vLLM as an adapter, or write it as a file for llama.cpp,"
+            " which loads it when it is restarted.",
+            show_default="none is handed over",
+        ),
+    ] = None,
+    releases_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where releases are handed over: the upstream reads it under the same path.",
+            show_default="upstream in STORE",
+        ),
+    ] = None,
     no_rounds: Annotated[bool, typer.Option("--no-rounds", help="Answer alone: another process takes part in rounds.")] = False,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
     json: options.Json = False,
@@ -37,8 +53,12 @@ def serve(
     """
     from fedloop_events.errors import UsageError
 
+    if hand_releases is not None and upstream is None:
+        raise UsageError("--hand-releases says to whom, and there is nobody", hint="name the server with --upstream")
+    if releases_folder is not None and hand_releases is None:
+        raise UsageError("--releases-folder is for --hand-releases, which is not given")
     try:
-        from fedloop_clients.sidecar import access, app, serving
+        from fedloop_clients.sidecar import access, app, handing, serving
         from fedloop_clients.sidecar.answering import OwnModel
         from fedloop_clients.sidecar.upstream import Upstream
     except ModuleNotFoundError as error:
@@ -60,10 +80,13 @@ def serve(
     with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
         key = access.key_of(store)
         answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get("FEDLOOP_UPSTREAM_KEY", ""))
+        handed: AbstractContextManager[None] = nullcontext()
+        if isinstance(answering, Upstream) and hand_releases is not None:
+            handed = handing.handing(handing.to(hand_releases, agent, answering, releases_folder or store / "upstream"))
         served = app.create_app(agent, answering, key, origins=origins)
         with serving.listen(port) as opened:
             try:
-                with nullcontext() if no_rounds else serving.rounds(agent):
+                with handed, nullcontext() if no_rounds else serving.rounds(agent):
                     interrupted = serving.SidecarServer(served, opened, listening).serve_here()
             finally:
                 answering.close()

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -19,7 +20,7 @@ from msgspec import Struct
 
 from fedloop_clients.agent import Agent
 from fedloop_clients.releases import NoReleaseError
-from fedloop_clients.sidecar.answering import BUSY_S, MOST_WAITING, Answered, Begun, Part, Parts
+from fedloop_clients.sidecar.answering import ALIAS, BUSY_S, MOST_WAITING, Answered, Begun, Part, Parts
 from fedloop_clients.sidecar.asked import Asked
 from fedloop_clients.sidecar.chunks import Usage, chunks, one_line
 from fedloop_clients.sidecar.errors import ApiError
@@ -63,16 +64,40 @@ class Upstream:
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._recording = ThreadPoolExecutor(1, "fedloop-recording")
         self._under_way = 0
+        self.adapter = ""
+        """What the other server calls the device's release; "" as long as it was handed none."""
 
     async def models(self) -> Sequence[str]:
+        return [*([ALIAS] if self.adapter else []), *await self.known()]
+
+    async def known(self) -> list[str]:
+        """The names that the other server has for its models. Raises `ApiError`."""
         async with self._asked("GET", "models") as response:
             try:
                 return [each.id for each in msgspec.json.decode(await _whole(response), type=_Models).data]
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 raise ApiError("upstream_error", "the upstream server did not answer with a list of models") from None
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Have vLLM load the adapter in a folder of its machine. Raises `ApiError`."""
+        try:
+            async with self._asked("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}):
+                pass
+        except ApiError as error:
+            if error.status == 404:
+                error.message += (
+                    f"; vLLM takes adapters if it was started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True,"
+                    f" and must find this one in {folder}"
+                )
+            raise
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have vLLM forget an adapter. Raises `ApiError`."""
+        async with self._asked("POST", "unload_lora_adapter", {"lora_name": name}):
+            pass
+
     async def embed(self, model: str | None, texts: Sequence[str]) -> Sequence[Sequence[float]]:
-        body = {"model": model, "input": list(texts), "encoding_format": "float"}
+        body = {"model": self._called(model), "input": list(texts), "encoding_format": "float"}
         async with self._asked("POST", "embeddings", body) as response:
             try:
                 found = msgspec.json.decode(await _whole(response), type=_Vectors).data
@@ -97,13 +122,17 @@ class Upstream:
         finally:
             self._under_way -= 1
 
+    def _called(self, model: str | None) -> str | None:
+        """What the other server calls a model that is asked for."""
+        return self.adapter if self.adapter and model == ALIAS else model
+
     def close(self) -> None:
         self._recording.shutdown(wait=True)
 
     async def _answered(self, asked: Asked) -> AsyncGenerator[Part, None]:
         begun, text, usage, reason, kept = Begun(_new_id(asked)), "", Usage(), None, False
         try:
-            async with self._asked("POST", asked.path, _streamed(asked)) as response:
+            async with self._asked("POST", asked.path, self._streamed(asked)) as response:
                 read = chunks(_blocks(response))
                 chunk = await anext(read, None)
                 yield begun
@@ -121,6 +150,10 @@ class Upstream:
         yield Answered(
             release, finished=reason != "length", prompt_tokens=usage.prompt_tokens, tokens=usage.completion_tokens, note=note
         )
+
+    def _streamed(self, asked: Asked) -> dict[str, Any]:
+        named = {} if asked.model is None else {"model": self._called(asked.model)}
+        return asked.body | named | {"stream": True, "stream_options": {"include_usage": True}}
 
     def _record(self, asked: Asked, begun: Begun, text: str) -> tuple[str, str]:
         """The release in force, and why the answer could not be kept, if so: it is its reader's nevertheless."""
@@ -166,10 +199,6 @@ def check_url(given: str) -> str:
 
 def _new_id(asked: Asked) -> str:
     return f"{'chatcmpl' if asked.kind == 'chat' else 'cmpl'}-{secrets.token_hex(16)}"
-
-
-def _streamed(asked: Asked) -> dict[str, Any]:
-    return asked.body | {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def _refusal(status: int, body: bytes) -> ApiError:
