@@ -11,7 +11,7 @@ from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_privacy.dp.accounting import MechanismError, validate
 from fedloop_tasks.table import PROGRAMS
-from fedloop_tasks.task import ModelError
+from fedloop_tasks.task import ModelError, TooLittleMemoryError
 
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
@@ -76,7 +76,7 @@ class Gate:
         if opened is not None and (wrong := self._wrong_base(sent, opened)):
             return Decline(wrong)
         if self._apps.serving(sent) is None and (unready := self._unready(sent, opened)):
-            return Decline(unready)
+            return unready
         if mechanism is not None and (over := self._over_budget(mechanism)):
             return over
         return self._unreadable(sent, opened)
@@ -89,24 +89,27 @@ class Gate:
         code = terms.too_often(self._device.joined.others(opened), instruction.record.appended_ms)
         return None if code is None else Decline(code)
 
-    def _unready(self, sent: types.InstructionSent, opened: Opened) -> str | None:
+    def _unready(self, sent: types.InstructionSent, opened: Opened) -> Decline | None:
         """Why the task has nothing to answer with, though the round may be well."""
         device = self._device
         if opened is None:
-            return "no-app"
+            return Decline("no-app")
         if opened.model != device.settings.model or device.spec is None:
-            return "other-model"
+            return Decline("other-model")
         if sent.message_type != "train":
-            return "not-training"
+            return Decline("not-training")
         if opened.strategy not in PROGRAMS:
-            return "unknown-program"
+            return Decline("unknown-program")
         if device.count_examples() < device.settings.min_examples:
-            return "no-examples"
+            return Decline("no-examples")
         try:
-            with device.models.borrowed(device.spec):
+            with device.models.borrowed(device.spec) as held:
+                held.model.check_memory()
                 return None
+        except TooLittleMemoryError as error:
+            return Decline("no-memory", error.message)
         except ModelError:
-            return "no-model"
+            return Decline("no-model")
 
     def _wrong_base(self, sent: types.InstructionSent, opened: types.RoundOpened) -> str | None:
         """A device trains only on a release that the log has published, the same one for the whole round."""

@@ -33,6 +33,10 @@ class ModelError(FedloopError):
     """The base model is absent, is not the one that the spec names, or is of a kind that cannot be adapted."""
 
 
+class TooLittleMemoryError(ModelError):
+    """The model, or its training, does not fit into the memory that is free. The message holds numbers, and nobody's words."""
+
+
 class TermsError(FedloopError):
     """A round asks for something that its program does not do."""
 
@@ -185,6 +189,9 @@ class Model(Protocol):
     def embed(self, texts: Sequence[str]) -> Array:
         """Each text as a unit vector, [n, d] float32: texts of much the same meaning have a large product. Raises `UsageError`
         for one that is longer than the model takes."""
+
+    def check_memory(self) -> None:
+        """Raises `TooLittleMemoryError` if training may need more memory than is free, whatever the examples are."""
 
 
 Combine = Callable[[RoundOpened, Arrays, Arrays, Iterable[tuple[Arrays, float]]], dict[str, Array]]

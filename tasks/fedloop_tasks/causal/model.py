@@ -20,7 +20,7 @@ from fedloop_events.types import CausalSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedloop_tasks.causal import decoder, generation, preferences, probe, training
+from fedloop_tasks.causal import decoder, generation, memory, preferences, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.decoder import Prompts
 from fedloop_tasks.causal.examples import Example, Feedback, Judged, Pair
@@ -119,8 +119,9 @@ class CausalModel(Adapted):
 
     A folder of a LLaMA, Mistral, Qwen2 or GPT-2 serves; a probe at construction compares the split model with the whole one, and
     one before the first training the gradients of a batch with those of its examples. Raises ModelError if the base is absent,
-    a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe. Not safe for
-    concurrent use by several threads.
+    a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe; and on a CPU
+    TooLittleMemoryError where its weights, or later its training, do not fit into what is `free`. Not safe for concurrent use by
+    several threads.
     """
 
     def __init__(
@@ -130,11 +131,14 @@ class CausalModel(Adapted):
         model_dir: Path | None = None,
         device: str | None = None,
         cache_bytes: int = CACHE_BYTES,
+        free: memory.Free = memory.free_bytes,
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
         check_files(folder, spec)
         self.spec = spec
         self.device = torch.device(device or best_device())
+        self._sizes, self._cache_bytes, self._free = memory.sizes(folder), cache_bytes, free
+        memory.check_weights(self._sizes, free)
         tokenizer, base = decoder.load(folder)
         self.chat = Chat(tokenizer, activated=spec.activated)
         self._context = decoder.context(base.config)
@@ -151,10 +155,17 @@ class CausalModel(Adapted):
         self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
         probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
+        self._fits = self.device.type != "cpu"  # another device has a memory of its own
         alone = Kept(self._trunk, self.tail, self.device, 0)  # what another text left would have other last bits
         self._reference = preferences.Reference(self.tail, self._tensors, lambda encoded: Answers(encoded, alone.states))
 
     # --- what programs ask for ---
+
+    def check_memory(self) -> None:
+        """See `Model`. Once it fits it is not asked again: what training has taken and given back is not all free to others."""
+        if not self._fits:
+            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free)
+            self._fits = True
 
     def hyperparameters(self, *, private: bool) -> dict[str, float]:
         """The adapter's learning rate, and the settings of the losses."""
@@ -174,6 +185,7 @@ class CausalModel(Adapted):
             if not chosen:
                 yield None
                 return
+            self.check_memory()
             self._check_gradients(chosen)
             groups = [ParameterGroup(list(chosen.values()), settings["lora_lr"])]
             ready = FeedbackExamples(

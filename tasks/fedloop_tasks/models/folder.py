@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from fedloop_events.files import quoted
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -70,13 +70,13 @@ def load(folder: Path, of: Any, *, unused: Sequence[str] = (), settings: Mapping
     Raises ModelError for what cannot be loaded so, or lacks a weight.
     """
     with _loading(folder):
-        config = AutoConfig.from_pretrained(folder, **_LOCAL)
-        for name in (settings or {}).keys() & config.to_dict().keys():
-            setattr(config, name, (settings or {})[name])
+        own = config(folder)
+        for name in (settings or {}).keys() & own.to_dict().keys():
+            setattr(own, name, (settings or {})[name])
         base, loaded = of.from_pretrained(
             folder,
             **_LOCAL,
-            config=config,
+            config=own,
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
@@ -90,7 +90,19 @@ def load(folder: Path, of: Any, *, unused: Sequence[str] = (), settings: Mapping
 def described(folder: Path) -> tuple[Any, Any]:
     """Configuration and tokenizer of the base model in `folder`. Raises ModelError for what cannot be loaded."""
     with _loading(folder):
-        return AutoConfig.from_pretrained(folder, **_LOCAL), AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        return config(folder), AutoTokenizer.from_pretrained(folder, **_LOCAL)
+
+
+def config(folder: Path) -> Any:
+    """Configuration of the base model in `folder`. Raises ModelError for what cannot be loaded."""
+    with _loading(folder):
+        return AutoConfig.from_pretrained(folder, **_LOCAL)
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of each weight of the base model in `folder`, from the file's header alone. Raises ModelError for what cannot be read."""
+    with _loading(folder), safe_open(folder / WEIGHTS, framework="np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
 
 
 @contextmanager

@@ -25,6 +25,9 @@ class Adapted:
         """Names and shapes of a release's tensors, in order."""
         return {name: tuple(p.shape) for name, p in self._tensors.items()}
 
+    def check_memory(self) -> None:
+        """See `Model`: unless a model says otherwise, its training takes little beside its weights."""
+
     def initial_arrays(self, seed: int) -> Arrays:
         """The first release: A uniform on +-1/sqrt(in) as in PEFT (Kaiming with a = sqrt 5), all others, B among them, zero.
 
