@@ -34,7 +34,7 @@ first one, several on a busy machine."""
 FEW: Final = 500
 FEW_EXAMPLES: Final[dict[str, dict[str, float]]] = {
     "classification": {"sums_share": 0.8, "sampling_rate": 1.0, "steps": 3},
-    "chat": {"sampling_rate": 1.0},
+    "chat": {"sampling_rate": 1.0, "server_lr": 0.007},
 }
 """By task: of a few hundred examples a device all take part in a step, and most of a classifier's budget goes to the sums. Chosen
 on the corpus, which is public."""

@@ -19,7 +19,8 @@ CONCENTRATION: Final = 1.0
 FIRST_WAVE: Final = 0.8
 SPOKEN, ASKED = 200, 30
 """Messages of a device whose model writes its answers, and how many of them are asked now: an answer takes a second."""
-SPOKEN_HELD_OUT: Final = 60
+SPOKEN_HELD_OUT, PAIRS = 60, 24
+"""Messages to measure it with, and how many of them come with a worse answer: one to something else."""
 SHAPE: Final = {"layers": 4}
 """Of the adapters of such a model: half as many as usual, for speed, and because the noise grows with them."""
 
@@ -43,10 +44,18 @@ def invented(task: type[Task], devices: int, seed: int) -> Users:
     held_out = corpus.load("test", spoken=spoken)[: SPOKEN_HELD_OUT if spoken else None]
     material = task.material_of(_messages("train", messages), _messages("test", held_out))
     if spoken:
-        material = replace(material, public=_messages("public", corpus.public()).rows, shape=SHAPE)
+        public = _messages("public", corpus.public()).rows
+        material = replace(material, held_out=_with_worse(material.held_out), public=public, shape=SHAPE)
     planted = {pair for each in messages for pair in each.planted}
     spread_out = spread(_messages("train", messages).rows, devices, seed)
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
+
+
+def _with_worse(messages: Sequence[Message]) -> list[Message]:
+    """The first `PAIRS` with the next other answer as the worse one."""
+    answers = list(dict.fromkeys(each.answer for each in messages))
+    after = dict(zip(answers, [*answers[1:], *answers[:1]], strict=True))
+    return [replace(each, rejected=after[each.answer]) for each in messages[:PAIRS]] + [*messages[PAIRS:]]
 
 
 def _messages(name: str, found: Sequence[corpus.CorpusMessage]) -> Messages:
