@@ -124,8 +124,9 @@ def test_tensors_that_are_no_pairs_of_factors_are_no_first_release(folder: Path)
 def test_what_the_operator_sets_of_the_model_is_checked_before_anything_is_made(tmp_path: Path) -> None:
     test = tmp_path / "test.jsonl"
     test.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    files = {"test": test, "layers": 2, "rank": 4, "targets": "q_proj, v_proj", "learns": "sft"}
-    assert Chat.material(files).shape == {"layers": 2, "rank": 4, "targets": ["q_proj", "v_proj"], "learns": "sft"}
-    for wrong in ({"learns": "all"}, {"layers": 0}, {"rank": 257}):
+    files = {"test": test, "layers": 2, "rank": 4, "targets": "q_proj, v_proj", "learns": "sft", "act-on": "everything"}
+    shape = {"layers": 2, "rank": 4, "targets": ["q_proj", "v_proj"], "learns": "sft", "activated": False}
+    assert Chat.material(files).shape == shape
+    for wrong in ({"learns": "all"}, {"layers": 0}, {"rank": 257}, {"act-on": "prompt"}):
         with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
             Chat.material({"test": test, **wrong})

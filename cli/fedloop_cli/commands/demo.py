@@ -24,7 +24,7 @@ def demo(
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Without differential privacy.")] = False,
     strategy: Annotated[
         Literal["default", "ffa", "fedavg", "svd", "fedavgm", "fedadam"],
-        typer.Option(help="How adapters are merged; default: ffa, without privacy fedavg."),
+        typer.Option(help="How adapters are merged; default: ffa (for chat fedadam), without privacy fedavg."),
     ] = "default",
     seed: Annotated[int, typer.Option(min=0, help="Of who writes what, and of the first release. Noise has none.")] = 0,
     directory: Annotated[

@@ -33,7 +33,8 @@ def init(
     strategy: Annotated[
         str,
         typer.Option(
-            metavar="ffa|fedavg|svd|fedavgm|fedadam", help="How adapters are merged; default: ffa, without privacy fedavg."
+            metavar="ffa|fedavg|svd|fedavgm|fedadam",
+            help="How adapters are merged; default: ffa (for chat fedadam), without privacy fedavg.",
         ),
     ] = "default",
     rounds: Annotated[int, typer.Option(help="How many rounds the budget is planned for.")] = 8,

@@ -36,10 +36,11 @@ from fedloop_tasks.turns import Turn
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
+ACTS_ON: Final = {"answer": True, "everything": False}
 LEARNS: Final = ("feedback", "sft", "kto", "dpo")
 WARM_EPOCHS: Final = 15
-"""Passes of the first release over public examples: with two or three of each kind of answer more of them helped little."""
 WARM_BATCH: Final = 16
+"""Of the first release on public examples: passes, and examples of a step."""
 
 
 class Chat:
@@ -54,6 +55,7 @@ class Chat:
         Option("learns", "WHAT", "From what: feedback (default), or sft, kto or dpo alone.", str),
         Option("layers", "N", "How many of the last layers carry an adapter; default: 8.", int),
         Option("rank", "N", "The rank of the adapters; default: 8.", int),
+        Option("act-on", "WHAT", "On what the adapters act: answer (from the assistant's turn on; default) or everything.", str),
         Option("targets", "NAMES", "The linear modules that carry one, as in q_proj,v_proj; default: all.", str),
     )
     remarks: ClassVar[Sequence[Option]] = (
@@ -172,6 +174,10 @@ def _shape(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, most in (("layers", 1000), ("rank", 256)):
         if not 1 <= shape.get(name, 1) <= most:
             raise UsageError(f"--{name} must be from 1 to {most}, not {shape[name]}")
+    if (acts_on := given.get("act-on")) is not None:
+        if acts_on not in ACTS_ON:
+            raise UsageError(f"--act-on {acts_on} is not known", hint=f"it is one of {', '.join(ACTS_ON)}")
+        shape["activated"] = ACTS_ON[acts_on]
     if (targets := given.get("targets")) is not None:
         shape["targets"] = [each for each in (name.strip() for name in str(targets).split(",")) if each]
     return shape
