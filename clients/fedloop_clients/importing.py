@@ -20,12 +20,12 @@ from fedloop_clients.feedback import MAX_TEXT_CHARS, ConflictingFeedbackError, F
 
 
 class Imported(Struct, frozen=True):
-    """How many rows were `recorded` anew, of which the model answered `right` (0 where it was not asked), were `known` before, or
+    """How many rows were `recorded` anew, of which the model answered `right` (None: it was not asked), were `known` before, or
     `skipped`, by reason."""
 
     recorded: int
     known: int
-    right: int
+    right: int | None
     skipped: dict[str, int]
 
 
@@ -57,8 +57,8 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
         except ConflictingFeedbackError:  # another process takes in the same file
             continue
         recorded += 1
-        right += not task.speaks and response.answer == message.answer
-    return Imported(recorded, len(good) - recorded, right, dict(Counter(each.reason for each in bad)))
+        right += response.answer == message.answer
+    return Imported(recorded, len(good) - recorded, None if task.speaks else right, dict(Counter(each.reason for each in bad)))
 
 
 def told(agent: Agent, message: Message) -> tuple[ChatResponse, dict[str, Any]]:

@@ -248,7 +248,8 @@ def _take_in(agent: Agent, data: Path, skip_bad: bool, json: bool) -> None:
     for what, count in found.skipped.items():
         console.note(f"warning: {count} rows skipped: {console.printable(what)}")
     document = {name: getattr(found, name) for name in found.__struct_fields__}
-    shown = f"{found.recorded} recorded ({found.right} were answered rightly), {found.known} known already"
+    right = "" if found.right is None else f" ({found.right} were answered rightly)"
+    shown = f"{found.recorded} recorded{right}, {found.known} known already"
     console.show(document, shown, as_json=json)
 
 
