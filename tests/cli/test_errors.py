@@ -234,9 +234,15 @@ def test_every_command_that_waits_says_for_what(fedloop: Fedloop, deployment: Pa
     assert [(each["level"], each["what"]) for each in examined if each["subject"] == "rounds"] == [("warn", said)]
 
 
+def _hear() -> None:
+    """Be interrupted, whatever a shell that runs tests in the background, or one of their libraries, has made of the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def test_a_request_that_is_interrupted_is_withdrawn(fedloop: Fedloop, deployment: Path) -> None:
     start = [sys.executable, "-m", "fedloop_cli.main", "round", "start", str(deployment), "--wait"]
-    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True) as waiting:
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, preexec_fn=_hear) as waiting:
         assert waiting.stderr is not None
         assert "waiting" in waiting.stderr.readline()
         waiting.send_signal(signal.SIGINT)
