@@ -140,7 +140,8 @@ def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path,
     assert demo.returncode == 0, err
     document = json.loads(out)
     metrics = {"baseline_accuracy", "final_accuracy", "baseline_metrics", "final_metrics", "leading"}
-    assert document.keys() == {"log", "rounds", "clients", "checks", "seconds"} | metrics
+    assert document.keys() == {"task", "log", "rounds", "clients", "samples", "checks", "seconds"} | metrics
+    assert (document["task"], document["samples"]) == ("classification", [])
     assert [each["round_id"] for each in document["rounds"]] == ["r0001", "r0002"]
     keys = {
         "round_id",
