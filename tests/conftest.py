@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads that share a busy core wait for each other
+
 import secrets
 from collections.abc import Callable, Generator, Iterator
 from typing import Final
