@@ -92,7 +92,7 @@ class Conversation:
 
     def _retry(self, rest: str) -> None:
         before = self._known()
-        if self._agent.task.words:
+        if not self._agent.task.speaks:
             raise UsageError("this model has one answer to a text: it would be the same", hint="say what is right with /fix")
         self._agent.feedback(before, signal=RETRIED)
         self._answered(self._turns[:-1], temperature=RETRY_TEMPERATURE)
@@ -109,7 +109,7 @@ class Conversation:
 
     def _answered(self, turns: list[dict[str, str]], *, temperature: float) -> None:
         """Answer the last of the turns, which the conversation then has."""
-        if self._agent.task.words:
+        if not self._agent.task.speaks:
             response = self._agent.predict(turns[-1]["content"])
             self._show(f"{response.answer} ({response.confidence:.0%})\n")
             self._answer = response.response_id

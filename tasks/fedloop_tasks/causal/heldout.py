@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from fedloop_events.blobs import tensors
-from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
 from fedloop_events.types import CausalSpec
 from msgspec import Struct
@@ -19,13 +18,14 @@ from msgspec.structs import replace
 
 from fedloop_tasks.causal.examples import Example, Pair
 from fedloop_tasks.evaluation import Measured, Scores
+from fedloop_tasks.held_out import FILE as FILE
+from fedloop_tasks.held_out import read
 from fedloop_tasks.task import Arrays, Message, Sample
 from fedloop_tasks.turns import Turn
 
 if TYPE_CHECKING:
     from fedloop_tasks.causal.model import CausalModel
 
-FILE: Final = "heldout.json"
 LOSS: Final = "loss_per_token"
 """The metric that leads, and of which less is better: cross entropy of an answer's tokens, its end included, in nats."""
 EXACT: Final = "exact_match"
@@ -41,7 +41,6 @@ WRITTEN: Final = 24
 when it is twice as long as the one that is wanted."""
 SAMPLES: Final = 5
 """Answers that are kept with a release."""
-_AGAIN: Final = "run `fedloop server init` again as before"
 _WORD: Final = re.compile(r"\w+")
 
 
@@ -79,17 +78,8 @@ class Evaluator:
     """
 
     def __init__(self, folder: Path, spec: CausalSpec, model_dir: Path | None) -> None:
-        path, self._folder = folder / FILE, folder
-        try:
-            data = path.read_bytes()
-            self._held = msgspec.json.decode(data, type=HeldOut).messages
-        except FileNotFoundError:
-            raise UsageError(f"there is no held-out set {path}", hint=f"{_AGAIN}: it takes one in") from None
-        except (OSError, msgspec.MsgspecError) as error:
-            raise UsageError(
-                f"the held-out set {path} cannot be read", cause=str(error), hint=f"move it away, then {_AGAIN}: it takes one in"
-            ) from None
-        self._sha256 = hashlib.sha256(data).hexdigest()
+        held, self._sha256 = read(folder, HeldOut)
+        self._held, self._folder = held.messages, folder
         self._spec, self._model_dir = spec, model_dir
         self._model: CausalModel | None = None
 

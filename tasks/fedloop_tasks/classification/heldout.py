@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from fedloop_events.errors import UsageError
 from fedloop_events.files import write_private
 from fedloop_events.types import ClassificationSpec
 from msgspec import Struct
 
 from fedloop_tasks.evaluation import Measured, Scores
+from fedloop_tasks.held_out import FILE as FILE
+from fedloop_tasks.held_out import read
 from fedloop_tasks.task import Arrays, Message
 
 if TYPE_CHECKING:
     from fedloop_tasks.classification.model import EmbeddingClassifier
 
-FILE: Final = "heldout.json"
 ACCURACY: Final = "accuracy"
 """The metric that leads: the part of the held-out texts that get their label."""
-_AGAIN: Final = "run `fedloop server init` again as before"
 
 
 class HeldOut(Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,17 +52,7 @@ class Evaluator:
     """
 
     def __init__(self, folder: Path, spec: ClassificationSpec, model_dir: Path | None) -> None:
-        path = folder / FILE
-        try:
-            data = path.read_bytes()
-            self._held = msgspec.json.decode(data, type=HeldOut)
-        except FileNotFoundError:
-            raise UsageError(f"there is no held-out set {path}", hint=f"{_AGAIN}: it takes one in") from None
-        except (OSError, msgspec.MsgspecError) as error:
-            raise UsageError(
-                f"the held-out set {path} cannot be read", cause=str(error), hint=f"move it away, then {_AGAIN}: it takes one in"
-            ) from None
-        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._held, self._sha256 = read(folder, HeldOut)
         self._spec, self._model_dir = spec, model_dir
         self._model: EmbeddingClassifier | None = None
 
