@@ -64,7 +64,7 @@ def take_in(agent: Agent, messages: Messages, *, skip_bad: bool = False) -> Impo
 def told(agent: Agent, message: Message) -> tuple[ChatResponse, dict[str, Any]]:
     """Keep the answers that a message tells of, without asking the model; the one that it is about, and what its user did about
     that, as arguments of `Agent.feedback`."""
-    asked = _asked(message)
+    asked = turns_to(message)
     worse = None if message.rejected is None else agent.record_answer(asked, message.rejected)
     response = agent.record_answer(asked, message.answer)
     if worse is not None:
@@ -74,7 +74,8 @@ def told(agent: Agent, message: Message) -> tuple[ChatResponse, dict[str, Any]]:
     return response, agent.task.remark(message.answer)
 
 
-def _asked(message: Message) -> list[dict[str, str]]:
+def turns_to(message: Message) -> list[dict[str, str]]:
+    """A message and what was said before it, as `Agent.chat` takes them."""
     return [*msgspec.to_builtins(message.earlier), {"role": "user", "content": message.text}]
 
 
@@ -85,7 +86,7 @@ def _checked(messages: Messages, task: Task) -> tuple[list[Message], list[BadRow
             check_text("text", message.text, MAX_TEXT_CHARS)
             check_input(FeedbackInput(**task.remark(message.answer)), task.words)
             if task.speaks:
-                turns_of(_asked(message))
+                turns_of(turns_to(message))
             good.append(message)
         except UsageError as error:
             bad.append(BadRow(line, error.message))

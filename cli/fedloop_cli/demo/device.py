@@ -153,7 +153,7 @@ class DemoUser:
             response, what = importing.told(self._agent, message)
             self._agent.feedback(response.response_id, feedback_id=feedback_id, **what)
             return
-        asked = [*msgspec.to_builtins(message.earlier), {"role": "user", "content": message.text}]
+        asked = importing.turns_to(message)
         response = self._agent.chat(asked, max_tokens=MAX_TOKENS)
         if response.text.strip() == message.answer:
             what = {"thumb": "up"}
