@@ -17,7 +17,7 @@ from fedloop_events.errors import FedloopError
 
 from benchmarks.harness import Row, table
 
-TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "cli")
+TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
 BY_NAME_ONLY = ("stragglers", "utility", "masking")
 """The same, but they take long or need data sets, and print tables of their own."""

@@ -56,6 +56,22 @@ class Chatted(Deployment):
         return Agent.enrol(self.folder, store_dir, key_from="file", settings=Settings(model_dir=self.base_folder), **terms)
 
 
+class Smollm2(Chatted):
+    """A deployment of the real model; its first release answers as its base does, which lies in the folder `base`."""
+
+    def __init__(self, folder: Path, base: Path, **spec: Any) -> None:
+        self.base_folder, self._base, self._spec = base.parent, base.name, spec
+        super().__init__(folder)
+
+    def register(self) -> None:
+        spec = describe(self._base, model_dir=self.base_folder, **self._spec)
+        self.model = CausalModel(spec, model_dir=self.base_folder, device="cpu")
+        self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
+        self.server.append(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
+        self.arrays = {name: np.zeros(shape, np.float32) for name, shape in self.model.shapes.items()}
+        self.release()
+
+
 def chatted_in(folder: Path) -> Chatted:
     made = Chatted(folder)
     made.register()

@@ -6,34 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from clients.chatted import Chatted
-from clients.conftest import ORIGIN
+from clients.chatted import Smollm2
 from clients.sidecar_served import Served, serving
-from fedloop_events import types
-from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.models import registry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MOST = 24
-
-
-class Untrained(Chatted):
-    """A deployment whose first release answers as its base does."""
-
-    def __init__(self, folder: Path, model_dir: Path, base: str) -> None:
-        self.base_folder, self._base = model_dir, base
-        super().__init__(folder)
-
-    def register(self) -> None:
-        spec = describe(self._base, rank=8, layers=8, max_answer_tokens=MOST, model_dir=self.base_folder)
-        self.model = CausalModel(spec, model_dir=self.base_folder, device="cpu")
-        self.server.append(types.ModelRegistered(origin=ORIGIN, model="default", spec=spec))
-        self.server.append(types.EpochStarted(origin=ORIGIN, epoch=1, run_id="main", server_id="s1"))
-        self.arrays = {name: np.zeros(shape, np.float32) for name, shape in self.model.shapes.items()}
-        self.release()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("smollm2")
-    made = Untrained(place / "deployment", folder.parent, folder.name)
+    made = Smollm2(place / "deployment", folder, max_answer_tokens=MOST)
     made.register()
     with made.enrol(place / "store") as agent, serving(agent) as sidecar:
         yield sidecar

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from fedloop_events.types import CausalSpec
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
@@ -131,6 +132,21 @@ class Tail(Layers):
             self.run(states, cache)
         layers: list[Any] = cache.layers[self.first :]
         return torch.stack([torch.stack((each.keys, each.values)) for each in layers])
+
+    @contextmanager
+    def acting_from(self, begin: int) -> Iterator[None]:
+        """Adapters change nothing of the first `begin` tokens that are run. No gradient may be recorded."""
+
+        def silence(module: nn.Module, given: object, output: Tensor) -> None:
+            output[:, :begin] = 0
+
+        adapters = (module for module in self.modules() if isinstance(module, LoraLayer))
+        hooks = [part.register_forward_hook(silence) for each in adapters for part in each.lora_B.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Final
 
 import torch
@@ -39,12 +40,8 @@ def tokens(
     ids, start = torch.tensor([list(prompt)], device=device), 0
     for _ in range(most):
         states = trunk(ids, cache, start)
-        if start < begin:
-            with tail.frozen():
-                tail.run(states[:, :begin], cache)
-        new = states[:, max(0, begin - start) :]
-        before = start + states.shape[1] - new.shape[1]
-        found = tail.run(new, cache, torch.tensor([before], device=device) if before else None)
+        with tail.acting_from(begin - start) if start < begin else nullcontext():
+            found = tail.run(states, cache, torch.tensor([start], device=device) if start else None)
         logits = tail.head(tail.norm(found[:, -1]))[0].double().cpu()
         chosen = _chosen(logits, temperature, random)
         yield chosen, float(logits.log_softmax(0)[chosen])
