@@ -67,7 +67,7 @@ class Chat:
         Option("completion-column", "NAME", "The column of answers; default: completion.", str),
     )
 
-    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf")
+    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf", "merged-gguf")
 
     def __init__(self, spec: CausalSpec) -> None:
         self.spec = spec
