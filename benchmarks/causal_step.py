@@ -30,6 +30,7 @@ from fedloop_tasks.causal.model import CACHE_BYTES, CausalModel, describe
 from fedloop_tasks.causal.preferences import SETTINGS, EncodedFeedback, FeedbackExamples, losses
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.models import registry
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.turns import Turn
 from torch import nn
 
@@ -49,9 +50,9 @@ def banking77(n: int) -> list[Example]:
     return [Example((Turn("user", row["text"]),), row["category"].replace("_", " ")) for row in chosen]
 
 
-def ours(folder: Path, *, activated: bool = True, cache_bytes: int = CACHE_BYTES) -> CausalModel:
+def ours(folder: Path, *, activated: bool = True, cache_bytes: int = CACHE_BYTES, beyond: Scratch | None = None) -> CausalModel:
     spec = describe(folder.name, model_dir=folder, activated=activated)
-    model = CausalModel(spec, model_dir=folder, device="cpu", cache_bytes=cache_bytes)
+    model = CausalModel(spec, model_dir=folder, device="cpu", cache_bytes=cache_bytes, scratch=beyond)
     arrays = model.initial_arrays(0)
     random = torch.Generator().manual_seed(0)
     for name in arrays:
@@ -170,7 +171,7 @@ def rows(quick: bool) -> Iterator[Row]:
         mine = partial(private_step, model, examples)
         peers: list[tuple[str, Callable[[], object], float | None]] = [
             ("plain Hugging Face LoRA step on the whole model, no DP", partial(plain_steps(folder), examples), 5.0),
-            ("the same, nothing kept", partial(private_step, ours(folder, cache_bytes=0), examples), None),
+            ("the same, nothing kept", partial(private_step, nothing := ours(folder, cache_bytes=0), examples), None),
         ]
         everywhere = ours(folder, activated=False)
         where = partial(private_step, everywhere, everywhere.encoded(banking77(size)))
@@ -178,6 +179,13 @@ def rows(quick: bool) -> Iterator[Row]:
         for name, theirs, at_least in peers:
             pairs = in_turn([partial(cpu_seconds, mine), partial(cpu_seconds, theirs)], runs=runs, warm=1)
             yield costs(what, name, [(mine_s, theirs_s) for mine_s, theirs_s in pairs], "CPU s", at_least)
+        on_disk = partial(private_step, ours(folder, cache_bytes=0, beyond=Scratch(place)), examples)
+        pairs = in_turn(
+            [partial(cpu_seconds, on_disk), partial(cpu_seconds, partial(private_step, nothing, examples))], runs=runs, warm=1
+        )
+        yield costs(
+            f"{what}, all that is kept on disk", "the same, nothing kept", [(mine_s, none_s) for mine_s, none_s in pairs], "CPU s"
+        )
         memory = [(measured_bytes(folder, "ours") / _GB, measured_bytes(folder, "plain") / _GB) for _ in range(runs)]
     shape = "memory that its steps add to the loaded model, B={}, T={}".format(*_LONG)
     yield costs(shape, "0.3 GB, the bound", [(mine_gb, 0.3) for mine_gb, _ in memory], "GB", 1.0)

@@ -82,6 +82,13 @@ class FilesCommand(TaskCommand):
         return [*task.files, *task.columns]
 
 
+class ShapeCommand(TaskCommand):
+    """Takes what shapes a model whose files are known."""
+
+    def declared(self, task: Task | type[Task]) -> Sequence[Option]:
+        return shape(task)
+
+
 class RemarksCommand(TaskCommand):
     """Takes what a user can say of a response in one task alone. The device knows its task."""
 
@@ -105,6 +112,11 @@ def chosen() -> type[Task]:
     task = task_named(click.get_current_context().meta[_CHOSEN])
     check(task)
     return task
+
+
+def shape(task: Task | type[Task]) -> Sequence[Option]:
+    """What a task takes of a model that is no file."""
+    return [each for each in task.files if each.kind is not Path]
 
 
 def check(task: Task | type[Task]) -> None:

@@ -11,6 +11,7 @@ from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
@@ -39,7 +40,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
     bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
-    models lie that this user has not added and that are no installed packages.
+    models lie that this user has not added and that are no installed packages. `scratch_bytes` bounds what a language model puts
+    beside the store, sealed, of what it computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
     """
 
     model: str = types.DEFAULT_MODEL
@@ -47,6 +49,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 30.0
     eligibility: Eligibility = Eligibility()
     min_examples: int = 1
+    scratch_bytes: int | None = None
 
 
 class Status(Struct, frozen=True):
@@ -95,7 +98,7 @@ class Device:
         self.interactions, self.retractions = Interactions(store), Retractions(store)
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
-        self.models = Models(settings.model_dir)
+        self.models = Models(settings.model_dir, Scratch(store.path.parent, settings.scratch_bytes))
         self._counted: tuple[object, int] = None, 0
 
     @property

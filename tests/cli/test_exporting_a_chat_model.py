@@ -22,6 +22,7 @@ FILES = {
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
     "merged": {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"},
     "gguf": {"adapter.gguf"},
+    "merged-gguf": {"model.gguf"},
 }
 
 
@@ -47,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(folder, models)
 
 
-@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf", "merged-gguf"])
 def test_each_format_is_written_and_its_files_are_listed(made: Made, tmp_path: Path, form: str) -> None:
     done = run("release", "export", made.folder, tmp_path / "out", "--format", form, "--json")
     assert done.exit_code == 0, done.output
@@ -71,7 +72,7 @@ def test_without_a_format_it_is_for_peft(made: Made, tmp_path: Path) -> None:
 def test_a_format_that_there_is_not_is_refused_with_those_that_there_are(made: Made, tmp_path: Path) -> None:
     done = run("release", "export", made.folder, tmp_path / "out", "--format", "onnx")
     assert isinstance(done.exception, UsageError)
-    assert done.exception.message == "this model cannot be exported as 'onnx', but as peft or merged or gguf"
+    assert done.exception.message == "this model cannot be exported as 'onnx', but as peft or merged or gguf or merged-gguf"
     assert not any(tmp_path.iterdir())
 
 

@@ -622,3 +622,21 @@ def test_the_longest_feedback_in_letters_of_three_bytes_fits_into_an_event_witho
         )
     )
     assert size_bytes(found) <= MAX_EVENT_BYTES
+
+
+@pytest.mark.parametrize(("settings", "taken"), [({}, True), ({"scratch_bytes": 0}, False)])
+def test_what_the_model_keeps_beyond_its_memory_is_beside_the_store_unless_the_owner_wants_none(
+    chatted: Chatted, tmp_path: Path, settings: dict[str, int], taken: bool
+) -> None:
+    from fedloop_clients.device import Device, Settings
+    from fedloop_tasks.causal.model import CausalModel
+
+    with chatted.enrol(tmp_path) as agent:
+        own = Settings(model_dir=chatted.base_folder, **settings)  # type: ignore[arg-type]
+        device = Device(agent._device.store, agent.identity, agent.identity.place, own)
+        with device.models.borrowed(chatted.model.spec) as held:
+            assert isinstance(held.model, CausalModel)
+            beyond = held.model._kept._states._beyond
+            assert beyond is not None
+            assert beyond._scratch.folder == tmp_path
+            assert (beyond._scratch.bound() > 0) is taken

@@ -17,12 +17,13 @@ from devices import World
 from fedloop_cli.provisioning import composing
 from fedloop_server.telemetry import metrics
 from fedloop_server.telemetry.metrics import MeteredLog
+from fedloop_tasks.classification.task import Classification
 
 ROOT: Final = Path(__file__).parents[2]
 FILE: Final = ROOT / "docker-compose.yml"
 ONCE: Final = {"prepare", "format", "topics", "deployment"}
 PINNED: Final = re.compile(r"[a-z0-9./-]+:v?[0-9]+(\.[0-9]+)+(-[a-z0-9.-]+)?")
-FILLED: Final = {"FEDLOOP_SECRETS": "/s", "FEDLOOP_DEMO": "/d", "KAFKA_CLUSTER_ID": "id"}
+FILLED: Final = {"FEDLOOP_SECRETS": "/s", "FEDLOOP_DEMO": "/d", "KAFKA_CLUSTER_ID": "id", "FEDLOOP_INIT": "--x"}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_no_secret_stands_in_the_file_and_each_comes_from_init_compose(tmp_path:
     text = FILE.read_text(encoding="utf-8")
     keys = re.findall(r"^\s+([A-Za-z_]*(?:PASSWORD|SECRET|TOKEN|KEY)[A-Za-z_]*):\s*(\S.*)$", text, re.MULTILINE | re.IGNORECASE)
     assert all(re.fullmatch(r".*__FILE", name) and value.startswith("/") for name, value in keys)
-    made = composing.compose(tmp_path)
+    made = composing.compose(tmp_path, Classification)
     assert set(re.findall(r"\$\{([A-Z_]+)", text)) - {"TORCH_INDEX"} == set(compose_run.dotenv(made.env_file))
     secrets = _random_values(tmp_path)
     files = [
@@ -104,7 +105,7 @@ def test_compose_itself_takes_the_file(tmp_path: Path) -> None:
     compose = ["docker", "compose"] if _succeeds(["docker", "compose", "version"]) else []
     if not compose:
         pytest.skip("Docker has no Compose plugin here")
-    made = composing.compose(tmp_path)
+    made = composing.compose(tmp_path, Classification)
     assert _succeeds([*compose, "--file", str(FILE), "--env-file", str(made.env_file), "config", "--quiet"])
     assert not _succeeds([*compose, "--file", str(FILE), "--env-file", "/dev/null", "config", "--quiet"])
 
@@ -165,7 +166,7 @@ def test_kafka_lets_nobody_in_without_tls_and_listens_as_controller_to_itself_al
 
 
 def test_the_server_is_not_given_the_texts_that_devices_learn_from(tmp_path: Path) -> None:
-    made = composing.compose(tmp_path)
+    made = composing.compose(tmp_path, Classification)
     assert sorted(path.name for path in (made.demo / "server").iterdir()) == ["labels.txt", "test.csv"]
     shares = [
         set((made.demo / agent / "messages.csv").read_text(encoding="utf-8").splitlines()[1:]) for agent in composing.AGENTS

@@ -21,6 +21,7 @@ import containers
 import pytest
 from compose_run import Stack
 from fedloop_cli.provisioning import composing
+from fedloop_tasks.classification.task import Classification
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT: Final = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def images() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def stack(images: dict[str, str], tmp_path: Path) -> Iterator[Stack]:
-    made = composing.compose(tmp_path)
+    made = composing.compose(tmp_path, Classification)
     for messages in made.demo.rglob("*.csv"):
         lines = messages.read_text(encoding="utf-8").splitlines(keepends=True)
         messages.write_text("".join(lines[: MESSAGES + 1]), encoding="utf-8")

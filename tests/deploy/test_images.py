@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Final
 
 import pytest
+from fedloop_tasks.causal.task import Chat
+from fedloop_tasks.table import TASKS
 from packaging.requirements import Requirement
 
 ROOT: Final = Path(__file__).parents[2]
@@ -67,6 +69,13 @@ def test_the_lock_is_read_wholly(install: ModuleType) -> None:
     assert "".join(install.entries(lock).values()) == lock
 
 
+def test_the_base_model_of_each_task_can_go_into_an_image(install: ModuleType) -> None:
+    locks = [install.entries((ROOT / name).read_text(encoding="utf-8")) for name in ("requirements.lock", install.MODELS)]
+    assert all("--hash=sha256:" in entry for entry in locks[1].values())
+    assert {task.base_model for task in TASKS.values()} <= {*locks[0], *locks[1]}
+    assert Chat.base_model in locks[1]
+
+
 def test_a_package_that_the_lock_does_not_have_is_refused(install: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no-such-package"):
         install.needed(install.entries((ROOT / "requirements.lock").read_text(encoding="utf-8")), {"no-such-package"})
@@ -78,11 +87,13 @@ def test_a_dockerfile_starts_from_a_pinned_image_as_nobody_and_names_no_index(im
     assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-[a-z]+$", text, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
     assert 'ARG TORCH_INDEX=""' in text
+    assert 'ARG MODEL=""' in text
+    assert "XDG_DATA_HOME=/usr/local/share" in text
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
     assert not re.search(r"https?://(?!127\.0\.0\.1)|index-url|&&|curl|wget", text)
     assert text.rstrip().splitlines()[-1].startswith("CMD [")
-    ran = re.search(r"install\.py --prefix \S+ --torch-index \S+ (.+)$", text, re.MULTILINE)
+    ran = re.search(r"install\.py --prefix \S+ --model \S+ --torch-index \S+ (.+)$", text, re.MULTILINE)
     assert ran is not None
     assert ran[1].split() == IMAGES[image]
 
@@ -92,5 +103,12 @@ def test_the_build_sees_the_sources_and_nothing_else() -> None:
     assert listed[0] == "*"
     let_in = {line[1:] for line in listed if line.startswith("!")}
     packages = {f"{each}/fedloop_{each}" for each in ("events", "privacy", "tasks", "clients", "server", "cli")}
-    assert let_in == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock", "deploy/docker/install.py"}
+    assert let_in == packages | {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "requirements.lock",
+        "requirements-models.lock",
+        "deploy/docker/install.py",
+    }
     assert all((ROOT / each).exists() for each in let_in)

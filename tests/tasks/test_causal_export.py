@@ -152,7 +152,7 @@ def test_a_model_is_merged_with_a_small_part_of_it_in_memory(tmp_path: Path) -> 
 # --- what is said of it, and refused ---
 
 
-@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf", "merged-gguf"])
 def test_the_card_names_release_rounds_updates_base_and_metrics(llama: Path, tmp_path: Path, form: str) -> None:
     model = made(llama)
     card = (exported(model, llama, form, tmp_path / "out") / "README.md").read_text("utf-8")
@@ -171,7 +171,7 @@ def test_the_card_names_the_licence_that_the_base_was_added_with(tmp_path: Path)
     assert "licence: apache-2.0" in card
 
 
-@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf", "merged-gguf"])
 def test_tensors_that_are_no_release_of_the_model_are_refused(llama: Path, form: str) -> None:
     model = made(llama)
     arrays, task = model.arrays(), task_of(model.spec)
@@ -187,7 +187,7 @@ def test_tensors_that_are_no_release_of_the_model_are_refused(llama: Path, form:
             task.export(each, PROVENANCE, form, llama)
 
 
-@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf", "merged-gguf"])
 def test_another_base_is_refused(llama: Path, tmp_path: Path, form: str) -> None:
     model = made(llama)
     other: CausalSpec = replace(model.spec, files=model.spec.files | {"tokenizer.json": "0" * 64})

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
-from msgspec.structs import replace
 
 from fedloop_cli import console, options, task_options
 from fedloop_cli.commands import sidecar
@@ -16,8 +15,7 @@ from fedloop_cli.commands import sidecar
 if TYPE_CHECKING:
     from fedloop_clients.agent import Agent
     from fedloop_clients.chatting import ChatResponse
-    from fedloop_clients.device import Status
-    from fedloop_clients.eligibility import Eligibility
+    from fedloop_clients.device import Settings, Status
     from fedloop_clients.feedback import Response
 
 app = options.group(help="Be a device: enrol, answer, take feedback, take part in rounds.")
@@ -164,11 +162,21 @@ def run(
     time_zone: Annotated[str | None, typer.Option(help="Whose hours, as in Europe/Berlin.", show_default="its own")] = None,
     min_gap: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Least time between rounds.")] = 0.0,
     rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
+    scratch_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MB",
+            min=0,
+            help="Most that a language model puts beside the store, sealed, of what it has computed of texts while this runs.",
+            show_default="2000, or a tenth of what is free",
+        ),
+    ] = None,
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
 
     It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold.
     """
+    from fedloop_clients.device import Settings
     from fedloop_clients.eligibility import Eligibility, of_platform
     from fedloop_events.errors import UsageError
     from fedloop_events.hours import DayHours
@@ -186,7 +194,8 @@ def run(
         rounds_per_day=rounds_per_day,
     )
     terms.check_known(of_platform())
-    with _open(store, model_dir, terms) as agent, stoppable() as stop:
+    settings = Settings(model_dir=model_dir, eligibility=terms, scratch_bytes=None if scratch_mb is None else scratch_mb * 10**6)
+    with _open(store, model_dir, settings) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -213,13 +222,12 @@ def status(store: options.StoreFolder, json: options.Json = False) -> None:
     console.show(_document(status), lambda: _text(status), as_json=json)
 
 
-def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
+def _open(store: Path, model_dir: Path | None, settings: Settings | None = None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Settings
 
     log, blobs = options.given()
-    settings = Settings(model_dir=model_dir)
-    return Agent.open(store, log, blobs=blobs, settings=settings if terms is None else replace(settings, eligibility=terms))
+    return Agent.open(store, log, blobs=blobs, settings=settings or Settings(model_dir=model_dir))
 
 
 def _given(text: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from fedloop_cli import console, options
+from fedloop_cli import console, options, task_options
 
 app = options.group(help="Make what a deployment stands on: a Kafka cluster's topics, users and rights; what Compose needs.")
 
@@ -64,18 +64,20 @@ def kafka(
     console.show(document, f"the topics {settings.prefix}.* are on {settings.bootstrap}\n{table}".rstrip(), as_json=json)
 
 
-@app.command(cls=options.Command)
+@app.command(cls=task_options.ShapeCommand)
 def compose(
     directory: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where they go.")] = Path(),
     json: options.Json = False,
 ) -> None:
     """Make what docker-compose.yml needs, in FOLDER (the current one): .env, secrets/ and demo-data/.
 
+    Server and agents learn the demo's messages of --task, with the model that the task has; it goes into the images.
     Passwords and keys are random, and only you can read them. Called again it makes what is missing, and replaces nothing.
     """
     from fedloop_cli.provisioning import composing
 
-    done = composing.compose(directory)
+    task = task_options.chosen()
+    done = composing.compose(directory, task, task_options.of_task(task_options.shape(task)))
     document = {"env_file": str(done.env_file), "secrets": str(done.secrets), "demo": str(done.demo), "made": done.made}
     text = f"""\
 made {len(done.made)} {"file" if len(done.made) == 1 else "files"} in {directory}

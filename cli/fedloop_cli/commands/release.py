@@ -11,7 +11,10 @@ from fedloop_cli import console, documents, options
 
 app = options.group(help="Look at releases, rebuild them from the log, roll back.")
 
-_FORMATS: Final = "peft; of a chat model also merged (the whole model's safetensors) and gguf (an adapter for llama.cpp)."
+_FORMATS: Final = (
+    "peft; of a chat model also merged (the whole model's safetensors), gguf (an adapter for llama.cpp) and merged-gguf (one "
+    "file that llama.cpp runs alone)."
+)
 Release = Annotated[str, typer.Argument(metavar="RELEASE")]
 
 

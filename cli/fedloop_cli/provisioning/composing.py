@@ -1,4 +1,5 @@
-"""What docker-compose.yml needs before its first start: secrets, certificates, and the messages of the four agents' users.
+"""What docker-compose.yml needs before its first start: secrets, certificates, what a model is made of, and the messages of the
+four agents' users.
 
 What was decided by chance is in one file, and everything else follows from it: made again, what is missing is made again as it
 was, and nothing that is there is replaced (but certificates that are about to end).
@@ -9,15 +10,18 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+import shlex
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_events.files import reason, write_private
-from fedloop_tasks.table import DEFAULT, task_named
+from fedloop_tasks.table import name_of
+from fedloop_tasks.task import Task
 from msgspec import Struct
 
 from fedloop_cli.demo import users
@@ -29,6 +33,10 @@ BUCKET: Final = "fedloop"
 INSIDE: Final = "/var/lib/fedloop/secrets"
 """Where a service of ours finds its secrets."""
 SEED: Final = 0
+EXAMPLES: Final = 600
+"""Of a device whose model picks an answer, as `fedloop server init` is given them; of one that writes its own `users.SPOKEN`."""
+_INIT: Final = "FEDLOOP_INIT"
+"""The setting that holds what the service `deployment` gives `fedloop server init`."""
 
 
 class Composed(Struct, frozen=True):
@@ -68,11 +76,15 @@ class _Folder:
         self.made.append(name)
 
 
-def compose(directory: Path) -> Composed:
-    """Make `.env`, `secrets/` and `demo-data/` in `directory`, as far as they are missing.
+def compose(directory: Path, task: type[Task], options: Mapping[str, Any] = {}) -> Composed:
+    """Make `.env`, `secrets/` and `demo-data/` in `directory`, as far as they are missing, for a deployment of that task;
+    `options` are what its model is given of `Task.files` beside the demo's own.
 
-    Raises `UsageError` if the folder cannot be written, or holds something else in their place.
+    Raises `UsageError` if the folder cannot be written, holds something else in their place, or was made for another model, and
+    for options that make no model.
     """
+    found = users.invented(task, len(AGENTS), SEED)
+    init = _init(task, found, {name: value for name, value in options.items() if value is not None})
     root = directory.absolute()
     if set("'\n\r") & set(str(root)):
         raise UsageError("the folder's path holds a quotation mark or a line break", hint="choose another folder")
@@ -81,12 +93,14 @@ def compose(directory: Path) -> Composed:
         kept, demo = root / "secrets", root / "demo-data"
         kept.mkdir(mode=0o700, exist_ok=True)
         kept.chmod(0o700)
+        _check_same(root / ".env", init)
         folder = _Folder(root)
         chosen = _choose(kept / "chosen.json", folder.made)
         _certify(kept, folder)
         _add_secrets(folder, chosen)
-        _add_messages(folder)
-        _add_settings(folder, {"FEDLOOP_SECRETS": str(kept), "FEDLOOP_DEMO": str(demo), "KAFKA_CLUSTER_ID": chosen.cluster_id})
+        _add_messages(folder, task, found)
+        settings = {"FEDLOOP_SECRETS": str(kept), "FEDLOOP_DEMO": str(demo), "KAFKA_CLUSTER_ID": chosen.cluster_id}
+        _add_settings(folder, settings | {_INIT: init, "FEDLOOP_MODEL": task.base_model})
     except OSError as error:
         raise UsageError(f"{directory} cannot be used", cause=reason(error, root / ".env")) from None
     return Composed(root / ".env", kept, demo, folder.made)
@@ -180,21 +194,53 @@ def _identities(keys: Mapping[str, tuple[str, str]]) -> dict[str, object]:
     }
 
 
-def _add_messages(folder: _Folder) -> None:
+def _init(task: type[Task], found: users.Users, options: Mapping[str, Any]) -> str:
+    """What `fedloop server init` is given, in words of a shell. Raises `UsageError` for options that make no model."""
+    files = task.files_of(found.material)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        task.material({**{Path(name).stem: Path(folder) / name for name in files}, **options})
+    given: dict[str, Any] = {Path(name).stem: f"/demo/{name}" for name in files}
+    given |= {**found.material.shape, **options, "examples": users.SPOKEN if task.speaks else EXAMPLES}
+    words = ["--task", name_of(task), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    if any(set("'$\n\r") & set(word) for word in words):
+        raise UsageError("an option holds a character that has a meaning in .env", hint="leave out quotation marks and $")
+    return shlex.join(words)
+
+
+def _check_same(path: Path, init: str) -> None:
+    """Raises `UsageError` if the folder was made for another model: its deployment would not be made anew."""
+    known = _settings(path).get(_INIT, "").strip("'")
+    if known and known != init:
+        raise UsageError(
+            f"{path.parent} was made with `{known}`, and now it would be `{init}`",
+            hint="give the same options again, or choose another folder",
+        )
+
+
+def _add_messages(folder: _Folder, task: type[Task], found: users.Users) -> None:
     """Each agent's share of the demo's corpus; to the server what a model is made from, the held-out messages among it."""
-    task = task_named(DEFAULT)  # docker-compose.yml makes its deployment, with the files of that task
-    found = users.invented(task, len(AGENTS), SEED)
-    for name, text in task.files_of(found.material).items():
+    files = task.files_of(found.material)
+    for name, text in files.items():
         folder.add(f"demo-data/server/{name}", text, secret=False)
+    suffix = next(Path(name).suffix for name in files if Path(name).stem == "test")
     for agent, share in zip(AGENTS, found.devices, strict=True):
-        folder.add(f"demo-data/{agent}/messages.csv", task.written(share), secret=False)
+        folder.add(f"demo-data/{agent}/messages{suffix}", task.written(share), secret=False)
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """What the file `.env` has, as it is written there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    pairs = (line.split("=", 1) for line in lines if "=" in line)
+    return {name.strip().removeprefix("export "): value for name, value in pairs}
 
 
 def _add_settings(folder: _Folder, settings: Mapping[str, str]) -> None:
     """Each setting that `.env` does not have; what it has stays."""
     path = folder.root / ".env"
     text = path.read_text(encoding="utf-8") if path.exists() else "# Read by Docker Compose. Made by `fedloop init compose`.\n"
-    known = {line.split("=", 1)[0].strip().removeprefix("export ") for line in text.splitlines() if "=" in line}
+    known = _settings(path)
     lines = [f"{key}='{value}'\n" for key, value in settings.items() if key not in known]
     if lines:
         write_private(path, (text + "\n" * (not text.endswith("\n")) + "".join(lines)).encode())

@@ -14,7 +14,9 @@ from fedloop_tasks.task import Provenance
 
 GGUF: Final = "adapter.gguf"
 """The adapter's file in the format gguf."""
-_LIBRARIES: Final = {"peft": "peft", "merged": "transformers", "gguf": "llama.cpp"}
+MERGED_GGUF: Final = "model.gguf"
+"""The whole model's file in the format merged-gguf."""
+_LIBRARIES: Final = {"peft": "peft", "merged": "transformers", "merged-gguf": "llama.cpp", "gguf": "llama.cpp"}
 _LOADED: Final = {
     "peft": "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)",
     "merged": "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)",
@@ -23,6 +25,8 @@ _WHAT: Final = {
     "peft": "A LoRA adapter for PEFT on the last layers ({layers}) of `{base}`.",
     "merged": "The whole language model `{base}`, a LoRA adapter on its last layers ({layers}) multiplied into its weights; "
     "float32, in which devices compute.",
+    "merged-gguf": "The whole language model `{base}`, a LoRA adapter on its last layers ({layers}) multiplied into its weights, "
+    "for llama.cpp; matrices in float16.",
     "gguf": "A LoRA adapter for llama.cpp on the last layers ({layers}) of `{base}`.",
 }
 _PROGRAM: Final = """\
@@ -66,7 +70,7 @@ def written(form: str, spec: CausalSpec, base: Base, provenance: Provenance, not
         "It was trained on its users' devices from their feedback, on masked text: mask in the same way what you ask it.",
         *(f"Note: {each}." for each in notes),
         "",
-        *(_command(spec) if form == "gguf" else _program(form, spec, base)),
+        *(_command(form, spec) if form.endswith("gguf") else _program(form, spec, base)),
         "",
         "## Base model",
         "",
@@ -98,11 +102,13 @@ def _program(form: str, spec: CausalSpec, base: Base) -> list[str]:
     ]
 
 
-def _command(spec: CausalSpec) -> list[str]:
-    return [
-        f"`{GGUF}` belongs to a GGUF file of that base model, converted from the same `{folders.WEIGHTS}` in any quantisation:",
-        "",
-        "```sh",
-        f"llama-server --model BASE.gguf --lora {GGUF} --predict {spec.max_answer_tokens} --temp 0",
-        "```",
-    ]
+def _command(form: str, spec: CausalSpec) -> list[str]:
+    limits = f"--predict {spec.max_answer_tokens} --temp 0"
+    if form == "gguf":
+        same = f"converted from the same `{folders.WEIGHTS}` in any quantisation"
+        about = f"`{GGUF}` belongs to a GGUF file of that base model, {same}:"
+        command = f"llama-server --model BASE.gguf --lora {GGUF} {limits}"
+    else:
+        about = f"`{MERGED_GGUF}` needs nothing beside it; in Ollama it is what `FROM` names in a Modelfile:"
+        command = f"llama-server --model {MERGED_GGUF} --jinja {limits}"
+    return [about, "", "```sh", command, "```"]

@@ -13,7 +13,7 @@ from fedloop_events.types import CausalSpec
 from peft import LoraConfig, TaskType
 
 from fedloop_tasks import card
-from fedloop_tasks.causal import adapted, chat_card, lora_gguf, merging
+from fedloop_tasks.causal import adapted, chat_card, lora_gguf, merged_gguf, merging
 from fedloop_tasks.causal.chat import Chat
 from fedloop_tasks.causal.chat_card import Base
 from fedloop_tasks.causal.model import FILES, check_files
@@ -22,9 +22,13 @@ from fedloop_tasks.models import peft_config, registry
 from fedloop_tasks.models.sources import CONFIG, GENERATION, HuggingFace
 from fedloop_tasks.task import Arrays, Export, Provenance, Streamed
 
+_MERGED: Final = (
+    "on a device the adapter acts only from the assistant's turn on, in a merged model on the prompt too: it answers otherwise; "
+    "exported as peft it does not"
+)
 _NOTES: Final = {
-    "merged": "on a device the adapter acts only from the assistant's turn on, in a merged model on the prompt too: it answers "
-    "otherwise; exported as peft it does not",
+    "merged": _MERGED,
+    "merged-gguf": _MERGED,
     "gguf": "on a device the adapter acts only from the assistant's turn on; llama.cpp's server lets it act from one token "
     "earlier on, and a program that does not read adapter.alora.invocation_tokens on the whole prompt, so it answers otherwise",
 }
@@ -63,6 +67,8 @@ def files(spec: CausalSpec, arrays: Arrays, provenance: Provenance, form: str, m
             made = _peft(spec, base, pairs)
         case "merged":
             made = _merged(spec, base, pairs)
+        case "merged-gguf":
+            made = _merged_gguf(spec, base, pairs, f"{provenance.model} {provenance.release}")
         case _:
             made = _gguf(spec, base, pairs, f"{provenance.model} {provenance.release}")
     notes = [_NOTES[form]] if base.invocation and form in _NOTES else []
@@ -104,6 +110,14 @@ def _merged(spec: CausalSpec, base: Base, pairs: list[adapted.Pair]) -> dict[str
         **{name: (base.folder / name).read_bytes() for name in spec.files if name not in FILES[:2]},
         folders.WEIGHTS: merging.merged(source, pairs, spec.alpha / spec.rank),
     }
+
+
+def _merged_gguf(spec: CausalSpec, base: Base, pairs: list[adapted.Pair], name: str) -> dict[str, bytes | Streamed]:
+    about = {"name": name} | ({"license": base.licence} if base.licence else {})
+    file = merged_gguf.merged(
+        HuggingFace(base.folder), folders.config(base.folder), pairs, spec.alpha / spec.rank, ends=base.ends, about=about
+    )
+    return {chat_card.MERGED_GGUF: file}
 
 
 def _gguf(spec: CausalSpec, base: Base, pairs: list[adapted.Pair], name: str) -> dict[str, bytes | Streamed]:

@@ -20,6 +20,7 @@ from fedloop_tasks.causal.examples import Example, Pair
 from fedloop_tasks.evaluation import Measured, Scores
 from fedloop_tasks.held_out import FILE as FILE
 from fedloop_tasks.held_out import read
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import Arrays, Message, Sample
 from fedloop_tasks.turns import Turn
 
@@ -87,7 +88,7 @@ class Evaluator:
         if self._model is None:
             from fedloop_tasks.causal.model import CausalModel
 
-            self._model = CausalModel(self._spec, model_dir=self._model_dir)
+            self._model = CausalModel(self._spec, model_dir=self._model_dir, scratch=Scratch(self._folder))
         model = self._model
         model.load(arrays)
         asked = [(*each.earlier, Turn("user", each.text)) for each in self._held]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedloop_tasks.causal.chat import Encoded
 from fedloop_tasks.causal.decoder import Prompts, Tail, Trunk
 from fedloop_tasks.models.kept import KeptStates, batches
+from fedloop_tasks.models.on_disk import DiskStates
 
 BATCH_TOKENS: Final = 2048
 """Padded tokens in one forward pass without gradients."""
@@ -20,15 +21,16 @@ class Kept:
     """The trunk's states of the tokens on which adapters act, and the keys and values of those before them at each adapted layer.
 
     Both come from the frozen model and never change. They are kept in memory as float32, those used last, within `most_bytes`;
-    what does not fit is computed again. Prompts that are equal are kept once.
+    what does not fit is kept `beyond` it, on disk, or computed again. Prompts that are equal are kept once.
     """
 
-    def __init__(self, trunk: Trunk, tail: Tail, device: torch.device, most_bytes: int) -> None:
+    def __init__(self, trunk: Trunk, tail: Tail, device: torch.device, most_bytes: int, beyond: DiskStates | None = None) -> None:
         self._trunk, self._tail, self._device = trunk, tail, device
-        self._states = KeptStates(most_bytes)
+        self._states = KeptStates(most_bytes, beyond)
 
     @property
     def size_bytes(self) -> int:
+        """In memory."""
         return self._states.size_bytes
 
     def states(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Prompts | None]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from fedloop_events.errors import UsageError
@@ -31,14 +32,16 @@ from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.kept import batches, best_device
+from fedloop_tasks.models.on_disk import DiskStates
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import ModelError
 from fedloop_tasks.turns import Turn
 
 CACHE_BYTES: Final = 256 * 2**20
 """Bound on what is kept of a model's texts, in memory: 500 of 40 tokens of SmolLM2 with 8 adapted layers (0.5 MB each), or 2,000
-of 60 tokens whose adapters act everywhere. Others are computed again, which costs a forward pass and nothing else."""
+of 60 tokens whose adapters act everywhere. Others go to disk where a model is given a place, or are computed again."""
 FILES: Final = (
     "config.json",
     folders.WEIGHTS,
@@ -120,8 +123,8 @@ class CausalModel(Adapted):
     A folder of a LLaMA, Mistral, Qwen2 or GPT-2 serves; a probe at construction compares the split model with the whole one, and
     one before the first training the gradients of a batch with those of its examples. Raises ModelError if the base is absent,
     a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe; and on a CPU
-    TooLittleMemoryError where its weights, or later its training, do not fit into what is `free`. Not safe for concurrent use by
-    several threads.
+    TooLittleMemoryError where its weights, or later its training, do not fit into what is `free`. What is kept of texts and
+    has no room in memory goes to `scratch`, sealed. Not safe for concurrent use by several threads.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class CausalModel(Adapted):
         model_dir: Path | None = None,
         device: str | None = None,
         cache_bytes: int = CACHE_BYTES,
+        scratch: Scratch | None = None,
         free: memory.Free = memory.free_bytes,
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
@@ -152,7 +156,8 @@ class CausalModel(Adapted):
         probe.check_split(trunk, self.tail, texts, whole, spec.base_model)  # B is zero: it must be the whole one
         self._trunk = trunk.to(self.device)
         self.tail.to(self.device)
-        self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes)
+        beyond = None if scratch is None else DiskStates(scratch, msgspec.json.encode(spec))
+        self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes, beyond)
         probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
         self._fits = self.device.type != "cpu"  # another device has a memory of its own

@@ -17,6 +17,7 @@ from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
 from fedloop_tasks.causal.reactions import examples
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -67,7 +68,7 @@ class Chat:
         Option("completion-column", "NAME", "The column of answers; default: completion.", str),
     )
 
-    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf")
+    formats: ClassVar[Sequence[str]] = ("peft", "merged", "gguf", "merged-gguf")
 
     def __init__(self, spec: CausalSpec) -> None:
         self.spec = spec
@@ -153,10 +154,10 @@ class Chat:
     def examples(self, interactions: Iterable[Interaction]) -> list[Feedback]:
         return examples(interactions, self.spec.learns)
 
-    def model(self, model_dir: Path | None) -> CausalModel:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> CausalModel:
         from fedloop_tasks.causal.model import CausalModel
 
-        return CausalModel(self.spec, model_dir=model_dir)
+        return CausalModel(self.spec, model_dir=model_dir, scratch=scratch)
 
 
 def _answer(taught: Feedback) -> str | None:

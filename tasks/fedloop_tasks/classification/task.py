@@ -17,6 +17,7 @@ from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.evaluation import Measured
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
+from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import (
     Arrays,
     Evaluate,
@@ -148,7 +149,7 @@ class Classification:
     def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
         return examples(interactions, self.spec.labels)
 
-    def model(self, model_dir: Path | None) -> EmbeddingClassifier:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> EmbeddingClassifier:
         from fedloop_tasks.classification.model import EmbeddingClassifier
 
         return EmbeddingClassifier(self.spec, model_dir=model_dir)

@@ -8,18 +8,24 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedloop_tasks.models.on_disk import DiskStates
+
 
 class KeptStates:
-    """The states of the texts used last, within a bound on their bytes."""
+    """The states of the texts used last, within a bound on their bytes in memory; what has no room there goes to `beyond`."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
+    def __init__(self, most_bytes: int, beyond: DiskStates | None = None) -> None:
+        self._most, self._beyond = most_bytes, beyond
         self.size_bytes = 0
+        """In memory."""
         self._states: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def get(self, text: Hashable) -> Tensor | None:
         if text in self._states:
             self._states.move_to_end(text)
+        elif self._beyond is not None and (found := self._beyond.get(text)) is not None:
+            self.put(text, found)
+            return found
         return self._states.get(text)
 
     def put(self, text: Hashable, states: Tensor) -> None:
@@ -27,7 +33,10 @@ class KeptStates:
         self._states[text] = states
         self.size_bytes += states.nbytes
         while self.size_bytes > self._most:
-            self.size_bytes -= self._states.popitem(last=False)[1].nbytes
+            oldest, given = self._states.popitem(last=False)
+            self.size_bytes -= given.nbytes
+            if self._beyond is not None:
+                self._beyond.put(oldest, given)
 
 
 def best_device() -> str:

@@ -17,8 +17,8 @@ from fedloop_tasks.models.gguf_file import GgufFile
 
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-_CONTROL, _USER_DEFINED = 3, 4
-_NAMES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+CONTROL, USER_DEFINED = 3, 4
+NAMES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 _BYTES: Final = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _LLAMA3: Final = (
@@ -30,7 +30,7 @@ _TEKKEN: Final = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLITS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
+SPLITS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
     "gpt-2": [_BYTES | {"use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
     **{
@@ -41,7 +41,7 @@ _SPLITS: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
         for name, pattern in (("llama-bpe", _LLAMA3), ("qwen2", _QWEN2), ("tekken", _TEKKEN))
     },
 }
-_WHOLE_TOKENS_FIRST: Final = {"llama-bpe", "tekken"}
+WHOLE_TOKENS_FIRST: Final = {"llama-bpe", "tekken"}
 """Whose vocabulary is looked up before anything is merged, and whose texts have a beginning unless the file says otherwise."""
 
 
@@ -57,16 +57,16 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_tokens: int) -> dict[st
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise UsageError(f"{file.path} has no tokenizer", hint="take a file that has one")
     model, split = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str, "")
-    if model != "gpt2" or split not in _SPLITS:
+    if model != "gpt2" or split not in SPLITS:
         raise UsageError(
             f"{file.path} has a tokenizer of the kind {model[:40]!r}, {split[:40]!r}, which cannot be used",
-            hint=f"take a file with byte-level BPE that splits as {', '.join(_SPLITS)}, or the Hugging Face folder",
+            hint=f"take a file with byte-level BPE that splits as {', '.join(SPLITS)}, or the Hugging Face folder",
         )
     tokens = _tokens(file, vocab_size)
     vocab = {token: number for number, token in enumerate(tokens)}
     special = _special(file, tokens)
-    begins = special.get("bos_token") if file.get("tokenizer.ggml.add_bos_token", bool, split in _WHOLE_TOKENS_FIRST) else None
-    splits = _SPLITS[split]
+    begins = special.get("bos_token") if file.get("tokenizer.ggml.add_bos_token", bool, split in WHOLE_TOKENS_FIRST) else None
+    splits = SPLITS[split]
     document = {
         "version": "1.0",
         "truncation": None,
@@ -84,7 +84,7 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_tokens: int) -> dict[st
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": split in _WHOLE_TOKENS_FIRST,
+            "ignore_merges": split in WHOLE_TOKENS_FIRST,
             "vocab": vocab,
             "merges": _merges(file, vocab),
         },
@@ -103,7 +103,7 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_tokens: int) -> dict[st
 def ids(file: GgufFile) -> dict[str, int]:
     """The ids of the tokens that begin and end a text and fill it up, as `config.json` names them; those that there are."""
     found = {
-        f"{name}_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMES.items() if name != "unk_token"
+        f"{name}_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMES.items() if name != "unk_token"
     }
     return {name: number for name, number in found.items() if type(number) is int}
 
@@ -123,7 +123,7 @@ def _tokens(file: GgufFile, vocab_size: int) -> list[str]:
     for number, token in enumerate(written):
         if type(token) is not str or not token:
             raise _broken(file, f"token {number} is no text")
-        as_is = set(token) <= letters or (number < len(kinds) and kinds[number] == _USER_DEFINED)
+        as_is = set(token) <= letters or (number < len(kinds) and kinds[number] == USER_DEFINED)
         tokens.append(token if as_is else "".join(alphabet[byte] for byte in token.encode()))
     if len(set(tokens)) != len(tokens):
         raise _broken(file, "a token is there twice")
@@ -148,7 +148,7 @@ def _merges(file: GgufFile, vocab: Mapping[str, int]) -> list[list[str]]:
 
 def _special(file: GgufFile, tokens: Sequence[str]) -> dict[str, str]:
     found = {}
-    for name, key in _NAMES.items():
+    for name, key in NAMES.items():
         number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None:
             if type(number) is not int or not 0 <= number < len(tokens):
@@ -168,10 +168,10 @@ def _added(file: GgufFile, tokens: Sequence[str], special: Mapping[str, str]) ->
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != _USER_DEFINED,
+            "special": kind != USER_DEFINED,
         }
         for number, token in enumerate(tokens)
-        if (kind := kinds[number] if number < len(kinds) else None) in (_CONTROL, _USER_DEFINED) or token in named
+        if (kind := kinds[number] if number < len(kinds) else None) in (CONTROL, USER_DEFINED) or token in named
     ]
 
 

@@ -13,6 +13,7 @@ from exported_models import divergence, exported, in_peft, logits, made, theirs
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.models import registry, sources
+from fedloop_tasks.models.gguf_file import GgufFile
 from fedloop_tasks.turns import Turn
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -82,6 +83,21 @@ def test_a_merged_model_gives_the_logits_of_the_model(base: Path, tmp_path: Path
     assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
 
 
+def test_one_gguf_file_gives_the_logits_of_the_model_and_says_of_itself_what_the_packages_says(
+    source: Path, base: Path, tmp_path: Path
+) -> None:
+    model = release(base, activated=False)
+    ids = ids_of(model)
+    out = exported(model, base, "merged-gguf", tmp_path / "out")
+    again = registry.add(str(out / "model.gguf"), name="again", model_dir=tmp_path).folder
+    assert divergence(logits(model, ids), theirs(AutoModelForCausalLM.from_pretrained(again), ids)) < 1e-5
+    there, ours = (GgufFile(each).metadata for each in (source, out / "model.gguf"))
+    kept = [name for name in there if name.startswith(("llama.", "tokenizer."))]
+    assert len(kept) > 15
+    for name in kept:
+        assert ours[name] == there[name], name
+
+
 def test_an_activated_adapter_is_the_same_in_peft_and_another_one_when_it_is_merged(base: Path, tmp_path: Path) -> None:
     """The release moves the answer's tokens by .19 nats, and merged, by .02 of these otherwise."""
     model = release(base, activated=True)
@@ -112,3 +128,15 @@ def test_llama_cpp_gives_nearly_the_logits_of_the_model(source: Path, base: Path
     assert divergence(theirs(AutoModelForCausalLM.from_pretrained(base), ids), plain) < 0.02
     assert divergence(logits(model, ids), adapted) < 0.02
     assert divergence(logits(model, ids), plain) > 0.1
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_gives_the_logits_of_the_model_from_one_file(base: Path, tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
+    model = release(base, activated=False)
+    ids = ids_of(model)
+    out = exported(model, base, "merged-gguf", tmp_path / "out")
+    engine = Llama(str(out / "model.gguf"), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    engine.eval(ids)
+    assert divergence(logits(model, ids), torch.from_numpy(np.array(engine.scores[: len(ids)]))) < 1e-3
