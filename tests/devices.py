@@ -28,6 +28,7 @@ from fedloop_server.deployment import Deployment, create_deployment
 from fedloop_server.operations.rounds import OnWait
 from fedloop_server.rounds import actions
 from fedloop_server.rounds.loop import Server
+from fedloop_tasks import updates
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.evaluation import Measured, Scores
 
@@ -151,7 +152,8 @@ class Device:
 
     def submit(self, opened: types.RoundOpened, instruction: str, arrays: Mapping[str, Array]) -> str:
         """The update's event id."""
-        blob = self._blobs.put(tensors.encode(arrays))
+        base = tensors.decode(self._blobs.get(opened.base))
+        blob = self._blobs.put(tensors.encode(updates.encode(opened, base, arrays)))
         spend_seq = None if opened.mechanism is None else self.spend(opened, instruction)
         weight = self.weight if opened.mechanism is None else 1
         update = types.UpdateSubmitted(

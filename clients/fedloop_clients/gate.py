@@ -10,8 +10,9 @@ from fedloop_events import types
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_privacy.dp.accounting import MechanismError, validate
+from fedloop_tasks import updates
 from fedloop_tasks.table import PROGRAMS
-from fedloop_tasks.task import ModelError, TooLittleMemoryError
+from fedloop_tasks.task import ModelError, TermsError, TooLittleMemoryError
 
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
@@ -100,6 +101,10 @@ class Gate:
             return Decline("not-training")
         if opened.strategy not in PROGRAMS:
             return Decline("unknown-program")
+        try:
+            updates.bits(opened)
+        except TermsError as error:
+            return Decline("unknown-format", error.message)
         if device.count_examples() < device.settings.min_examples:
             return Decline("no-examples")
         try:

@@ -20,6 +20,7 @@ from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.errors import UnreachableError
+from fedloop_tasks import updates
 from fedloop_tasks.table import program_of
 
 from fedloop_clients.device import Device
@@ -114,7 +115,7 @@ class InstructionHandler:
         examples = device.examples()
         with device.models.borrowed(device.spec) as held, held.holding(base) as model:
             trained = program_of(opened.strategy).compute(model, examples, opened)
-        ref = made.put(tensors.encode(trained))
+        ref = made.put(tensors.encode(updates.encode(opened, base, trained)))
         weight = 1 if opened.mechanism is not None else len(examples)
         return _Work(types.Content(arrays={_ARRAYS: ref}, metrics={_METRICS: {_WEIGHT: weight}}))
 

@@ -15,7 +15,7 @@ from fedloop_events.types import Mechanism
 from msgspec import Meta, Struct
 
 from fedloop_tasks.programs.optimisers import OPTIMISERS, RATE
-from fedloop_tasks.task import Terms
+from fedloop_tasks.task import UPDATE_BITS, Terms
 
 Strategy = Literal["ffa", "fedavg", "svd", "fedavgm", "fedadam"]
 Number = Annotated[float, Meta(gt=0, le=1e12)]
@@ -46,6 +46,7 @@ _MEANING: Final[Mapping[str, str]] = {
     "server_lr": 'Learning rate on the server with fedavgm and fedadam; "default": 1 and 0.01.',
     "local_epochs": "Passes over a device's examples in a round without differential privacy.",
     "local_batch": "Examples of a step in such a round.",
+    "update_bits": "Bits of a number in an update of training: 32, or 16 or 8 for how it changes its base, rounded.",
 }
 
 
@@ -76,6 +77,7 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     server_lr: Number | None = None
     local_epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     local_batch: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    update_bits: Literal[32, 16, 8] = 32
 
     MEANING: ClassVar[Mapping[str, str]] = {}
     NONE: ClassVar[Mapping[str, str]] = {"epsilon": "none"} | dict.fromkeys(
@@ -185,6 +187,8 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         rates = self.rates()
         if (optimiser := OPTIMISERS.get(self.merge)) is not None:
             rates[RATE] = self.server_lr or optimiser.rate
+        if self.update_bits < 32:
+            rates[UPDATE_BITS] = self.update_bits
         return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})
 
     @property

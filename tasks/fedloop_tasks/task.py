@@ -26,6 +26,8 @@ Arrays = Mapping[str, Array]
 STATE: Final = "state."
 """The beginning of the names of a release's tensors that only a program reads: `state.PROGRAM.`, and what is its own. They are no
 part of the model: devices, evaluation and export never see them, and neither do rounds of another program."""
+UPDATE_BITS: Final = "update_bits"
+"""The hyperparameter of a round that says of how many bits its updates' numbers are: see `updates`."""
 Evaluate = Callable[[Arrays], Measured]
 """What a release is worth, given its tensors, on the server's held-out set."""
 

@@ -14,6 +14,7 @@ from fedloop_clients.device import Settings
 from fedloop_events import types
 from fedloop_events.blobs import tensors
 from fedloop_events.types import Mechanism, RoundOpened
+from fedloop_tasks import updates
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from msgspec.structs import replace
 
@@ -106,6 +107,23 @@ def test_an_answer_without_privacy_counts_the_examples(classified: Classified, t
         update = contribute(classified, agent, opened(classified, agent, None))
         assert isinstance(update, types.UpdateSubmitted)
         assert update.content.metrics == {"metrics": {"num-examples": 3}}
+
+
+def test_an_answer_in_8_bits_stands_for_what_was_trained(classified: Classified, tmp_path: Path) -> None:
+    with enrol(classified, tmp_path / "store", epsilon=None) as agent:
+        teach(agent)
+        whole, few = (opened(classified, agent, None, hyperparameters=each) for each in ({}, {"update_bits": 8.0}))
+        few = replace(few, number=whole.number)  # the order of training follows from it
+        answers = [contribute(classified, agent, each) for each in (whole, few)]
+        got = []
+        for answer in answers:
+            assert isinstance(answer, types.UpdateSubmitted)
+            got.append(tensors.decode(classified.blobs.get(answer.content.arrays["arrays"])))
+        assert [each.dtype for each in got[1].values()] == [np.float32, *[np.int8] * len(few.upload)]
+        decoded = updates.decode(few, classified.arrays, got[1])
+        for name, values in got[0].items():
+            largest = np.abs(values - classified.arrays[name]).max()
+            assert np.abs(decoded[name] - values).max() <= largest / 254 * 1.001 + 1e-6
 
 
 def test_training_starts_at_the_rounds_release_and_leaves_the_model_as_it_was(classified: Classified, tmp_path: Path) -> None:

@@ -214,12 +214,14 @@ def test_what_nobody_on_the_device_serves_is_declined_without_spending(deploymen
     other = replace(deployment.opened("phone"), model="other", base_release="0000-o")
     evaluation = deployment.opened("phone", mechanism=None)
     unknown = replace(deployment.opened("phone"), strategy="no-such")
-    deployment.server.append(other, evaluation, unknown)
+    unsaid = replace(deployment.opened("phone"), hyperparameters={"update_bits": 4.0})
+    deployment.server.append(other, evaluation, unknown, unsaid)
     deployment.instruct("phone", other)
     deployment.instruct("phone", evaluation, message_type="evaluate")
     deployment.instruct("phone", unknown)
-    agent.run(until=answered(4))
-    assert declined(deployment) == ["no-app", "other-model", "not-training", "unknown-program"]
+    deployment.instruct("phone", unsaid)
+    agent.run(until=answered(5))
+    assert declined(deployment) == ["no-app", "other-model", "not-training", "unknown-program", "unknown-format"]
     assert deployment.appended(types.BudgetSpent) == []
 
 

@@ -470,9 +470,24 @@ def test_terms_without_noise_are_refused_before_anything_is_computed() -> None:
         dp_sgd(Toy(), [], texts(4), toy_losses, terms(noise_multiplier=0.0))
 
 
-def test_plain_sgd_takes_the_mean_gradient_of_each_shuffled_batch() -> None:
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
+def test_plain_sgd_takes_the_mean_gradient_of_each_shuffled_batch_however_many_go_through_at_once(
+    micro_batch_tokens: int,
+) -> None:
+    """A batch may be larger than what memory allows: it is one step, and the same."""
     model, reference, examples = bert(), bert(dropout=0.0), texts(10)
-    assert plain_sgd(model, groups(model, 0.1), examples, losses, epochs=1, batch_size=10, seed=1) == 1
+    taken = plain_sgd(
+        model,
+        groups(model, 0.1),
+        examples,
+        losses,
+        epochs=1,
+        batch_size=10,
+        seed=1,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    assert taken == 1
+    assert len(examples.sizes) == {1: 10, 40: 3, 10_000: 1}[micro_batch_tokens]
     gradient = torch.autograd.grad(losses(reference, examples.collate(range(10))).mean(), list(trainable(reference).values()))
     for p, start, g in zip(trainable(model).values(), trainable(reference).values(), gradient, strict=True):
         torch.testing.assert_close(p.detach(), start.detach() - 0.1 * g, rtol=1e-4, atol=1e-6)

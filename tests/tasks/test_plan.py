@@ -122,3 +122,5 @@ def test_the_strategy_and_the_hyperparameters_depend_on_whether_rounds_are_priva
     assert ClassificationPlan(epsilon=None).merge == "fedavg"
     assert set(ClassificationPlan(epsilon=None).hyperparameters) == {"head_lr", "lora_lr", "local_epochs", "batch"}
     assert ClassificationPlan(strategy="fedavg").merge == "fedavg"
+    assert ClassificationPlan(update_bits=8).hyperparameters == {"head_lr": 40.0, "lora_lr": 4.0, "update_bits": 8}
+    assert "update_bits" not in ClassificationPlan(update_bits=8).terms("sums", None).hyperparameters

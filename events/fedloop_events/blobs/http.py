@@ -36,7 +36,8 @@ class GatewayPlace:
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
                 digest.update(view)
-                size += file.write(view)
+                for start in range(0, len(view), _BLOCK_BYTES):  # what is written at once stands in memory before it is too much
+                    size += file.write(view[start : start + _BLOCK_BYTES])
             ref = BlobRef(digest.hexdigest(), size)
             if self.size(ref.sha256) != size:
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -17,12 +18,14 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
+from fedloop_tasks import updates as coding
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import STATE, Arrays, Program
 from numpy.typing import NDArray
 
 BLOCK_BYTES: Final = 256 * 1024
 """Fits into the second-level cache; larger than any header that is allowed."""
+_WIRE: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
@@ -41,14 +44,14 @@ def weighted_mean(
     `specs`, BlobError if its bytes are wrong.
     """
     whole = _whole([weight for _, weight in updates])
-    return _accumulate(blobs, [(ref, weight / whole) for ref, weight in updates], specs)
+    return _accumulate(specs, [(weight / whole, _values(blobs, ref, specs)) for ref, weight in updates])
 
 
 def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
     """The sum of `updates`, in their order; dtypes, memory and errors as for `weighted_mean`."""
     if not updates:
         raise MergeError("a sum needs at least one update")
-    return _accumulate(blobs, [(ref, 1.0) for ref in updates], specs)
+    return _accumulate(specs, [(1.0, _values(blobs, ref, specs)) for ref in updates])
 
 
 def merge(
@@ -74,14 +77,14 @@ def merge(
     if len(updates) != len(accepted):
         raise MergeError("an accepted update has no tensors")
     specs = program.specs(opened, base)
-    if stale:
-        combined = _buffered_mean(blobs, opened, base, accepted, stale, specs)
+    if stale or coding.bits(opened) < 32:
+        combined = _mean_of_changes(blobs, opened, base, accepted, stale, specs)
     elif program.combines == "sum":
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
         combined = weighted_mean(blobs, updates, specs)
-        if callable(program.combines):
-            combined = program.combines(opened, base, combined, _shares(blobs, updates))
+    if callable(program.combines):
+        combined = program.combines(opened, base, combined, _shares(blobs, opened, base, updates))
     return program.apply(opened, base, combined)
 
 
@@ -95,7 +98,7 @@ def staleness_weight(rounds: int) -> float:
     return 1.0 / math.sqrt(1.0 + rounds)
 
 
-def _buffered_mean(
+def _mean_of_changes(
     blobs: BlobStore,
     opened: RoundOpened,
     base: Arrays,
@@ -103,19 +106,25 @@ def _buffered_mean(
     stale: Mapping[str, RoundOpened],
     specs: Sequence[TensorSpec],
 ) -> dict[str, NDArray[Any]]:
-    """base + sum of c (update - its base), where c is an update's share of the weights times what its staleness leaves of it."""
-    if not buffers(program_of(opened.strategy)):
+    """base + sum of c (update - its base), where c is an update's share of the weights times what its staleness leaves of it.
+
+    What is sent in few bits is that difference.
+    """
+    if stale and not buffers(program_of(opened.strategy)):
         raise MergeError(f"updates of earlier rounds do not count in a round of {opened.strategy}")
     whole = _whole([each.weight for each in accepted])
-    shares: list[tuple[BlobRef, float]] = []
+    shares: list[tuple[float, Iterator[NDArray[Any]]]] = []
     of_base: dict[BlobRef, float] = {}
     for update in accepted:
         made_in = stale.get(update.update_id, opened)
         share = update.weight / whole * staleness_weight(opened.number - made_in.number)
         assert update.blob is not None
-        shares.append((update.blob, share))
-        of_base[made_in.base] = of_base.get(made_in.base, 0.0) + share
-    result = _accumulate(blobs, shares, specs)
+        if coding.bits(made_in) < 32:
+            shares.append((share, _changes(blobs, update.blob, coding.sent(specs, made_in))))
+        else:
+            shares.append((share, _values(blobs, update.blob, specs)))
+            of_base[made_in.base] = of_base.get(made_in.base, 0.0) + share
+    result = _accumulate(specs, shares)
     left = {ref: -share for ref, share in of_base.items()} | {opened.base: 1.0 - of_base.get(opened.base, 0.0)}
     for ref, share in left.items():
         arrays = base if ref == opened.base else tensors.decode(blobs.get(ref))
@@ -132,22 +141,23 @@ def _whole(weights: Sequence[float]) -> float:
     return whole
 
 
-def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]]) -> Iterator[tuple[Arrays, float]]:
+def _shares(
+    blobs: BlobStore, opened: RoundOpened, base: Arrays, updates: Sequence[tuple[BlobRef, float]]
+) -> Iterator[tuple[Arrays, float]]:
     """The tensors of each update, and its share of the weights."""
     whole = sum(weight for _, weight in updates)
-    return ((tensors.decode(blobs.get(ref)), weight / whole) for ref, weight in updates)
+    return ((coding.decode(opened, base, tensors.decode(blobs.get(ref))), weight / whole) for ref, weight in updates)
 
 
-def _accumulate(
-    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec]
-) -> dict[str, NDArray[Any]]:
+def _accumulate(specs: Sequence[TensorSpec], updates: Sequence[tuple[float, Iterator[NDArray[Any]]]]) -> dict[str, NDArray[Any]]:
+    """The sum of the updates, which come in blocks, each times its factor."""
     dtype = _common_dtype(specs)
     wide = np.promote_types(dtype, np.float32)
     count = sum(spec.size_bytes for spec in specs) // dtype.itemsize
-    result, scratch = np.zeros(count, wide), np.empty(BLOCK_BYTES // dtype.itemsize + 1, wide)
-    for number, (ref, weight) in enumerate(updates):
+    result, scratch = np.zeros(count, wide), np.empty(BLOCK_BYTES, wide)
+    for number, (weight, blocks) in enumerate(updates):
         at = 0
-        for values in _values(blobs, ref, specs, dtype):
+        for values in blocks:
             part = result[at : at + values.size]
             if number == 0:
                 np.multiply(values, wide.type(weight), out=part, dtype=wide)
@@ -158,20 +168,44 @@ def _accumulate(
     return _split(result, specs)
 
 
-def _values(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """The elements of a blob in blocks, in order, after its header has been checked; each block is valid until the next."""
-    rest = b""
+def _values(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec]) -> Iterator[NDArray[Any]]:
+    """The elements of a blob in blocks, in order; each block is valid until the next."""
+    return _elements(_data(blobs, ref, specs), _common_dtype(specs))
+
+
+def _changes(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec]) -> Iterator[NDArray[Any]]:
+    """The same of what an update in few bits stands for: its scales are kept, a sixteenth of its values in float32."""
+    data, held = _data(blobs, ref, specs), bytearray()
+    while len(held) < specs[0].size_bytes and (block := next(data, None)) is not None:
+        held += block
+    scales = np.frombuffer(bytes(held[: specs[0].size_bytes]), "<f4")
+    del held[: specs[0].size_bytes]
+    at = 0
+    for values in _elements(chain([held], data), _WIRE[specs[-1].dtype]):
+        yield coding.change(scales, values, at)
+        at += values.size
+
+
+def _data(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec]) -> Iterator[bytes | bytearray | memoryview]:
+    """The bytes after a blob's header, which is checked; each block is valid until the next."""
     for number, block in enumerate(blobs.blocks(ref, block_bytes=BLOCK_BYTES)):
+        start = 0
         if number == 0:
             found, start = tensors.read_header(block, total_bytes=ref.size_bytes)
             tensors.check(found, specs)
-            block = block[start:]
+        yield block[start:]
+
+
+def _elements(data: Iterator[bytes | bytearray | memoryview], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """At most `BLOCK_BYTES` of them at once, however many bytes come together."""
+    rest = b""
+    for block in data:
         # Elements are cut only where another writer's header was not padded, or the file system gave less than asked for.
-        data = rest + bytes(block) if rest else block
-        whole = len(data) // dtype.itemsize * dtype.itemsize
-        rest = bytes(data[whole:])
+        together = rest + bytes(block) if rest else block
+        whole = len(together) // dtype.itemsize * dtype.itemsize
+        rest = bytes(together[whole:])
         for begin in range(0, whole, BLOCK_BYTES):
-            yield np.frombuffer(data[begin : min(begin + BLOCK_BYTES, whole)], dtype)
+            yield np.frombuffer(together[begin : min(begin + BLOCK_BYTES, whole)], dtype)
 
 
 def _common_dtype(specs: Sequence[TensorSpec]) -> np.dtype[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import MAX_HEADER_BYTES, TensorSpec
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened, UpdateSubmitted
+from fedloop_tasks import updates
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -158,14 +159,18 @@ class Admission:
             if not all(_all_finite(values) for values in arrays.values()):
                 return UpdateRefusal("not-finite")
         else:
-            norm, bound = distance(arrays, terms.base), terms.opened.max_update_norm
+            changes = updates.changes(arrays) if updates.bits(terms.opened) < 32 else _differences(arrays, terms.base)
+            norm, bound = _norm(changes), terms.opened.max_update_norm
             if not math.isfinite(norm):
                 return UpdateRefusal("not-finite")
             if not (norm <= bound):
                 return UpdateRefusal("norm", f"the update's norm is above {bound:g}")
         if not self.refuse_unchanged or terms.base is None:
             return None
-        unchanged = all(np.array_equal(values, terms.base[name]) for name, values in arrays.items())
+        if terms.opened is not None and updates.bits(terms.opened) < 32:
+            unchanged = not any(piece.any() for piece in updates.changes(arrays))
+        else:
+            unchanged = all(np.array_equal(values, terms.base[name]) for name, values in arrays.items())
         return UpdateRefusal("unchanged", "the update equals its base") if unchanged else None
 
 
@@ -183,15 +188,25 @@ def inconsistent(contents: Sequence[Content]) -> set[int]:
 
 def distance(arrays: Arrays, base: Arrays | None) -> float:
     """The L2 norm of `arrays`, or of their difference from `base`, in float64; not finite if any value is not."""
+    return _norm(_differences(arrays, base))
+
+
+def _differences(arrays: Arrays, base: Arrays | None) -> Iterator[NDArray[Any]]:
+    for name, values in arrays.items():
+        flat, origin = values.reshape(-1), None if base is None else base[name].reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK].astype(np.float64)
+            if origin is not None:
+                block -= origin[start : start + _BLOCK]
+            yield block
+
+
+def _norm(blocks: Iterable[NDArray[Any]]) -> float:
     total = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        for name, values in arrays.items():
-            flat, origin = values.reshape(-1), None if base is None else base[name].reshape(-1)
-            for start in range(0, flat.size, _BLOCK):
-                block = flat[start : start + _BLOCK].astype(np.float64)
-                if origin is not None:
-                    block -= origin[start : start + _BLOCK]
-                total += float(np.dot(block, block))
+        for block in blocks:
+            wide = block.astype(np.float64, copy=False)
+            total += float(np.dot(wide, wide))
     return math.sqrt(total) if total >= 0 else math.nan
 
 

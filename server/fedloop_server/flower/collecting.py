@@ -11,6 +11,7 @@ from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import LogError
 from fedloop_events.types import AcceptedUpdate, Exclusion, InstructionSent, RoundDeclined, RoundOpened, UpdateSubmitted
+from fedloop_tasks import updates
 from fedloop_tasks.table import program_of
 from numpy.typing import NDArray
 
@@ -110,7 +111,8 @@ class Collection:
         if sent.message_type.partition(".")[0] != "train":
             return []
         if self._opened is not None:
-            return program_of(self._opened.strategy).specs(self._opened, self._base(self._opened))
+            whole = program_of(self._opened.strategy).specs(self._opened, self._base(self._opened))
+            return updates.sent(whole, self._opened)
         ref = next(iter(sent.content.arrays.values()), None)
         if ref is None:
             return []

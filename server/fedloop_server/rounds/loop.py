@@ -24,7 +24,7 @@ from fedloop_events.folds.snapshots import Snapshots
 from fedloop_events.logs.port import EventLog
 from fedloop_events.types import DEFAULT_MODEL
 from fedloop_events.writer import EventWriter
-from fedloop_tasks.task import Evaluate
+from fedloop_tasks.task import UPDATE_BITS, Evaluate
 
 from fedloop_server.config import ServerConfig
 from fedloop_server.deciding import begin_epoch, decide
@@ -286,5 +286,6 @@ class Server:
 
 
 def _computes(opened: types.RoundOpened) -> tuple[object, ...]:
-    """What a round's updates are."""
-    return opened.model, opened.strategy, opened.mechanism, opened.upload, opened.hyperparameters
+    """What a round's updates are; in how many bits they are sent, each says by its own terms."""
+    settings = {name: value for name, value in opened.hyperparameters.items() if name != UPDATE_BITS}
+    return opened.model, opened.strategy, opened.mechanism, opened.upload, settings

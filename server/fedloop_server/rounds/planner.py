@@ -17,6 +17,7 @@ from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.parts import PART_BYTES
 from fedloop_events.types import DEFAULT_MODEL
+from fedloop_tasks import updates
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Arrays, Terms
 from msgspec import Struct
@@ -67,8 +68,8 @@ class Planner:
         while (program := self.config.plan.next_program(programs)) is not None and program not in programs:
             programs.append(program)
             upload = program_of(program).upload(list(arrays))
-            self._check_opening(program, upload)
-            size_bytes = sum(arrays[name].nbytes for name in upload if name in arrays)
+            opened = self._check_opening(program, upload)
+            size_bytes = sum(spec.size_bytes for spec in updates.sent(program_of(program).specs(opened, arrays), opened))
             if size_bytes > self.config.max_upload_bytes:
                 raise UsageError(
                     f"max_upload_bytes = {self.config.max_upload_bytes} is less than an update of this model",
@@ -96,7 +97,7 @@ class Planner:
             max_staleness=config.max_staleness if buffered else 0,
         )
 
-    def _check_opening(self, program: str, upload: list[str]) -> None:
+    def _check_opening(self, program: str, upload: list[str]) -> types.RoundOpened:
         """Of what stands in the event of a round, only its clients can stand in others (`parts`)."""
         about = About(
             origin="x" * 80,
@@ -121,6 +122,7 @@ class Planner:
             raise UsageError(
                 f"no event can hold the terms of a round of {program}", cause=str(error), hint="change what the cause names"
             ) from None
+        return opened
 
     def next_program(self, rounds: RoundsView, releases: ReleasesView) -> str | None:
         """What the next round runs; None if the plan is used up.
