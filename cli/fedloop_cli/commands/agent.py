@@ -164,10 +164,12 @@ def run(
     time_zone: Annotated[str | None, typer.Option(help="Whose hours, as in Europe/Berlin.", show_default="its own")] = None,
     min_gap: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Least time between rounds.")] = 0.0,
     rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train adapters of at most this rank.", show_default="as asked")] = None,
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
 
-    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold.
+    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold, or that trains
+    adapters of a higher rank than --rank and takes no less.
     """
     from fedloop_clients.eligibility import Eligibility, of_platform
     from fedloop_events.errors import UsageError
@@ -186,7 +188,7 @@ def run(
         rounds_per_day=rounds_per_day,
     )
     terms.check_known(of_platform())
-    with _open(store, model_dir, terms) as agent, stoppable() as stop:
+    with _open(store, model_dir, terms, rank) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -213,12 +215,12 @@ def status(store: options.StoreFolder, json: options.Json = False) -> None:
     console.show(_document(status), lambda: _text(status), as_json=json)
 
 
-def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
+def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None, rank: int | None = None) -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Settings
 
     log, blobs = options.given()
-    settings = Settings(model_dir=model_dir)
+    settings = Settings(model_dir=model_dir, rank=rank)
     return Agent.open(store, log, blobs=blobs, settings=settings if terms is None else replace(settings, eligibility=terms))
 
 

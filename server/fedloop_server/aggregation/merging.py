@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from fedloop_events.blobs import tensors
@@ -17,6 +17,7 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
+from fedloop_tasks.programs.factors import completed
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import STATE, Arrays, Program
 from numpy.typing import NDArray
@@ -24,6 +25,19 @@ from numpy.typing import NDArray
 BLOCK_BYTES: Final = 256 * 1024
 """Fits into the second-level cache; larger than any header that is allowed."""
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
+
+class _Smaller(NamedTuple):
+    """What updates may hold that are a part of the base's tensors, and that base."""
+
+    specs: Sequence[Sequence[TensorSpec]] = ()
+    base: Arrays = MappingProxyType({})
+
+    def completed(self, arrays: Arrays) -> Arrays:
+        return completed(arrays, self.base) if tensors.specs(arrays) in self.specs else arrays
+
+
+_NONE_SMALLER: Final = _Smaller()
 
 
 class MergeError(FedloopError):
@@ -40,8 +54,14 @@ def weighted_mean(
     Raises MergeError without updates or with a weight that is not positive and finite, TensorError if a blob holds anything but
     `specs`, BlobError if its bytes are wrong.
     """
+    return _mean(blobs, updates, specs)
+
+
+def _mean(
+    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec], smaller: _Smaller = _NONE_SMALLER
+) -> dict[str, NDArray[Any]]:
     whole = _whole([weight for _, weight in updates])
-    return _accumulate(blobs, [(ref, weight / whole) for ref, weight in updates], specs)
+    return _accumulate(blobs, [(ref, weight / whole) for ref, weight in updates], specs, smaller)
 
 
 def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
@@ -79,9 +99,10 @@ def merge(
     elif program.combines == "sum":
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
-        combined = weighted_mean(blobs, updates, specs)
+        smaller = _Smaller(program.smaller(opened, base), base)
+        combined = _mean(blobs, updates, specs, smaller)
         if callable(program.combines):
-            combined = program.combines(opened, base, combined, _shares(blobs, updates))
+            combined = program.combines(opened, base, combined, _shares(blobs, updates, smaller))
     return program.apply(opened, base, combined)
 
 
@@ -132,14 +153,14 @@ def _whole(weights: Sequence[float]) -> float:
     return whole
 
 
-def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]]) -> Iterator[tuple[Arrays, float]]:
+def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], smaller: _Smaller) -> Iterator[tuple[Arrays, float]]:
     """The tensors of each update, and its share of the weights."""
     whole = sum(weight for _, weight in updates)
-    return ((tensors.decode(blobs.get(ref)), weight / whole) for ref, weight in updates)
+    return ((smaller.completed(tensors.decode(blobs.get(ref))), weight / whole) for ref, weight in updates)
 
 
 def _accumulate(
-    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec]
+    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec], smaller: _Smaller = _NONE_SMALLER
 ) -> dict[str, NDArray[Any]]:
     dtype = _common_dtype(specs)
     wide = np.promote_types(dtype, np.float32)
@@ -147,7 +168,7 @@ def _accumulate(
     result, scratch = np.zeros(count, wide), np.empty(BLOCK_BYTES // dtype.itemsize + 1, wide)
     for number, (ref, weight) in enumerate(updates):
         at = 0
-        for values in _values(blobs, ref, specs, dtype):
+        for values in _values(blobs, ref, specs, dtype, smaller):
             part = result[at : at + values.size]
             if number == 0:
                 np.multiply(values, wide.type(weight), out=part, dtype=wide)
@@ -158,12 +179,21 @@ def _accumulate(
     return _split(result, specs)
 
 
-def _values(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """The elements of a blob in blocks, in order, after its header has been checked; each block is valid until the next."""
+def _values(
+    blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec], dtype: np.dtype[Any], smaller: _Smaller
+) -> Iterator[NDArray[Any]]:
+    """The elements of a blob in blocks, in order, after its header has been checked; each block is valid until the next. Of a
+    smaller one, those of the whole that it is a part of."""
     rest = b""
     for number, block in enumerate(blobs.blocks(ref, block_bytes=BLOCK_BYTES)):
         if number == 0:
             found, start = tensors.read_header(block, total_bytes=ref.size_bytes)
+            if found in smaller.specs:
+                for array in smaller.completed(tensors.decode(blobs.get(ref))).values():
+                    flat = array.reshape(-1)
+                    for begin in range(0, flat.size, BLOCK_BYTES // dtype.itemsize):
+                        yield flat[begin : begin + BLOCK_BYTES // dtype.itemsize]
+                return
             tensors.check(found, specs)
             block = block[start:]
         # Elements are cut only where another writer's header was not padded, or the file system gave less than asked for.

@@ -55,6 +55,9 @@ class ClassSums:
             raise TensorError(f"the base release has no {HEAD}")
         return [TensorSpec(NAME, "F32", base[HEAD].shape)]
 
+    def smaller(self, opened: RoundOpened, base: Arrays) -> list[list[TensorSpec]]:
+        return []
+
     def compute(self, model: Embeds, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """See `Program`; raises `SumsError` for a mechanism that is not one release of everything."""
         if opened.upload != [NAME]:
