@@ -244,6 +244,9 @@ class Program(Protocol):
         """What an update may hold in its place, the largest first: of some tensors the first rows and columns, where the device
         trained no more. The rest is as it is in the base. None, unless the program can merge adapters of different ranks."""
 
+    def largest(self, base: Arrays) -> Arrays:
+        """A release as large as those of its rounds can become, of values that mean nothing."""
+
     def compute(self, model: Any, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """A device's contribution: exactly the tensors `opened.upload`, float32. `model` holds the base release.
 

@@ -17,7 +17,6 @@ from fedloop_server.aggregation.merging import merge
 from fedloop_server.flower.admission import Admission, ExpectedReply
 from fedloop_server.rounds.rebuild import rebuild
 from fedloop_tasks.classification.plan import ClassificationPlan
-from fedloop_tasks.programs import factors
 from fedloop_tasks.table import PROGRAMS, program_of
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -83,7 +82,7 @@ def test_an_update_of_any_rank_up_to_the_adapters_is_accepted_and_of_no_other(bl
 
 
 def test_an_update_of_a_smaller_rank_is_finite_and_bound_in_its_distance_from_the_base_too(blobs: BlobStore) -> None:
-    near = {name: BASE[name][factors.first(values)] + np.float32(0.1) for name, values in arrays(1, 2).items()}
+    near = {name: BASE[name][tensors.first(values)] + np.float32(0.1) for name, values in arrays(1, 2).items()}
     assert checked(blobs, near, opened()) is None
     size = sum(values.size for values in near.values())
     assert checked(blobs, near, replace(opened(), max_update_norm=0.1 * np.sqrt(size) * 0.99)) == "norm"
@@ -95,7 +94,7 @@ def test_which_programs_take_smaller_ranks() -> None:
     """Those that merge products. Where one factor alone is uploaded there is nothing to choose."""
     base = BASE | {"head.bias": np.zeros(4, np.float32)}
     taking = {name for name, each in PROGRAMS.items() if each.smaller(opened(name, each.upload(list(BASE))), base)}
-    assert taking == {"svd"}
+    assert taking == {"svd", "stack"}
     assert program_of("svd").smaller(opened(upload=[PAIRS[0] + ".B", "head.weight"]), BASE) == []
     assert program_of("svd").smaller(opened(upload=["head.weight"]), BASE) == []
 
@@ -119,7 +118,7 @@ def test_what_a_device_did_not_train_counts_as_it_is_in_the_base(blobs: BlobStor
         best = float(np.sqrt((np.linalg.svd(dense, compute_uv=False)[RANK:] ** 2).sum()))
         found = merged[name + ".B"].astype(float) @ merged[name + ".A"]
         assert np.linalg.norm(dense - found) <= best + 1e-5
-    wholes = [blobs.put(tensors.encode(factors.completed(each, BASE))) for each in updates]
+    wholes = [blobs.put(tensors.encode(tensors.completed(each, BASE))) for each in updates]
     whole = [replace(each, blob=blob) for each, blob in zip(accepted, wholes, strict=True)]
     padded = merge(blobs, opened(), BASE, whole)
     assert all(padded[name].tobytes() == merged[name].tobytes() for name in merged)

@@ -139,11 +139,11 @@ def test_a_device_that_trains_a_part_leaves_the_rest_as_it_is_and_trains_from_th
         np.testing.assert_allclose(losses(model), before, rtol=1e-4)
         update = program.compute(model, EXAMPLES[:1], terms)
     assert tensors.specs(update) in program.smaller(terms, release)
-    moved = np.sqrt(sum(np.sum((values - release[name][factors.first(values)]) ** 2) for name, values in update.items()))
+    moved = np.sqrt(sum(np.sum((values - release[name][tensors.first(values)]) ** 2) for name, values in update.items()))
     assert moved == pytest.approx(2.0 * 0.01, rel=1e-2)
     after = model.arrays()
     assert list(after) == list(release)
-    for name, values in (release | factors.completed(update, release)).items():
+    for name, values in (release | tensors.completed(update, release)).items():
         assert after[name].tobytes() == values.tobytes()
 
 

@@ -17,7 +17,6 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
-from fedloop_tasks.programs.factors import completed
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import STATE, Arrays, Program
 from numpy.typing import NDArray
@@ -34,7 +33,7 @@ class _Smaller(NamedTuple):
     base: Arrays = MappingProxyType({})
 
     def completed(self, arrays: Arrays) -> Arrays:
-        return completed(arrays, self.base) if tensors.specs(arrays) in self.specs else arrays
+        return tensors.completed(arrays, self.base) if tensors.specs(arrays) in self.specs else arrays
 
 
 _NONE_SMALLER: Final = _Smaller()

@@ -17,7 +17,6 @@ from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import MAX_HEADER_BYTES, TensorSpec
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened, UpdateSubmitted
-from fedloop_tasks.programs.factors import first
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -170,7 +169,7 @@ class Admission:
                 return UpdateRefusal("norm", f"the update's norm is above {bound:g}")
         if not self.refuse_unchanged or terms.base is None:
             return None
-        unchanged = all(np.array_equal(values, terms.base[name][first(values)]) for name, values in arrays.items())
+        unchanged = all(np.array_equal(values, terms.base[name][tensors.first(values)]) for name, values in arrays.items())
         return UpdateRefusal("unchanged", "the update equals its base") if unchanged else None
 
 
@@ -192,7 +191,7 @@ def distance(arrays: Arrays, base: Arrays | None) -> float:
     total = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for name, values in arrays.items():
-            flat, origin = values.reshape(-1), None if base is None else base[name][first(values)].reshape(-1)
+            flat, origin = values.reshape(-1), None if base is None else base[name][tensors.first(values)].reshape(-1)
             for start in range(0, flat.size, _BLOCK):
                 block = flat[start : start + _BLOCK].astype(np.float64)
                 if origin is not None:

@@ -21,9 +21,17 @@ _ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2",
 
 
 def adapter(
-    pairs: Sequence[Pair], *, model_type: str, alpha: float, name: str, base_model: str, invocation: Sequence[int] = ()
+    pairs: Sequence[Pair],
+    *,
+    model_type: str,
+    alpha: float,
+    rank: int,
+    name: str,
+    base_model: str,
+    invocation: Sequence[int] = (),
 ) -> Streamed:
     """The file of these factors in float32. An adapter with an `invocation` acts from those tokens on, where they are last.
+    llama.cpp divides alpha by the rank that a pair has: where that is another than `rank`, B makes up for it.
 
     B's rows stand in the order of the outputs in a GGUF file of the base: of LLaMA's queries and keys it is another one than in a
     Hugging Face folder. Raises UsageError if the package is not installed.
@@ -36,7 +44,8 @@ def adapter(
     factors: dict[str, Array] = {}
     for each in pairs:
         factors[f"{each.part.gguf}.lora_a"] = each.a
-        factors[f"{each.part.gguf}.lora_b"] = np.ascontiguousarray(each.part.outputs_laid(each.b))
+        b = each.b if each.rank == rank else (each.b * (each.rank / rank)).astype(np.float32)
+        factors[f"{each.part.gguf}.lora_b"] = np.ascontiguousarray(each.part.outputs_laid(b))
     writer = gguf.GGUFWriter(None, _ARCHITECTURES[model_type])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)

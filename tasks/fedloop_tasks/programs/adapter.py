@@ -77,6 +77,9 @@ class AdapterTraining:
     def smaller(self, opened: RoundOpened, base: Arrays) -> list[list[TensorSpec]]:
         return []
 
+    def largest(self, base: Arrays) -> Arrays:
+        return base
+
     def compute(self, model: Trains, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """See `Program`; raises what `dp_sgd` raises. Afterwards `model` holds the trained tensors."""
         settings = _settings(model, opened)

@@ -44,19 +44,3 @@ def of_rank(specs: Sequence[TensorSpec], rank: int) -> list[TensorSpec]:
             each = replace(each, shape=(rank, into) if each.name.endswith(".A") else (out, rank))
         made.append(each)
     return made
-
-
-def completed(update: Mapping[str, Array], base: Mapping[str, Array]) -> dict[str, Array]:
-    """An update whose tensors are the first rows and columns of the base's, with the rest as it is there."""
-    made = {}
-    for name, values in update.items():
-        made[name] = values
-        if values.shape != base[name].shape:
-            made[name] = base[name].copy()
-            made[name][first(values)] = values
-    return made
-
-
-def first(values: Array) -> tuple[slice, ...]:
-    """Where in a tensor as large, or larger, those are that stand first in every dimension."""
-    return tuple(map(slice, values.shape))
