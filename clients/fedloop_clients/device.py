@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
+from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
 from fedloop_tasks.scratch import Scratch
@@ -33,15 +34,17 @@ from fedloop_clients.uploads import Uploads
 
 VIEW: Final = "following"
 """Name of the view's state in the store."""
+_RANK: Final = "rank"
 
 
 class Settings(Struct, frozen=True, kw_only=True):
     """How a device takes part.
 
     `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
-    bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
-    models lie that this user has not added and that are no installed packages. `scratch_bytes` bounds what a language model puts
-    beside the store, sealed, of what it computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
+    bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. It trains adapters of at
+    most `rank`, and declines a round that takes no less. `model_dir` is where base models lie that this user has not added and
+    that are no installed packages. `scratch_bytes` bounds what a language model puts beside the store, sealed, of what it
+    computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
     """
 
     model: str = types.DEFAULT_MODEL
@@ -50,6 +53,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     eligibility: Eligibility = Eligibility()
     min_examples: int = 1
     scratch_bytes: int | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"the highest rank that may be trained is {self.rank}", hint="give 1 or more")
 
 
 class Status(Struct, frozen=True):
@@ -57,7 +65,8 @@ class Status(Struct, frozen=True):
 
     `waiting` pieces of feedback are not published yet, `failed` (by reason) could not be and stay on the device until the next
     run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `cut_short` are rounds that were
-    paid for and not answered, as long as they hold the device up; `problem` is why the loop cannot go on
+    paid for and not answered, as long as they hold the device up; `rank` is that of the adapters as the device trained them last,
+    None before; `problem` is why the loop cannot go on
     now, a disk that is full or read-only before all.
     """
 
@@ -75,6 +84,7 @@ class Status(Struct, frozen=True):
     delta: float
     suspended: str | None
     cut_short: list[CutShort] = []
+    rank: int | None = None
     problem: str = ""
 
     @property
@@ -143,6 +153,10 @@ class Device:
         if release is not None and (spec := self.view.releases.models.get(model)) is not None:
             self.releases.keep(model, spec, release, self.blobs)
 
+    def trained_at(self, rank: int) -> None:
+        """Remember the rank of the adapters that were trained last."""
+        self.store.keep(_RANK, str(rank).encode())
+
     def examples(self) -> Sequence[Any]:
         """What there is to learn from now."""
         return () if self.task is None else self.task.examples(self.interactions.judged())
@@ -175,5 +189,6 @@ class Device:
             delta=self.identity.delta,
             suspended=suspended.reason if suspended else None,
             cut_short=cut_short(self.view, self.identity, outcomes, runs=runs(self.store.path)),
+            rank=None if (rank := self.store.kept(_RANK)) is None else int(rank),
             problem=unwritable.message if unwritable else problem,
         )

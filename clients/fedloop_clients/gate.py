@@ -17,6 +17,7 @@ from fedloop_tasks.task import ModelError, TermsError, TooLittleMemoryError
 from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
 from fedloop_clients.eligibility import DAY_S
+from fedloop_clients.ranks import RankTooHighError, rank_for
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -80,7 +81,9 @@ class Gate:
             return unready
         if mechanism is not None and (over := self._over_budget(mechanism)):
             return over
-        return self._unreadable(sent, opened)
+        return self._unreadable(sent, opened) or (
+            self._too_small(opened) if opened and self._apps.serving(sent) is None else None
+        )
 
     def _unmet(self, instruction: Instruction, opened: Opened) -> Decline | None:
         """The owner's terms. A further step of a round that the device is in already comes neither too soon nor too often."""
@@ -89,6 +92,23 @@ class Gate:
             return None if code is None else Decline(code)
         code = terms.too_often(self._device.joined.others(opened), instruction.record.appended_ms)
         return None if code is None else Decline(code)
+
+    def _too_small(self, opened: types.RoundOpened) -> Decline | None:
+        """Whether the device can train the round, and its owner lets it: by the round's base alone, which can be read."""
+        device = self._device
+        assert device.spec is not None
+        try:
+            with device.models.borrowed(device.spec) as held:
+                rank_for(held.model, opened, self._reader.tensors(opened.base), device.settings.rank)
+                return None
+        except TooLittleMemoryError as error:
+            return Decline("no-memory", error.message)
+        except RankTooHighError as error:
+            return Decline("rank-too-high", error.message)
+        except ModelError:
+            return Decline("no-model")
+        except TensorError:
+            return Decline("wrong-base", "it has not the tensors of the round")
 
     def _unready(self, sent: types.InstructionSent, opened: Opened) -> Decline | None:
         """Why the task has nothing to answer with, though the round may be well."""
@@ -107,14 +127,7 @@ class Gate:
             return Decline("unknown-format", error.message)
         if device.count_examples() < device.settings.min_examples:
             return Decline("no-examples")
-        try:
-            with device.models.borrowed(device.spec) as held:
-                held.model.check_memory()
-                return None
-        except TooLittleMemoryError as error:
-            return Decline("no-memory", error.message)
-        except ModelError:
-            return Decline("no-model")
+        return None
 
     def _wrong_base(self, sent: types.InstructionSent, opened: types.RoundOpened) -> str | None:
         """A device trains only on a release that the log has published, the same one for the whole round."""

@@ -27,6 +27,7 @@ from fedloop_clients.device import Device
 from fedloop_clients.device_view import Instruction
 from fedloop_clients.gate import Apps, Decline, Gate, NotYet, Opened
 from fedloop_clients.outbox import ENROL_ANEW, SuspendedError
+from fedloop_clients.ranks import rank_for
 from fedloop_clients.store_file import NotWritableError
 from fedloop_clients.uploads import Recorder
 
@@ -114,7 +115,11 @@ class InstructionHandler:
         assert device.spec is not None
         examples = device.examples()
         with device.models.borrowed(device.spec) as held, held.holding(base) as model:
-            trained = program_of(opened.strategy).compute(model, examples, opened)
+            rank = rank_for(model, opened, base, device.settings.rank)
+            with model.at_rank(rank):
+                trained = program_of(opened.strategy).compute(model, examples, opened)
+        if program_of(opened.strategy).kind == "train":
+            device.trained_at(rank)
         ref = made.put(tensors.encode(updates.encode(opened, base, trained)))
         weight = 1 if opened.mechanism is not None else len(examples)
         return _Work(types.Content(arrays={_ARRAYS: ref}, metrics={_METRICS: {_WEIGHT: weight}}))

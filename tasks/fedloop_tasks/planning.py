@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from fedloop_tasks.programs.optimisers import OPTIMISERS, RATE
 from fedloop_tasks.task import UPDATE_BITS, Terms
 
-Strategy = Literal["ffa", "fedavg", "svd", "fedavgm", "fedadam"]
+Strategy = Literal["ffa", "fedavg", "svd", "stack", "residual", "fedavgm", "fedadam"]
 Number = Annotated[float, Meta(gt=0, le=1e12)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Many = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -30,8 +30,9 @@ _FINE: Final = 1.05
 _MARGIN: Final = 0.999
 _STRATEGIES: Final = (
     'How adapters are merged: "ffa" (A frozen, B averaged), "fedavg" (both averaged), "svd" (their products averaged, and cut '
-    'down to the rank again; never buffered), "fedavgm" and "fedadam" (as ffa, the mean change being a gradient for an optimiser '
-    'on the server), or "default": {private} with an epsilon, else {plain}.'
+    'down to the rank again), "stack" (their products kept whole beside an adapter that begins anew), "residual" (both averaged, '
+    'and kept beside them what the mean of the products is more; like svd and stack never buffered), "fedavgm" and "fedadam" (as '
+    'ffa, the mean change a gradient for an optimiser on the server), or "default": {private} with an epsilon, else {plain}.'
 )
 _MEANING: Final[Mapping[str, str]] = {
     "epsilon": 'Privacy budget of each client for its whole life; "none": rounds without differential privacy.',

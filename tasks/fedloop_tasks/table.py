@@ -13,6 +13,7 @@ from fedloop_tasks.causal.task import Chat
 from fedloop_tasks.classification.task import Classification
 from fedloop_tasks.programs.adapter import AdapterTraining
 from fedloop_tasks.programs.class_sums import ClassSums
+from fedloop_tasks.programs.exact import ExactTraining
 from fedloop_tasks.programs.optimisers import OPTIMISERS
 from fedloop_tasks.programs.svd import SvdTraining
 from fedloop_tasks.task import Program, Task
@@ -26,6 +27,8 @@ _PROGRAMS: Final[Sequence[Program]] = (
     AdapterTraining("ffa", freezes_a=True),
     AdapterTraining("fedavg", freezes_a=False),
     SvdTraining("svd"),
+    ExactTraining("stack", begins_anew=True),
+    ExactTraining("residual", begins_anew=False),
     *OPTIMISERS.values(),
 )
 PROGRAMS: Final[Mapping[str, Program]] = {each.name: each for each in _PROGRAMS}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Protocol
 
@@ -193,8 +194,17 @@ class Model(Protocol):
         """Each text as a unit vector, [n, d] float32: texts of much the same meaning have a large product. Raises `UsageError`
         for one that is longer than the model takes."""
 
-    def check_memory(self) -> None:
-        """Raises `TooLittleMemoryError` if training may need more memory than is free, whatever the examples are."""
+    def check_memory(self, release_bytes: int = 0) -> None:
+        """Raises `TooLittleMemoryError` if training a release of that size, or the one that is loaded, may need more memory than
+        is free, whatever the examples are."""
+
+    def fitting_rank(self, most: int, release_bytes: int = 0) -> int:
+        """The largest rank of adapters, at most `most`, at which `check_memory` would pass. Raises `TooLittleMemoryError` if
+        there is none."""
+
+    def at_rank(self, rank: int) -> AbstractContextManager[None]:
+        """Of each adapter, the first `rank` components are the model's tensors as long as the block lasts, and the rest acts but
+        is none. Afterwards the whole ones are, with what became of the first."""
 
 
 Combine = Callable[[RoundOpened, Arrays, Arrays, Iterable[tuple[Arrays, float]]], dict[str, Array]]
@@ -232,6 +242,13 @@ class Program(Protocol):
 
     def specs(self, opened: RoundOpened, base: Arrays) -> list[TensorSpec]:
         """What an update of the round holds, exactly. Raises `TensorError` if the base lacks what it rests on."""
+
+    def smaller(self, opened: RoundOpened, base: Arrays) -> list[list[TensorSpec]]:
+        """What an update may hold in its place, the largest first: of some tensors the first rows and columns, where the device
+        trained no more. The rest is as it is in the base. None, unless the program can merge adapters of different ranks."""
+
+    def largest(self, base: Arrays) -> Arrays:
+        """A release as large as those of its rounds can become, of values that mean nothing."""
 
     def compute(self, model: Any, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """A device's contribution: exactly the tensors `opened.upload`, float32. `model` holds the base release.

@@ -58,14 +58,17 @@ def sent(specs: Sequence[TensorSpec], opened: RoundOpened) -> list[TensorSpec]:
 
 
 def encode(opened: RoundOpened, base: Arrays, trained: Arrays) -> Arrays:
-    """What is sent of the tensors that a device has trained of `base`: the nearest that can be said in so many bits.
+    """What is sent of the tensors that a device has trained of `base`, or of the first rows and columns of its tensors: the
+    nearest that can be said in so many bits.
 
     Raises `TermsError`, and `TensorError` for a value that is not finite.
     """
     if (width := bits(opened)) == 32:
         return trained
     specs = sent(tensors.specs(trained), opened)
-    change = np.concatenate([np.subtract(trained[name], base[name]).reshape(-1) for name in trained])
+    change = np.concatenate(
+        [np.subtract(values, base[name][tensors.first(values)]).reshape(-1) for name, values in trained.items()]
+    )
     scales = np.zeros(specs[0].shape, np.float32)
     values = np.zeros(len(change), np.float16 if width == 16 else np.int8)
     for start in range(0, len(change), _PIECE):
@@ -106,7 +109,7 @@ def decode(opened: RoundOpened, base: Arrays, update: Arrays) -> Arrays:
     moved, at = {}, 0
     for name, values in update.items():
         if name != SCALES:
-            moved[name] = base[name] + change(update[SCALES], values.reshape(-1), at).reshape(values.shape)
+            moved[name] = base[name][tensors.first(values)] + change(update[SCALES], values.reshape(-1), at).reshape(values.shape)
             at += values.size
     return moved
 

@@ -53,7 +53,8 @@ class Chatted(Deployment):
 
     def enrol(self, store_dir: Path, **terms: Any) -> Agent:
         terms.setdefault("masker", DigitMasker())
-        return Agent.enrol(self.folder, store_dir, key_from="file", settings=Settings(model_dir=self.base_folder), **terms)
+        terms.setdefault("settings", Settings(model_dir=self.base_folder))
+        return Agent.enrol(self.folder, store_dir, key_from="file", **terms)
 
 
 class Smollm2(Chatted):

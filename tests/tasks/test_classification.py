@@ -181,9 +181,9 @@ def test_every_spec_has_its_task_and_every_program_its_name() -> None:
     assert (
         [program.name for program in PROGRAMS.values()]
         == list(PROGRAMS)
-        == ["sums", "ffa", "fedavg", "svd", "fedavgm", "fedadam"]
+        == ["sums", "ffa", "fedavg", "svd", "stack", "residual", "fedavgm", "fedadam"]
     )
-    assert [kind_of(name) for name in PROGRAMS] == ["sums", *["train"] * 5]
+    assert [kind_of(name) for name in PROGRAMS] == ["sums", *["train"] * 7]
 
 
 def test_a_program_that_is_not_there_is_an_error_and_has_no_kind() -> None:

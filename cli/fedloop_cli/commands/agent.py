@@ -171,10 +171,12 @@ def run(
             show_default="2000, or a tenth of what is free",
         ),
     ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train adapters of at most this rank.", show_default="as asked")] = None,
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
 
-    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold.
+    It declines each round that is asked while the owner's terms (--only-... to --rounds-per-day) do not hold, or that trains
+    adapters of a higher rank than --rank and takes no less.
     """
     from fedloop_clients.device import Settings
     from fedloop_clients.eligibility import Eligibility, of_platform
@@ -194,7 +196,8 @@ def run(
         rounds_per_day=rounds_per_day,
     )
     terms.check_known(of_platform())
-    settings = Settings(model_dir=model_dir, eligibility=terms, scratch_bytes=None if scratch_mb is None else scratch_mb * 10**6)
+    scratch_bytes = None if scratch_mb is None else scratch_mb * 10**6
+    settings = Settings(model_dir=model_dir, eligibility=terms, scratch_bytes=scratch_bytes, rank=rank)
     with _open(store, model_dir, settings) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 

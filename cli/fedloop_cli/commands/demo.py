@@ -23,7 +23,7 @@ def demo(
     epsilon: Annotated[float, typer.Option(help="Privacy budget of each device for its whole life.")] = 8.0,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Without differential privacy.")] = False,
     strategy: Annotated[
-        Literal["default", "ffa", "fedavg", "svd", "fedavgm", "fedadam"],
+        Literal["default", "ffa", "fedavg", "svd", "stack", "residual", "fedavgm", "fedadam"],
         typer.Option(help="How adapters are merged; default: ffa (for chat fedadam), without privacy fedavg."),
     ] = "default",
     seed: Annotated[int, typer.Option(min=0, help="Of who writes what, and of the first release. Noise has none.")] = 0,

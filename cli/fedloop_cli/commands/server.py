@@ -33,7 +33,7 @@ def init(
     strategy: Annotated[
         str,
         typer.Option(
-            metavar="ffa|fedavg|svd|fedavgm|fedadam",
+            metavar="ffa|fedavg|svd|stack|residual|fedavgm|fedadam",
             help="How adapters are merged; default: ffa (for chat fedadam), without privacy fedavg.",
         ),
     ] = "default",

@@ -147,6 +147,22 @@ def check(got: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:
         raise TensorError(f"there are {len(got)} tensors, not {len(expected)}")
 
 
+def first(values: Array) -> tuple[slice, ...]:
+    """Where in a tensor that is as large, or larger, those are that stand first in every dimension."""
+    return tuple(map(slice, values.shape))
+
+
+def completed(part: Mapping[str, Array], whole: Mapping[str, Array]) -> dict[str, Array]:
+    """Tensors of which some are the first rows and columns of those of `whole`, with the rest as it is there."""
+    made = {}
+    for name, values in part.items():
+        made[name] = values
+        if values.shape != whole[name].shape:
+            made[name] = whole[name].copy()
+            made[name][first(values)] = values
+    return made
+
+
 def _spec(name: str, array: Array) -> TensorSpec:
     dtype = _NAMES.get(array.dtype.newbyteorder("<"))
     if dtype is None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from fedloop_events.blobs import tensors
@@ -29,6 +29,26 @@ _WIRE: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "I8": np.dt
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
+class _Smaller(NamedTuple):
+    """What updates of a round may hold that are a part of the base's tensors, as they are sent."""
+
+    opened: RoundOpened
+    base: Arrays
+    specs: Sequence[Sequence[TensorSpec]]
+
+    def holds(self, blobs: BlobStore, ref: BlobRef) -> bool:
+        """Whether an update is one of them."""
+        if not self.specs:
+            return False
+        found, _ = tensors.read_header(next(blobs.blocks(ref, block_bytes=BLOCK_BYTES)), total_bytes=ref.size_bytes)
+        return found in self.specs
+
+    def completed(self, blobs: BlobStore, ref: BlobRef) -> Arrays:
+        """The whole tensors that an update stands for."""
+        sent = tensors.decode(blobs.get(ref))
+        return tensors.completed(coding.decode(self.opened, self.base, sent), self.base)
+
+
 class MergeError(FedloopError):
     """There is nothing to merge, or nothing that can be."""
 
@@ -43,8 +63,14 @@ def weighted_mean(
     Raises MergeError without updates or with a weight that is not positive and finite, TensorError if a blob holds anything but
     `specs`, BlobError if its bytes are wrong.
     """
+    return _mean(blobs, updates, specs)
+
+
+def _mean(
+    blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], specs: Sequence[TensorSpec], smaller: _Smaller | None = None
+) -> dict[str, NDArray[Any]]:
     whole = _whole([weight for _, weight in updates])
-    return _accumulate(specs, [(weight / whole, _values(blobs, ref, specs)) for ref, weight in updates])
+    return _accumulate(specs, [(weight / whole, _values(blobs, ref, specs, smaller)) for ref, weight in updates])
 
 
 def total(blobs: BlobStore, updates: Sequence[BlobRef], specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
@@ -77,14 +103,15 @@ def merge(
     if len(updates) != len(accepted):
         raise MergeError("an accepted update has no tensors")
     specs = program.specs(opened, base)
+    smaller = _Smaller(opened, base, [coding.sent(each, opened) for each in program.smaller(opened, base)])
     if stale or coding.bits(opened) < 32:
-        combined = _mean_of_changes(blobs, opened, base, accepted, stale, specs)
+        combined = _mean_of_changes(blobs, opened, base, accepted, stale, specs, smaller)
     elif program.combines == "sum":
         combined = total(blobs, [ref for ref, _ in updates], specs)
     else:
-        combined = weighted_mean(blobs, updates, specs)
+        combined = _mean(blobs, updates, specs, smaller)
     if callable(program.combines):
-        combined = program.combines(opened, base, combined, _shares(blobs, opened, base, updates))
+        combined = program.combines(opened, base, combined, _shares(blobs, updates, smaller))
     return program.apply(opened, base, combined)
 
 
@@ -105,6 +132,7 @@ def _mean_of_changes(
     accepted: Sequence[AcceptedUpdate],
     stale: Mapping[str, RoundOpened],
     specs: Sequence[TensorSpec],
+    smaller: _Smaller,
 ) -> dict[str, NDArray[Any]]:
     """base + sum of c (update - its base), where c is an update's share of the weights times what its staleness leaves of it.
 
@@ -119,10 +147,10 @@ def _mean_of_changes(
         made_in = stale.get(update.update_id, opened)
         share = update.weight / whole * staleness_weight(opened.number - made_in.number)
         assert update.blob is not None
-        if coding.bits(made_in) < 32:
+        if coding.bits(made_in) < 32 and not smaller.holds(blobs, update.blob):
             shares.append((share, _changes(blobs, update.blob, coding.sent(specs, made_in))))
         else:
-            shares.append((share, _values(blobs, update.blob, specs)))
+            shares.append((share, _values(blobs, update.blob, specs, smaller)))
             of_base[made_in.base] = of_base.get(made_in.base, 0.0) + share
     result = _accumulate(specs, shares)
     left = {ref: -share for ref, share in of_base.items()} | {opened.base: 1.0 - of_base.get(opened.base, 0.0)}
@@ -141,12 +169,10 @@ def _whole(weights: Sequence[float]) -> float:
     return whole
 
 
-def _shares(
-    blobs: BlobStore, opened: RoundOpened, base: Arrays, updates: Sequence[tuple[BlobRef, float]]
-) -> Iterator[tuple[Arrays, float]]:
+def _shares(blobs: BlobStore, updates: Sequence[tuple[BlobRef, float]], smaller: _Smaller) -> Iterator[tuple[Arrays, float]]:
     """The tensors of each update, and its share of the weights."""
     whole = sum(weight for _, weight in updates)
-    return ((coding.decode(opened, base, tensors.decode(blobs.get(ref))), weight / whole) for ref, weight in updates)
+    return ((smaller.completed(blobs, ref), weight / whole) for ref, weight in updates)
 
 
 def _accumulate(specs: Sequence[TensorSpec], updates: Sequence[tuple[float, Iterator[NDArray[Any]]]]) -> dict[str, NDArray[Any]]:
@@ -168,9 +194,17 @@ def _accumulate(specs: Sequence[TensorSpec], updates: Sequence[tuple[float, Iter
     return _split(result, specs)
 
 
-def _values(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec]) -> Iterator[NDArray[Any]]:
-    """The elements of a blob in blocks, in order; each block is valid until the next."""
-    return _elements(_data(blobs, ref, specs), _common_dtype(specs))
+def _values(
+    blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec], smaller: _Smaller | None = None
+) -> Iterator[NDArray[Any]]:
+    """The elements of a blob in blocks, in order; each block is valid until the next. Of a smaller one, those of the
+    whole that it is a part of."""
+    if smaller is None or not smaller.holds(blobs, ref):
+        yield from _elements(_data(blobs, ref, specs), _common_dtype(specs))
+        return
+    for values in smaller.completed(blobs, ref).values():
+        flat = values.reshape(-1)
+        yield from (flat[start : start + BLOCK_BYTES] for start in range(0, flat.size, BLOCK_BYTES))
 
 
 def _changes(blobs: BlobStore, ref: BlobRef, specs: Sequence[TensorSpec]) -> Iterator[NDArray[Any]]:

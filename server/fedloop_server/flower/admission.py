@@ -48,7 +48,8 @@ INCONSISTENT: Final = UpdateRefusal("inconsistent", "most replies hold other rec
 
 
 class ExpectedReply(Struct, frozen=True):
-    """What a reply to one instruction must hold: exactly `specs` in one array record, or no arrays if there are none.
+    """What a reply to one instruction must hold: exactly `specs`, or one of the `smaller`, in one array record, or no arrays if
+    there are none.
 
     With `opened`, the terms of its round too; `base` are the values from which the norm of an update is measured (None: zero).
     """
@@ -56,6 +57,7 @@ class ExpectedReply(Struct, frozen=True):
     specs: Sequence[TensorSpec] = ()
     opened: RoundOpened | None = None
     base: Arrays | None = None
+    smaller: Sequence[Sequence[TensorSpec]] = ()
 
 
 class Admission:
@@ -147,7 +149,9 @@ class Admission:
             return BLOB_ABSENT
         try:
             arrays = reader.tensors(refs[0])
-            tensors.check(tensors.specs(arrays), terms.specs)
+            found = tensors.specs(arrays)
+            if found not in terms.smaller:
+                tensors.check(found, terms.specs)
         except BlobError:
             return UpdateRefusal("wrong-bytes", "the blob's bytes are not those that its name promises")
         except TensorError:
@@ -170,7 +174,7 @@ class Admission:
         if terms.opened is not None and updates.bits(terms.opened) < 32:
             unchanged = not any(piece.any() for piece in updates.changes(arrays))
         else:
-            unchanged = all(np.array_equal(values, terms.base[name]) for name, values in arrays.items())
+            unchanged = all(np.array_equal(values, terms.base[name][tensors.first(values)]) for name, values in arrays.items())
         return UpdateRefusal("unchanged", "the update equals its base") if unchanged else None
 
 
@@ -187,13 +191,14 @@ def inconsistent(contents: Sequence[Content]) -> set[int]:
 
 
 def distance(arrays: Arrays, base: Arrays | None) -> float:
-    """The L2 norm of `arrays`, or of their difference from `base`, in float64; not finite if any value is not."""
+    """The L2 norm of `arrays`, or of their difference from `base`, of which they may be the first rows and columns, in float64;
+    not finite if any value is not."""
     return _norm(_differences(arrays, base))
 
 
 def _differences(arrays: Arrays, base: Arrays | None) -> Iterator[NDArray[Any]]:
     for name, values in arrays.items():
-        flat, origin = values.reshape(-1), None if base is None else base[name].reshape(-1)
+        flat, origin = values.reshape(-1), None if base is None else base[name][tensors.first(values)].reshape(-1)
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK].astype(np.float64)
             if origin is not None:
@@ -221,7 +226,8 @@ def _layout(content: Content) -> tuple[object, ...]:
 def _size(ref: BlobRef, terms: ExpectedReply) -> UpdateRefusal | None:
     """Whether the blob can be what the specs imply, before a byte of it is fetched."""
     data_bytes = sum(spec.size_bytes for spec in terms.specs)
-    if not data_bytes < ref.size_bytes <= data_bytes + 8 + MAX_HEADER_BYTES:
+    least_bytes = sum(spec.size_bytes for spec in terms.smaller[-1]) if terms.smaller else data_bytes
+    if not least_bytes < ref.size_bytes <= data_bytes + 8 + MAX_HEADER_BYTES:
         return UpdateRefusal("wrong-size", f"the tensors have {data_bytes:,} bytes")
     if terms.opened is not None and ref.size_bytes > terms.opened.max_upload_bytes:
         return UpdateRefusal("wrong-size", f"an update has at most {terms.opened.max_upload_bytes:,} bytes")

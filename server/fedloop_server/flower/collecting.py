@@ -64,6 +64,7 @@ class Collection:
         self._excluded: dict[str, Exclusion] = {}
         self._refusals: list[tuple[Reply, UpdateRefusal]] = []
         self._base_arrays: Mapping[str, NDArray[Any]] | None = None
+        self._smaller_specs: Sequence[Sequence[TensorSpec]] | None = None
 
     @property
     def complete(self) -> bool:
@@ -119,6 +120,11 @@ class Collection:
         known = self._known_specs.get(ref.sha256)
         return list(known if known is not None else tensors.specs(self._reader.tensors(ref)))
 
+    @property
+    def may_be_smaller(self) -> bool:
+        """Whether a reply may hold a part of that."""
+        return self._opened is not None and bool(self._smaller(self._opened))
+
     def _open(self) -> list[tuple[Decision, InstructionSent]]:
         return [pair for pair in self.in_order if pair[0].id not in self._accepted and pair[0].id not in self._excluded]
 
@@ -149,12 +155,18 @@ class Collection:
     def _terms(self, decision: Decision) -> ExpectedReply:
         specs = self.specs(decision)
         if self._opened is not None:
-            from_base = program_of(self._opened.strategy).from_base
-            base = self._base(self._opened) if specs and from_base else None
-            return ExpectedReply(specs, self._opened, base)
+            program = program_of(self._opened.strategy)
+            base = self._base(self._opened) if specs and program.from_base else None
+            return ExpectedReply(specs, self._opened, base, self._smaller(self._opened) if specs else ())
         refs = _sent(decision).content.arrays.values()
         base = self._reader.tensors(next(iter(refs))) if specs and self._admission.refuse_unchanged else None
         return ExpectedReply(specs, None, base)
+
+    def _smaller(self, opened: RoundOpened) -> Sequence[Sequence[TensorSpec]]:
+        if self._smaller_specs is None:
+            found = program_of(opened.strategy).smaller(opened, self._base(opened))
+            self._smaller_specs = [updates.sent(each, opened) for each in found]
+        return self._smaller_specs
 
     def _base(self, opened: RoundOpened) -> Mapping[str, NDArray[Any]]:
         if self._base_arrays is None:

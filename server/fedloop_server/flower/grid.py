@@ -295,7 +295,8 @@ class LogGrid(Grid):
             node_id = self.node_id(sent.client_id)
             if (each := accepted.get(decision.id)) is not None:
                 answer = collection.update(each).content
-                content = from_content(answer, reader, dict.fromkeys(answer.arrays, collection.specs(decision)))
+                known = None if collection.may_be_smaller else dict.fromkeys(answer.arrays, collection.specs(decision))
+                content = from_content(answer, reader, known)
                 messages.append(reply(content, sent, each.update_id, decision.id, number=number, node_id=node_id))
             elif (reason := excluded.get(sent.client_id)) is not None:
                 messages.append(error_reply(reason, sent, decision.id, number=number, node_id=node_id))

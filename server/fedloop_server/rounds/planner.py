@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import msgspec
 from fedloop_events import envelope, types
+from fedloop_events.blobs import tensors
 from fedloop_events.errors import InvalidEventError, UsageError
 from fedloop_events.files import write_private
 from fedloop_events.folds.identities import Client
@@ -74,6 +75,12 @@ class Planner:
                 raise UsageError(
                     f"max_upload_bytes = {self.config.max_upload_bytes} is less than an update of this model",
                     hint=f"an update has {size_bytes} bytes of tensors: set max_upload_bytes to twice as much in server.toml",
+                )
+            release = program_of(program).largest(arrays)
+            if len(next(tensors.encode(release))) > tensors.MAX_HEADER_BYTES:
+                raise UsageError(
+                    f"no file can hold a release of rounds of {program}, which has up to {len(release)} tensors",
+                    hint="give the model fewer layers or targets that carry an adapter, or choose another strategy",
                 )
 
     def opening(self, program: str, upload: list[str], cohort: Sequence[Client], about: About) -> types.RoundOpened:

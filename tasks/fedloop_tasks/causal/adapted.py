@@ -13,18 +13,25 @@ from fedloop_events.types import CausalSpec
 
 from fedloop_tasks.models.families import Part, family_of
 from fedloop_tasks.models.sources import CONFIG
+from fedloop_tasks.programs import factors
+from fedloop_tasks.programs.factors import FIXED
 from fedloop_tasks.task import Arrays
 
 _LAYERS: Final = ("model.layers.", "transformer.h.")
 
 
 class Pair(NamedTuple):
-    """The factors A [r, in] and B [out, r] of one matrix of the base, whose change is `alpha / r` B A."""
+    """The factors A [r, in] and B [out, r] of one matrix of the base, those that are fixed last. Its change is B A times alpha by
+    the spec's rank, whatever r is."""
 
     layer: int
     part: Part
     a: Array
     b: Array
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
 
     @property
     def module(self) -> str:
@@ -45,8 +52,16 @@ def pairs(spec: CausalSpec, config: dict[str, Any], arrays: Arrays) -> list[Pair
     for name, _, part in found:
         out, into = part.shape[::-1] if part.laid == "transposed" else part.shape
         expected += [TensorSpec(f"{name}.A", "F32", (spec.rank, into)), TensorSpec(f"{name}.B", "F32", (out, spec.rank))]
+    fixed = [(name, a) for name, _, _ in found if (a := arrays.get(f"{name}{FIXED}.A")) is not None]
+    shapes = {each.name: each.shape for each in expected}
+    for name, a in fixed:
+        (_, into), (out, _) = shapes[f"{name}.A"], shapes[f"{name}.B"]
+        expected += [
+            TensorSpec(f"{name}{FIXED}.A", "F32", (len(a), into)),
+            TensorSpec(f"{name}{FIXED}.B", "F32", (out, len(a))),
+        ]
     tensors.check(tensors.specs(arrays), expected)
-    return [Pair(layer, part, arrays[f"{name}.A"], arrays[f"{name}.B"]) for name, layer, part in found]
+    return [Pair(layer, part, *factors.whole(arrays, name)) for name, layer, part in found]
 
 
 def _matrices(spec: CausalSpec, config: dict[str, Any]) -> Iterator[tuple[str, int, Part]]:

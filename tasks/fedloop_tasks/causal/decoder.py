@@ -14,13 +14,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from fedloop_events.types import CausalSpec
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from fedloop_tasks.models import folder as folders
+from fedloop_tasks.models.lora import turned_off
 from fedloop_tasks.task import ModelError
 
 _NO_DROPOUT: Final = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -134,35 +133,10 @@ class Tail(Layers):
         return torch.stack([torch.stack((each.keys, each.values)) for each in layers])
 
     @contextmanager
-    def acting_from(self, begin: int) -> Iterator[None]:
-        """Adapters change nothing of the first `begin` tokens that are run. No gradient may be recorded."""
-
-        def silence(module: nn.Module, given: object, output: Tensor) -> None:
-            output[:, :begin] = 0
-
-        adapters = (module for module in self.modules() if isinstance(module, LoraLayer))
-        hooks = [part.register_forward_hook(silence) for each in adapters for part in each.lora_B.values()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
     def frozen(self) -> Iterator[None]:
         """No adapter acts, and no gradient is recorded."""
-        adapters = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        learnt = [(p, p.requires_grad) for p in self.parameters()]
-        try:
-            for adapter in adapters:
-                adapter.enable_adapters(enabled=False)
-            with torch.no_grad():
-                yield
-        finally:
-            for adapter in adapters:
-                adapter.enable_adapters(enabled=True)
-            for p, requires_grad in learnt:  # PEFT makes every adapter that it turns on trainable
-                p.requires_grad_(requires_grad)
+        with turned_off(self), torch.no_grad():
+            yield
 
 
 def load(folder: Path) -> tuple[Any, Any]:

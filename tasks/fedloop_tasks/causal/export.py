@@ -87,6 +87,7 @@ def _peft(spec: CausalSpec, base: Base, pairs: list[adapted.Pair]) -> dict[str, 
         layers_to_transform=sorted({each.layer for each in pairs}),
         layers_pattern=_PATTERNS.get(model_type, "layers"),
         fan_in_fan_out=model_type == "gpt2",  # its Conv1D holds [in, out]
+        **peft_config.patterns({each.module: each.rank for each in pairs}, spec.rank, spec.alpha),
         alora_invocation_tokens=base.invocation or None,
         task_type=TaskType.CAUSAL_LM,
     )
@@ -126,6 +127,7 @@ def _gguf(spec: CausalSpec, base: Base, pairs: list[adapted.Pair], name: str) ->
             pairs,
             model_type=base.config["model_type"],
             alpha=spec.alpha,
+            rank=spec.rank,
             name=name,
             base_model=spec.base_model,
             invocation=base.invocation,

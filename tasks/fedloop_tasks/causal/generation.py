@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from fedloop_tasks.causal.decoder import Tail, Trunk
 from fedloop_tasks.chats import Answer
+from fedloop_tasks.models.lora import acting_from
 
 _UNFINISHED: Final = "\ufffd"
 """What stands at the end of a text whose last character is not whole yet."""
@@ -40,7 +41,7 @@ def tokens(
     ids, start = torch.tensor([list(prompt)], device=device), 0
     for _ in range(most):
         states = trunk(ids, cache, start)
-        with tail.acting_from(begin - start) if start < begin else nullcontext():
+        with acting_from(tail, begin - start) if start < begin else nullcontext():
             found = tail.run(states, cache, torch.tensor([start], device=device) if start else None)
         logits = tail.head(tail.norm(found[:, -1]))[0].double().cpu()
         chosen = _chosen(logits, temperature, random)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+import numpy as np
 from fedloop_events.blobs.tensors import Array
 
 from fedloop_tasks.causal.adapted import Pair
@@ -17,9 +18,17 @@ ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", 
 
 
 def adapter(
-    pairs: Sequence[Pair], *, model_type: str, alpha: float, name: str, base_model: str, invocation: Sequence[int] = ()
+    pairs: Sequence[Pair],
+    *,
+    model_type: str,
+    alpha: float,
+    rank: int,
+    name: str,
+    base_model: str,
+    invocation: Sequence[int] = (),
 ) -> Streamed:
     """The file of these factors in float32. An adapter with an `invocation` acts from those tokens on, where they are last.
+    llama.cpp divides alpha by the rank that a pair has: where that is another than `rank`, B makes up for it.
 
     B's rows stand in the order of the outputs in a GGUF file of the base: of LLaMA's queries and keys it is another one than in a
     Hugging Face folder. Raises UsageError if the package is not installed.
@@ -38,7 +47,8 @@ def adapter(
         header.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(invocation), kind.ARRAY, sub_type=kind.UINT32)
     factors: list[Laid] = []
     for each in pairs:
-        factors += [_laid(f"{each.part.gguf}.lora_a", each.a), _laid(f"{each.part.gguf}.lora_b", each.part.outputs_laid(each.b))]
+        b = each.b if each.rank == rank else (each.b * (each.rank / rank)).astype(np.float32)
+        factors += [_laid(f"{each.part.gguf}.lora_a", each.a), _laid(f"{each.part.gguf}.lora_b", each.part.outputs_laid(b))]
     return streamed(header, factors)
 
 

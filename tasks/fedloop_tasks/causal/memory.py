@@ -28,6 +28,8 @@ _LOGITS: Final = 4
 """Copies of the logits of `HEAD_TOKENS` tokens: themselves, what their sum and their gradient are made of, and a spare one."""
 _ADAPTERS: Final = 12
 """Copies of the adapters: the values, their sum and gradient, noise in float64 or two moments, the release, and what is sent."""
+_FIXED: Final = 4
+"""Copies of what acts and is not trained: the values, the release as it is read, that which was held before, and a spare one."""
 _SLACK: Final = 1.25
 """Of what training takes: what the allocator does not give back at once, and what is there for a moment only."""
 _SHORTEST: Final = 4
@@ -55,6 +57,14 @@ class Sizes(NamedTuple):
     """Floats of a token's queries, and of its keys."""
 
 
+class Trained(NamedTuple):
+    """What a round trains of a model's adapters."""
+
+    rank: int
+    fixed_bytes: int = 0
+    """Of the release's fixed factors."""
+
+
 def sizes(folder: Path) -> Sizes:
     """Of the base model in `folder`. Raises ModelError for a folder that cannot be read."""
     config, shapes = folders.config(folder), folders.shapes(folder)
@@ -74,11 +84,14 @@ def sizes(folder: Path) -> Sizes:
     return Sizes(total * _FLOAT, states, linear, int(config.vocab_size), heads * head, keys * head)
 
 
-def training_bytes(base: Sizes, spec: CausalSpec, cache_bytes: int) -> int:
-    """The most that training adds to the loaded model, `cache_bytes` of what is kept of texts included."""
+def training_bytes(base: Sizes, spec: CausalSpec, cache_bytes: int, trained: Trained | None = None) -> int:
+    """The most that training adds to the loaded model, `cache_bytes` of what is kept of texts included; of the whole adapters,
+    without fixed ones, if nothing else is said."""
+    rank, fixed = trained or Trained(spec.rank)
     adapted = [size for path, size in base.linear.items() if _names(spec.targets, path)]
-    adapters = spec.layers * spec.rank * sum(adapted) * _FLOAT
-    token = spec.layers * (base.states + 2 * spec.rank * len(adapted)) * _FLOAT
+    adapters = spec.layers * rank * sum(adapted) * _FLOAT
+    fixed += spec.layers * (spec.rank - rank) * sum(adapted) * _FLOAT
+    token = spec.layers * (base.states + 2 * rank * len(adapted)) * _FLOAT
     prompt = spec.layers * (4 * base.keys + 2 * base.heads) * _FLOAT  # kept, put before others, and one for each of the heads
     most = 0.0
     for rows, acting, before in _batches(spec):
@@ -87,7 +100,7 @@ def training_bytes(base: Sizes, spec: CausalSpec, cache_bytes: int) -> int:
         mask = 2 * acting * (acting + before) * _FLOAT if before else 0
         step = rows * (acting * token + before * prompt + mask + adapters) + base.vocabulary * HEAD_TOKENS * _LOGITS * _FLOAT
         most = max(most, step, frozen)
-    return int(_SLACK * (most + _ADAPTERS * adapters)) + cache_bytes
+    return int(_SLACK * (most + _ADAPTERS * adapters + _FIXED * fixed)) + cache_bytes
 
 
 def _batches(spec: CausalSpec) -> Iterator[tuple[int, int, int]]:
@@ -115,22 +128,28 @@ def check_weights(base: Sizes, free: Free) -> None:
         )
 
 
-def check_training(base: Sizes, spec: CausalSpec, cache_bytes: int, kept_bytes: int, free: Free) -> None:
+def check_training(
+    base: Sizes, spec: CausalSpec, cache_bytes: int, kept_bytes: int, free: Free, trained: Trained | None = None
+) -> None:
     """Raises TooLittleMemoryError if training, of which `kept_bytes` are in memory already, may not fit into what is free."""
     left = free()
-    if left is None or (needed := training_bytes(base, spec, cache_bytes) - kept_bytes) <= left:
+    if left is None or (needed := training_bytes(base, spec, cache_bytes, trained) - kept_bytes) <= left:
         return
     room = left + kept_bytes
+    fixed = 0 if trained is None else trained.fixed_bytes
+
+    def fits(smaller: CausalSpec) -> bool:
+        return training_bytes(base, smaller, cache_bytes, Trained(smaller.rank, fixed)) <= room
+
     smaller: dict[str, list[CausalSpec]] = {
         "rank": [replace(spec, rank=n) for n in range(spec.rank - 1, 0, -1)],
         "layers": [replace(spec, layers=n) for n in range(spec.layers - 1, 0, -1)],
     }
-    fits = []
+    possible = []
     for name, specs in smaller.items():
-        fitting = (getattr(each, name) for each in specs if training_bytes(base, each, cache_bytes) <= room)
-        if (found := next(fitting, None)) is not None:
-            fits.append(f"--{name} {found}")
-    advice = f"try {', or '.join(fits)}" if fits else "no smaller rank and no fewer layers would fit"
+        if (found := next((getattr(each, name) for each in specs if fits(each)), None)) is not None:
+            possible.append(f"--{name} {found}")
+    advice = f"try {', or '.join(possible)}" if possible else "no smaller rank and no fewer layers would fit"
     raise TooLittleMemoryError(f"training needs {_gb(needed)} of memory, {_gb(left)} are free: {advice}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
@@ -31,12 +31,13 @@ from fedloop_tasks.causal.preferences import FeedbackExamples
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
+from fedloop_tasks.models import lora
 from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.on_disk import DiskStates
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.scratch import Scratch
-from fedloop_tasks.task import ModelError
+from fedloop_tasks.task import ModelError, TooLittleMemoryError
 from fedloop_tasks.turns import Turn
 
 CACHE_BYTES: Final = 256 * 2**20
@@ -153,6 +154,7 @@ class CausalModel(Adapted):
         self._tried = [Encoded(ids, len(ids) // 2, 0, len(ids) // 3 if spec.activated else 0) for ids in texts]
         whole = probe.logits_of(base, texts)
         trunk, self.tail, self._tensors = decoder.adapt(base, spec)
+        self._adapters = lora.adapters(self.tail, self._tensors)
         probe.check_split(trunk, self.tail, texts, whole, spec.base_model)  # B is zero: it must be the whole one
         self._trunk = trunk.to(self.device)
         self.tail.to(self.device)
@@ -160,17 +162,35 @@ class CausalModel(Adapted):
         self._kept = Kept(self._trunk, self.tail, self.device, cache_bytes, beyond)
         probe.check_kept(self.tail, self._tried, self._answers(self._tried), whole, spec.base_model)
         self._trained: set[str] = set()
-        self._fits = self.device.type != "cpu"  # another device has a memory of its own
+        self._granted = 0
+        self._release_bytes = sum(p.nbytes for p in self._tensors.values())
         alone = Kept(self._trunk, self.tail, self.device, 0)  # what another text left would have other last bits
-        self._reference = preferences.Reference(self.tail, self._tensors, lambda encoded: Answers(encoded, alone.states))
+        self._reference = preferences.Reference(self.tail, lambda encoded: Answers(encoded, alone.states))
 
     # --- what programs ask for ---
 
-    def check_memory(self) -> None:
-        """See `Model`. Once it fits it is not asked again: what training has taken and given back is not all free to others."""
-        if not self._fits:
-            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free)
-            self._fits = True
+    def check_memory(self, release_bytes: int = 0) -> None:
+        """See `Model`. What fitted once is not asked for again: what training has taken and given back is not all free to
+        others."""
+        self._check_memory(self._rank, release_bytes)
+
+    def fitting_rank(self, most: int, release_bytes: int = 0) -> int:
+        """See `Model`."""
+        for rank in range(min(most, self.spec.rank), 1, -1):
+            with suppress(TooLittleMemoryError):
+                self._check_memory(rank, release_bytes)
+                return rank
+        self._check_memory(1, release_bytes)
+        return 1
+
+    def _check_memory(self, rank: int, release_bytes: int) -> None:
+        if self.device.type != "cpu":
+            return  # it has a memory of its own
+        trained = memory.Trained(rank, max(self._fixed_bytes, release_bytes - self._release_bytes))
+        needed = memory.training_bytes(self._sizes, self.spec, self._cache_bytes, trained)
+        if needed > self._granted:
+            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free, trained)
+            self._granted = needed
 
     def hyperparameters(self, *, private: bool) -> dict[str, float]:
         """The adapter's learning rate, and the settings of the losses."""
@@ -252,7 +272,7 @@ class CausalModel(Adapted):
         taken = self._fitting(pairs, lambda each: preferences.encode_pair(self.chat, each, self.spec.max_tokens))
         answers = [answer for each in taken for answer in each]
         scores = self.scores(answers)
-        if any(p.any() for name, p in self._tensors.items() if name.endswith(".B")):
+        if any(adapter.acts for adapter in self._adapters.values()):
             reference = self._reference.log_probabilities(answers)
             values = [-score.loss - base for score, base in zip(scores, reference, strict=True)]
         else:

@@ -22,8 +22,7 @@ depend on the base and the example alone, so they are computed once for all roun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -36,6 +35,7 @@ from fedloop_tasks.causal.chat import Chat, Encoded
 from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.training import Answers
 from fedloop_tasks.models.kept import KeptStates
+from fedloop_tasks.models.lora import turned_off
 
 SETTINGS: Final = {
     "beta": 0.1,
@@ -97,10 +97,8 @@ class Reference:
     in a batch or was kept of other texts, so that a device that starts again trains on the same numbers. The last ones are kept.
     """
 
-    def __init__(
-        self, module: nn.Module, tensors: Mapping[str, nn.Parameter], answers: Callable[[Sequence[Encoded]], Answers]
-    ) -> None:
-        self._module, self._tensors, self._answers = module, tensors, answers
+    def __init__(self, module: nn.Module, answers: Callable[[Sequence[Encoded]], Answers]) -> None:
+        self._module, self._answers = module, answers
         self._kept = KeptStates(_REFERENCES * 8)
 
     def log_probabilities(self, answers: Sequence[Encoded]) -> list[float]:
@@ -110,25 +108,11 @@ class Reference:
         key = hashlib.sha256(msgspec.msgpack.encode(answer)).digest()
         found = self._kept.get(key)
         if found is None:
-            with torch.no_grad(), without_adapters(self._tensors):
+            with torch.no_grad(), turned_off(self._module):
                 losses, _ = training.token_losses(self._module, self._answers([answer]).collate([0]))
             found = -losses.double().sum().cpu()
             self._kept.put(key, found)
         return float(found)
-
-
-@contextmanager
-def without_adapters(tensors: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """A release's tensors with all B zero, with which a model is its base. Nothing that autograd has recorded is disturbed."""
-    factors = [p for name, p in tensors.items() if name.endswith(".B")]
-    kept = [p.data for p in factors]
-    try:
-        for p in factors:
-            p.data = torch.zeros_like(p)
-        yield
-    finally:
-        for p, values in zip(factors, kept, strict=True):
-            p.data = values
 
 
 class Batch(NamedTuple):

@@ -6,7 +6,7 @@ match. Here stands how Transformers (5.23) lays an encoder out, and what PEFT (0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,12 +103,13 @@ def _inject(base: Any, spec: ClassificationSpec, paths: Sequence[tuple[int, str]
     return tensors
 
 
-def exported_config(spec: ClassificationSpec, modules: Sequence[str]) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter on `modules` (paths in the base), as PEFT writes it."""
-    return peft_config.written(_lora(spec, modules), spec.base_model, TaskType.FEATURE_EXTRACTION)
+def exported_config(spec: ClassificationSpec, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter on modules (by their paths in the base) of these `ranks`, as PEFT writes it."""
+    patterns = peft_config.patterns(ranks, spec.rank, spec.alpha)
+    return peft_config.written(_lora(spec, list(ranks), **patterns), spec.base_model, TaskType.FEATURE_EXTRACTION)
 
 
-def _lora(spec: ClassificationSpec, modules: Sequence[str]) -> LoraConfig:
+def _lora(spec: ClassificationSpec, modules: Sequence[str], **patterns: Any) -> LoraConfig:
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number does
@@ -117,6 +118,7 @@ def _lora(spec: ClassificationSpec, modules: Sequence[str]) -> LoraConfig:
         target_modules=list(modules),
         layers_to_transform=sorted({int(module.split(".")[2]) for module in modules}),
         layers_pattern="layer",
+        **patterns,
     )
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import Final
 
 from fedloop_events.blobs import tensors
+from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import TensorError
 from fedloop_events.types import ClassificationSpec
 
 from fedloop_tasks import card
 from fedloop_tasks.classification import encoder
 from fedloop_tasks.models import folder
+from fedloop_tasks.programs import factors
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
+from fedloop_tasks.programs.factors import FIXED
 from fedloop_tasks.task import Arrays, Export, Provenance
 
 _PROGRAM: Final = """\
@@ -42,20 +45,24 @@ def classify(texts, folder, base):
 def files(spec: ClassificationSpec, arrays: Arrays, provenance: Provenance) -> Export:
     """Raises `TensorError` for tensors that are no release of the model."""
     head = {"weight": arrays.get(HEAD), "bias": arrays.get(BIAS)}
-    adapter, modules = {}, []
-    for name in arrays:
-        if name.startswith("lora.") and name.endswith((".A", ".B")):
-            _, layer, path = name[:-2].split(".", 2)
-            module = f"encoder.layer.{layer}.{path}"
-            adapter[f"base_model.model.{module}.lora_{name[-1]}.weight"] = arrays[name]
-            modules += [module] if name.endswith(".A") else []
+    pairs, fixed = factors.pairs(list(arrays)), [name for name in arrays if factors.is_fixed(name)]
+    if fixed != [f"{name}{FIXED}.{factor}" for name in pairs for factor in "AB" if f"{name}{FIXED}.A" in arrays]:
+        raise TensorError("the release's fixed factors are not in pairs, each of an adapter")
+    adapter: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for name in pairs:
+        _, layer, path = name.split(".", 2)
+        module = f"encoder.layer.{layer}.{path}"
+        for factor, values in zip("AB", factors.whole(arrays, name), strict=True):
+            adapter[f"base_model.model.{module}.lora_{factor}.weight"] = values
+        ranks[module] = len(adapter[f"base_model.model.{module}.lora_A.weight"])
     given = {name: value for name, value in head.items() if value is not None}
-    if len(given) != len(head) or len(adapter) + len(head) != len(arrays) or len(adapter) != 2 * len(modules):
+    if len(given) != len(head) or len(adapter) + len(fixed) + len(head) != len(arrays):
         raise TensorError(f"the release's {len(arrays)} tensors are not an adapter and a head of this model")
     about = {"labels": list(spec.labels), "max_tokens": spec.max_tokens, "pooling": "mean, unit length"}
     return Export(
         {
-            "adapter_config.json": card.as_json(encoder.exported_config(spec, modules)),
+            "adapter_config.json": card.as_json(encoder.exported_config(spec, ranks)),
             "adapter_model.safetensors": b"".join(map(bytes, tensors.encode(adapter))),
             "head.safetensors": b"".join(map(bytes, tensors.encode(given))),
             "head.json": card.as_json(about),

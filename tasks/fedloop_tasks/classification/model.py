@@ -21,6 +21,7 @@ from fedloop_tasks.classification import encoder, training
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.plan import PLAIN_RATES, PRIVATE_RATES
 from fedloop_tasks.models import folder as folders
+from fedloop_tasks.models import lora
 from fedloop_tasks.models.kept import KeptStates, batches, best_device, padded
 from fedloop_tasks.models.tensors import Adapted
 from fedloop_tasks.programs.adapter import Training
@@ -89,6 +90,7 @@ class EmbeddingClassifier(Adapted):
         self.device = torch.device(device or best_device())
         self._tokenizer, base = encoder.load(folder)
         self._trunk, self.tail, self._tensors = encoder.adapt(base, self._tokenizer, spec)
+        self._adapters = lora.adapters(self.tail, self._tensors)
         self._trunk.to(self.device)
         self.tail.to(self.device)
         self._label_ids = {label: i for i, label in enumerate(spec.labels)}

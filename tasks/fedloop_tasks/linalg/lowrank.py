@@ -45,7 +45,7 @@ class Products:
         Components are ordered by singular value, the largest first, and the largest element of a row of A is positive. Where the
         sum has a smaller rank, the last columns of B and rows of A are zeros. Time: the cube of the sum of the ranks, one core.
         """
-        left, right = self._whole()
+        left, right = self.factors()
         factor = _square_root(gram(left.T))
         core = _symmetric(product(factor.T, product(gram(right), factor)))
         count = min(rank, len(core))
@@ -56,7 +56,8 @@ class Products:
             row *= -1.0 if row[np.abs(row).argmax()] < 0 else 1.0
         return product(left, product(right, base.T)), base
 
-    def _whole(self) -> tuple[Matrix, Matrix]:
+    def factors(self) -> tuple[Matrix, Matrix]:
+        """B [m, r] and A [r, n] whose product is the sum, r at most the matrix's smaller side."""
         left, right = self._stacked()
         if self._dense is None:
             return left, right

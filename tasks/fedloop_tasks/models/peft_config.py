@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,12 @@ from peft import LoraConfig, TaskType
 from peft.utils import CONFIG_NAME
 
 ADAPTER: Final = "adapter_model.safetensors"
+
+
+def patterns(ranks: Mapping[str, int], rank: int, alpha: float) -> dict[str, Any]:
+    """What a configuration of that `rank` and `alpha` says of modules of other `ranks`: PEFT divides alpha by them."""
+    others = {module: each for module, each in ranks.items() if each != rank}
+    return {"rank_pattern": others, "alpha_pattern": {module: alpha / rank * each for module, each in others.items()}}
 
 
 def written(config: LoraConfig, base_model: str, task: TaskType) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fedloop_events.blobs.tensors import Array, TensorSpec
 from fedloop_events.errors import TensorError
 from fedloop_events.types import RoundOpened
 
+from fedloop_tasks.programs.factors import is_fixed
 from fedloop_tasks.task import Arrays, Combine, TermsError
 
 if TYPE_CHECKING:
@@ -66,12 +67,18 @@ class AdapterTraining:
         self._freezes_a = freezes_a
 
     def upload(self, release: Sequence[str]) -> list[str]:
-        return [name for name in release if not (self._freezes_a and name.endswith(".A"))]
+        return [name for name in release if not is_fixed(name) and not (self._freezes_a and name.endswith(".A"))]
 
     def specs(self, opened: RoundOpened, base: Arrays) -> list[TensorSpec]:
         if missing := [name for name in opened.upload if name not in base]:
             raise TensorError(f"the base release has no {missing[0]}")
         return tensors.specs({name: base[name] for name in opened.upload})
+
+    def smaller(self, opened: RoundOpened, base: Arrays) -> list[list[TensorSpec]]:
+        return []
+
+    def largest(self, base: Arrays) -> Arrays:
+        return base
 
     def compute(self, model: Trains, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """See `Program`; raises what `dp_sgd` raises. Afterwards `model` holds the trained tensors."""

@@ -55,6 +55,12 @@ class ClassSums:
             raise TensorError(f"the base release has no {HEAD}")
         return [TensorSpec(NAME, "F32", base[HEAD].shape)]
 
+    def smaller(self, opened: RoundOpened, base: Arrays) -> list[list[TensorSpec]]:
+        return []
+
+    def largest(self, base: Arrays) -> Arrays:
+        return base
+
     def compute(self, model: Embeds, examples: Sequence[Any], opened: RoundOpened) -> dict[str, Array]:
         """See `Program`; raises `SumsError` for a mechanism that is not one release of everything."""
         if opened.upload != [NAME]:
