@@ -16,8 +16,11 @@ from fedloop_events.types import AcceptedUpdate, Content, InstructionSent, Round
 from fedloop_server.aggregation.merging import merge
 from fedloop_server.flower.admission import Admission, ExpectedReply
 from fedloop_server.rounds.rebuild import rebuild
+from fedloop_tasks import updates
 from fedloop_tasks.classification.plan import ClassificationPlan
+from fedloop_tasks.programs.factors import whole
 from fedloop_tasks.table import PROGRAMS, program_of
+from fedloop_tasks.task import UPDATE_BITS
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -60,7 +63,8 @@ def checked(blobs: BlobStore, update: Arrays, terms: RoundOpened) -> str | None:
         content=Content(arrays={"arrays": blobs.put(tensors.encode(update))}, metrics={"metrics": {"num-examples": 1}}),
     )  # fmt: skip
     program = program_of(terms.strategy)
-    expected = ExpectedReply(program.specs(terms, BASE), terms, BASE, program.smaller(terms, BASE))
+    specs, *smaller = (updates.sent(each, terms) for each in (program.specs(terms, BASE), *program.smaller(terms, BASE)))
+    expected = ExpectedReply(specs, terms, BASE, smaller)
     refusal = Admission().check(submitted, sent, expected, TensorReader(blobs))
     return refusal and refusal.reason
 
@@ -101,27 +105,51 @@ def test_which_programs_take_smaller_ranks() -> None:
 
 def test_what_a_device_did_not_train_counts_as_it_is_in_the_base(blobs: BlobStore) -> None:
     """Against the dense mean, of ranks that are mixed."""
-    updates = [arrays(seed, rank) for seed, rank in enumerate((1, RANK, 2))]
+    trained = [arrays(seed, rank) for seed, rank in enumerate((1, RANK, 2))]
     weights = np.array([1.0, 3.0, 2.0])
     accepted = [
         AcceptedUpdate("c", "0" * 32, "0" * 32, blobs.put(tensors.encode(each)), weight)
-        for each, weight in zip(updates, weights, strict=True)
+        for each, weight in zip(trained, weights, strict=True)
     ]
     merged = merge(blobs, opened(), BASE, accepted)
     assert tensors.specs(merged) == tensors.specs(BASE)
     for name in PAIRS:
         dense = np.zeros((HIGH, WIDE))
-        for share, each in zip(weights / weights.sum(), updates, strict=True):
+        for share, each in zip(weights / weights.sum(), trained, strict=True):
             rank = len(each[name + ".A"])
             dense += share * (each[name + ".B"].astype(float) @ each[name + ".A"])
             dense += share * (BASE[name + ".B"][:, rank:].astype(float) @ BASE[name + ".A"][rank:])
         best = float(np.sqrt((np.linalg.svd(dense, compute_uv=False)[RANK:] ** 2).sum()))
         found = merged[name + ".B"].astype(float) @ merged[name + ".A"]
         assert np.linalg.norm(dense - found) <= best + 1e-5
-    wholes = [blobs.put(tensors.encode(tensors.completed(each, BASE))) for each in updates]
+    wholes = [blobs.put(tensors.encode(tensors.completed(each, BASE))) for each in trained]
     whole = [replace(each, blob=blob) for each, blob in zip(accepted, wholes, strict=True)]
     padded = merge(blobs, opened(), BASE, whole)
     assert all(padded[name].tobytes() == merged[name].tobytes() for name in merged)
+
+
+@pytest.mark.parametrize(("bits", "off"), [(16, 1e-3), (8, 0.05)])
+@pytest.mark.parametrize("strategy", ["svd", "stack"])
+def test_a_smaller_rank_may_be_sent_in_few_bits(blobs: BlobStore, strategy: str, bits: int, off: float) -> None:
+    plain, few = opened(strategy), replace(opened(strategy), hyperparameters={UPDATE_BITS: bits})
+    trained = [arrays(seed, rank) for seed, rank in enumerate((1, RANK, 2))]
+
+    def product(terms: RoundOpened, name: str) -> NDArray[Any]:
+        sent = [updates.encode(terms, BASE, each) for each in trained]
+        accepted = [
+            AcceptedUpdate("c", "0" * 32, "0" * 32, blobs.put(tensors.encode(each)), weight)
+            for each, weight in zip(sent, (1.0, 3.0, 2.0), strict=True)
+        ]
+        made = merge(blobs, terms, BASE, accepted)
+        a, b = whole(made, name)
+        return b.astype(float) @ a
+
+    for name in PAIRS:
+        wanted = product(plain, name)
+        assert np.linalg.norm(product(few, name) - wanted) < off * np.linalg.norm(wanted)
+    near = {name: BASE[name][tensors.first(values)] + np.float32(0.1) for name, values in trained[0].items()}
+    assert checked(blobs, updates.encode(few, BASE, near), few) is None
+    assert checked(blobs, near, few) in {"wrong-tensors", "wrong-size"}
 
 
 def test_rounds_with_devices_of_different_ranks_can_be_made_again(tmp_path: Path) -> None:
