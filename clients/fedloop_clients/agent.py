@@ -39,6 +39,7 @@ from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.masking import Masking, Masks
+from fedloop_clients.personal import Personalised
 from fedloop_clients.refreshing import Refresher, refresh_now
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
@@ -318,6 +319,22 @@ class Agent:
         feedback_id, recorded = self._device.interactions.record(response_id, given, words, feedback_id)
         taught = None if task is None else given.correction if task.speaks else task.taught(recorded)
         return Feedback(feedback_id, response_id, taught, note)
+
+    def personalise(self) -> Personalised:
+        """Train a personal layer on this device's own feedback, on top of the release that answers: from then on `chat` answers
+        with both. It takes seconds to minutes, and the place of an earlier layer.
+
+        It is trained without differential privacy and never leaves the device: no round, evaluation or export ever sees it. It is
+        kept, in the encrypted store, only if the loss on examples that it was not trained with falls; else the release answers
+        alone. It acts on later releases too, as long as they have the same A factors. Taking back feedback that it may have been
+        trained on deletes it. Raises `UsageError` for a model that does not chat, too few examples, or feedback that was taken
+        back meanwhile; `ModelError` and `BlobError` if there is no model to be had.
+        """
+        return self._in_force.personalised()
+
+    def forget_personal(self) -> bool:
+        """Delete the personal layer; whether there was one."""
+        return self._device.personal.forget()
 
     def feedback_url(self, response_id: str, *, ttl: float = DEFAULT_TTL_S) -> str:
         """A link that opens a page for feedback on the response, of this device's sidecar, without its key, for `ttl` seconds.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedloop_events import types
+from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.errors import UsageError
+from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
 from fedloop_tasks.scratch import Scratch
@@ -25,6 +26,7 @@ from fedloop_clients.enrolment import Identity
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
 from fedloop_clients.outbox import Outbox
+from fedloop_clients.personal import Personal, PersonalLayers
 from fedloop_clients.places import Lazy, LazyLog
 from fedloop_clients.releases import KeptReleases
 from fedloop_clients.retracting import Retractions
@@ -66,8 +68,8 @@ class Status(Struct, frozen=True):
     `waiting` pieces of feedback are not published yet, `failed` (by reason) could not be and stay on the device until the next
     run; `unsent` events are not in the log yet; `answers` counts instructions by outcome; `cut_short` are rounds that were
     paid for and not answered, as long as they hold the device up; `rank` is that of the adapters as the device trained them last,
-    None before; `problem` is why the loop cannot go on
-    now, a disk that is full or read-only before all.
+    None before; `personal` is its personal layer; `problem` is why the loop cannot go on now, a disk that is full or read-only
+    before all.
     """
 
     client_id: str
@@ -85,6 +87,7 @@ class Status(Struct, frozen=True):
     suspended: str | None
     cut_short: list[CutShort] = []
     rank: int | None = None
+    personal: Personal | None = None
     problem: str = ""
 
     @property
@@ -108,6 +111,7 @@ class Device:
         self.interactions, self.retractions = Interactions(store), Retractions(store)
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
+        self.personal = PersonalLayers(store)
         self.models = Models(settings.model_dir, Scratch(store.path.parent, settings.scratch_bytes))
         self._counted: tuple[object, int] = None, 0
 
@@ -168,6 +172,15 @@ class Device:
             self._counted = state, len(self.examples())
         return self._counted[1]
 
+    def _personal(self) -> Personal | None:
+        kept = self.releases.current(self.settings.model)
+        if kept is None:
+            return self.personal.current(None, None, "")
+        try:
+            return self.personal.current(kept.spec, lambda: tensors.decode(self.releases.tensors(kept.blob)), kept.blob.sha256)
+        except BlobError:  # another release took its place meanwhile
+            return self.personal.current(None, None, "")
+
     def status(self, problem: str = "") -> Status:
         """Where the device stands, as of what was read of the log."""
         me, counts, ledger = self.identity.client_id, self.interactions.counts(), self.view.ledger
@@ -190,5 +203,6 @@ class Device:
             suspended=suspended.reason if suspended else None,
             cut_short=cut_short(self.view, self.identity, outcomes, runs=runs(self.store.path)),
             rank=None if (rank := self.store.kept(_RANK)) is None else int(rank),
+            personal=self._personal(),
             problem=unwritable.message if unwritable else problem,
         )

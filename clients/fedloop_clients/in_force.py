@@ -11,10 +11,13 @@ from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.folds.releases import ReleaseState
 from fedloop_events.types import Spec
 from fedloop_tasks.chats import Chats
+from fedloop_tasks.personal import trained
+from fedloop_tasks.programs.adapter import Trains
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Export, Model, Provenance
 
 from fedloop_clients.device import Device
+from fedloop_clients.personal import Personalised
 from fedloop_clients.refreshing import Refresher
 from fedloop_clients.releases import KeptRelease, NoReleaseError
 
@@ -87,13 +90,34 @@ class InForce:
             check(release.spec)
             with self._device.models.borrowed(release.spec) as held:
                 try:
-                    model = held.load(release.blob, self._device.releases.tensors)
+                    model = held.load(release.blob, self._device.releases.tensors, self._device.personal)
                 except BlobError:
                     if self._device.releases.current(release.model) == release:
                         raise
                     continue  # another one took its place meanwhile
                 yield model, release
                 return
+
+    def personalised(self) -> Personalised:
+        """Train a personal layer on top of the release that is kept, and keep it if it is better. Raises `UsageError`, and what
+        loading raises."""
+        device = self._device
+        device.store.check_writable()
+        retracted = device.personal.retracted()
+        while True:
+            release = self.kept()
+            if not task_of(release.spec).speaks:
+                raise UsageError("this model answers with one of a closed set of words, so it has no personal layer")
+            try:
+                arrays = tensors.decode(device.releases.tensors(release.blob))
+                break
+            except BlobError:
+                if device.releases.current(release.model) == release:
+                    raise
+        examples = task_of(release.spec).examples(device.interactions.judged())
+        with device.models.borrowed(release.spec) as held, held.holding(arrays) as model:
+            found = trained(cast(Trains, model), examples)
+        return device.personal.keep(release.spec, release.release, arrays, found, retracted)
 
     def none(self) -> NoReleaseError:
         """Why there is none."""

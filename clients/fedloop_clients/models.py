@@ -13,20 +13,26 @@ from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Arrays, Model
 
+from fedloop_clients.personal import PersonalLayers
+
 
 class Held:
-    """A model, and the release that it holds."""
+    """A model, and what it holds: a release, and perhaps a personal layer on top."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._release = ""
+        self._holds: tuple[str, str] | None = None
 
-    def load(self, blob: BlobRef, fetch: Callable[[BlobRef], bytes]) -> Model:
-        """The model with the release in `blob`, which `fetch` gives and checks. Raises what that raises, or `TensorError`."""
-        if self._release != blob.sha256:
-            self._release = ""
-            self.model.load(tensors.decode(fetch(blob)))
-            self._release = blob.sha256
+    def load(self, blob: BlobRef, fetch: Callable[[BlobRef], bytes], layers: PersonalLayers) -> Model:
+        """The model with the release in `blob`, which `fetch` gives and checks, and the personal layer for it. Raises what that
+        raises, or `TensorError`."""
+        wanted = blob.sha256, layers.sha256(self.model.spec)
+        if self._holds != wanted:
+            self._holds = None
+            release: Arrays = tensors.decode(fetch(blob))
+            layer = layers.layer(wanted[1]) if wanted[1] else None
+            self.model.load(release if layer is None else layer.on(release))
+            self._holds = wanted
         return self.model
 
     @contextmanager

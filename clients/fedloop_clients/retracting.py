@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from fedloop_clients import feedback
 from fedloop_clients.feedback import ConflictingFeedbackError
+from fedloop_clients.personal import forget_seen
 from fedloop_clients.store import Store
 from fedloop_clients.texts import OF_FEEDBACK
 
@@ -101,10 +102,13 @@ def _state(db: Any, feedback_id: str) -> str | None:
 
 
 def _delete(db: Any, feedback_id: str) -> None:
-    """Delete what there is of it: the row, its texts, and the responses that nothing else is about, with theirs."""
-    about = db.execute("SELECT response_id, preferred_over FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
-    if about is None:
+    """Delete what there is of it: the row, its texts, the responses that nothing else is about, with theirs, and the personal
+    layer that has seen it."""
+    row = db.execute("SELECT number, response_id, preferred_over FROM feedback WHERE feedback_id = ?", (feedback_id,)).fetchone()
+    if row is None:
         return
+    number, *about = row
+    forget_seen(db, number)
     db.execute(f"DELETE FROM texts WHERE owner = ? AND {OF_FEEDBACK}", (feedback_id,))
     db.execute("DELETE FROM feedback WHERE feedback_id = ?", (feedback_id,))
     for response_id in filter(None, about):

@@ -29,7 +29,7 @@ store, log, blobs = sys.argv[1:]
 agent = Agent.open(store, log, blobs=blobs, masker=DigitMasker())
 kept = agent._device.releases.current("default")
 with agent._device.models.borrowed(kept.spec) as held:
-    model = held.load(kept.blob, agent._device.releases.tensors)
+    model = held.load(kept.blob, agent._device.releases.tensors, agent._device.personal)
     model.predict(["hello"])
     model_s = min(timed(model.predict, [f"can I have a loan of {number}"])[0] for number in range(20))
 took, responses = zip(*(timed(agent.predict, f"can I have a loan, please, of {number}") for number in range(10)))

@@ -149,6 +149,27 @@ def retract(
 
 
 @app.command(cls=options.Command)
+def personalise(
+    store: options.StoreFolder,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the personal layer: the release answers alone.")] = False,
+    model_dir: ModelDir = None,
+    json: options.Json = False,
+) -> None:
+    """Train a personal layer on this device's own feedback, for `chat` and `serve` here. It never leaves the device, and is kept
+    only if it answers examples better that it was not trained with.
+    """
+    with _open(store, model_dir) as agent:
+        if remove:
+            removed = agent.forget_personal()
+            console.show({"removed": removed}, "it is deleted" if removed else "there was none", as_json=json)
+            return
+        found = agent.personalise()
+    document = {"kept": found.kept, **msgspec.to_builtins(found.layer)}
+    outcome = "kept" if found.kept else "not kept, for it is no better than the release alone"
+    console.show(document, f"{outcome}: {found.layer.sentence}", as_json=json)
+
+
+@app.command(cls=options.Command)
 def run(
     store: options.StoreFolder,
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
@@ -267,11 +288,13 @@ def _take_in(agent: Agent, data: Path, skip_bad: bool, json: bool) -> None:
 def _document(status: Status) -> dict[str, object]:
     cut_short = [msgspec.to_builtins(each) | {"sentence": each.sentence} for each in status.cut_short]
     found = {name: getattr(status, name) for name in status.__struct_fields__}
-    return found | {"cut_short": cut_short, "settled": status.settled}
+    personal = None if status.personal is None else msgspec.to_builtins(status.personal) | {"sentence": status.personal.sentence}
+    return found | {"cut_short": cut_short, "personal": personal, "settled": status.settled}
 
 
 def _text(status: Status) -> str:
-    fields = _document(status) | {"cut_short": len(status.cut_short)}
+    personal = None if status.personal is None else status.personal.sentence
+    fields = _document(status) | {"cut_short": len(status.cut_short), "personal": personal}
     return "\n".join([console.fields(fields), *(console.printable(each.sentence) for each in status.cut_short)])
 
 
