@@ -43,7 +43,7 @@ def tatqa() -> list[list[Example]]:
 
 def rows(quick: bool) -> Iterator[Row]:
     """Loss per token after the rounds against the base's and the bound; a run each first release and deal of the reports."""
-    runs, plan = MIN_RUNS, ChatPlan(epsilon=None, planned_rounds=5, local_epochs=3, local_batch=8)
+    runs, plan = MIN_RUNS, ChatPlan(epsilon=None, planned_rounds=2, local_epochs=2, local_batch=8)
     reports = tatqa()
     if quick:
         runs, plan, reports = 1, ChatPlan(epsilon=None, planned_rounds=1), reports[:6]
