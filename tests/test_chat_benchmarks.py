@@ -7,10 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models as tiny
+from fedloop_events.blobs.store import BlobStore
 from fedloop_tasks.causal.examples import Example, Judged, Pair
 from fedloop_tasks.causal.model import CausalModel, describe
+from fedloop_tasks.causal.plan import ChatPlan
+from fedloop_tasks.task import Arrays
 from fedloop_tasks.turns import Turn
 
 from benchmarks import chat_finance, chat_preferences, chat_rounds
@@ -50,7 +54,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"chosen": f"\n\nHuman: my {word}?\n\nAssistant: we sent it", "rejected": f"\n\nHuman: my {word}?\n\nAssistant: no"}
         for word in WORDS
     ]
-    long = {"chosen": f"\n\nHuman: a?\n\nAssistant: {'word ' * 50}", "rejected": "\n\nHuman: a?\n\nAssistant: no"}
+    long = {"chosen": f"\n\nHuman: a?\n\nAssistant: {'word ' * 20}", "rejected": "\n\nHuman: a?\n\nAssistant: no"}
     written(tmp_path, "preferences/hh_harmless_test.jsonl.gz", [*pairs, pairs[0], long], lines=True)
     sums = [{"question": f"{n} + 1?", "answer": f"{n + 1}"} for n in range(4)]
     written(tmp_path, "education/gsm8k_train.jsonl.gz", sums, lines=True)
@@ -92,8 +96,18 @@ def test_the_preference_benchmark_measures_each_way_to_learn_on_pairs_and_on_gen
     assert len({each.theirs for each in general}) == 1
 
 
+def test_one_run_says_what_was_before_and_after(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat_preferences.main(["--only", "KTO", "--pairs", "6", "--tokens", "64"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| of 6 held-out pairs ranked right | ")
+
+
+def test_a_run_that_leaves_no_pair_to_be_held_out_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat_preferences.main(["--pairs", "12", "--tokens", "64"]) != 0
+    assert "error: there are 12 such pairs, so 12 leave none to be held out" in capsys.readouterr().err
+
+
 def test_pairs_share_no_beginning_and_none_is_long(data: Path, tmp_path: Path) -> None:
-    found = chat_preferences.hh(model(tmp_path))
+    found = chat_preferences.hh(model(tmp_path), 64)
     assert len(found) == len(WORDS)
     assert found[0] == Pair((Turn("user", "my card?"),), "we sent it", "no")
 
@@ -101,6 +115,21 @@ def test_pairs_share_no_beginning_and_none_is_long(data: Path, tmp_path: Path) -
 def test_thumbs_are_of_both_replies() -> None:
     turns = (Turn("user", "a?"),)
     assert chat_preferences.thumbs([Pair(turns, "b", "c")]) == [Judged(turns, "b", good=True), Judged(turns, "c", good=False)]
+
+
+def test_a_release_is_the_mean_of_what_each_device_makes_of_the_one_before(tmp_path: Path) -> None:
+    learner = model(tmp_path)
+    shares = [[Example((Turn("user", f"my {word}?"),), "yes") for word in words] for words in (WORDS[:1], WORDS[1:3])]
+    plan = ChatPlan(epsilon=None, planned_rounds=1)
+
+    def after(*some: list[Example]) -> Arrays:
+        chat_rounds.Devices(learner, some, BlobStore(tmp_path / "blobs")).learn(plan, 0)
+        return learner.arrays()
+
+    first, second, both = after(shares[0]), after(shares[1]), after(*shares)
+    assert any((first[name] != second[name]).any() for name in both)
+    for name, found in both.items():
+        np.testing.assert_allclose(found, first[name] / 3 + second[name] * 2 / 3, rtol=1e-5, atol=1e-7)
 
 
 def test_every_row_is_dealt_to_one_device() -> None:
