@@ -41,7 +41,7 @@ AT_LEAST: Final = {"DPO": 0.61, "KTO": 0.59}
 MARGIN: Final = 0.05
 """By how much of itself the loss on general answers may rise, about."""
 PLANS: Final = {
-    "DPO": ChatPlan(epsilon=None, planned_rounds=2, local_batch=8),
+    "DPO": ChatPlan(epsilon=None, planned_rounds=1, local_batch=8),
     "KTO": ChatPlan(epsilon=None, planned_rounds=1, local_batch=16, lora_lr=0.0003),
     "DPO at epsilon 8": ChatPlan(epsilon=8.0, nominal_examples=PAIRS // DEVICES),
 }
