@@ -19,7 +19,7 @@ from benchmarks.harness import Row, table
 
 TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
-BY_NAME_ONLY = ("stragglers", "utility", "masking", "chat_finance", "chat_preferences")
+BY_NAME_ONLY = ("stragglers", "utility", "masking", "chat_utility", "chat_finance", "chat_preferences")
 """The same, but they take long or need data sets, and print tables of their own."""
 
 

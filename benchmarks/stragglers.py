@@ -32,7 +32,7 @@ from fedloop_tasks.task import Arrays
 from msgspec.structs import replace
 
 from benchmarks.harness import MIN_RUNS, Row, costs, in_turn, scratch
-from benchmarks.utility import Federation, federate
+from benchmarks.utility import Classifiers, federate
 
 DEVICES: Final = 10
 SLOWER: Final = 10.0
@@ -59,7 +59,7 @@ BUFFERED: Final = replace(SYNCHRONOUS, buffer_size=5)
 class Trial:
     """A deployment from nothing to the target."""
 
-    federation: Federation
+    federation: Classifiers
     config: ServerConfig
     target: float
     device_s: float
@@ -116,7 +116,7 @@ class Trial:
         """Answer the newest instruction that still counts, one at a time; number 0 is the slow one."""
         log, writer, client_id, seq = deployment.log, EventWriter(deployment.log, SigningKey.generate()), f"c{number}", 2
         enrolled = types.ClientEnrolled(origin, client_id, 0, writer.key.public_key, str(1000 + number), None, 1e-5)
-        writer.append(enrolled, types.ClientSeen(origin, client_id, 1, len(self.federation.shares[number].texts)))
+        writer.append(enrolled, types.ClientSeen(origin, client_id, 1, len(self.federation.shares[number])))
         takes_s = self.device_s * (SLOWER if number == 0 else 1.0)
         position, rounds = START, dict[str, types.RoundOpened]()
         due: dict[str, str] = {}
@@ -151,7 +151,7 @@ class Trial:
             update = self.federation.update(number, tensors.decode(deployment.blobs.get(opened.base)), opened)
         blob = deployment.blobs.put(tensors.encode(update))
         self.stop.wait(takes_s - (time.monotonic() - began))
-        weight = len(self.federation.shares[number].texts)
+        weight = len(self.federation.shares[number])
         return types.Content(arrays={"arrays": blob}, metrics={"metrics": {"num-examples": weight}})
 
 
@@ -168,7 +168,7 @@ def rows(quick: bool) -> Iterator[Row]:
     yield costs(f"{what}: buffered", "over-selected", zip(buffered, over_selected, strict=True), "s")
 
 
-def _seconds(federation: Federation, config: ServerConfig, target: float, device_s: float) -> float:
+def _seconds(federation: Classifiers, config: ServerConfig, target: float, device_s: float) -> float:
     trial = Trial(federation, config, target, device_s)
     took_s = trial.seconds()
     shown = ", ".join(f"{at:.0f} s {accuracy:.3f}" for at, accuracy in trial.reached)

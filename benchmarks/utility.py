@@ -12,25 +12,21 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import FedloopError
-from fedloop_events.types import AcceptedUpdate, RoundOpened
 from fedloop_privacy.dp.accounting import epsilon, noise_multiplier_for
-from fedloop_server.aggregation.merging import merge
 from fedloop_tasks.classification.examples import Example
 from fedloop_tasks.classification.model import EmbeddingClassifier, describe
 from fedloop_tasks.classification.plan import ClassificationPlan
-from fedloop_tasks.table import program_of
-from fedloop_tasks.task import Arrays, Terms
+from fedloop_tasks.task import Arrays
 from msgspec.structs import replace
 
+from benchmarks.federation import Federation, dirichlet
 from benchmarks.harness import MIN_RUNS, Row, data_set, rates, scratch
 
 DELTA = 1e-5
@@ -48,6 +44,10 @@ class Questions:
     def take(self, indices: Sequence[int]) -> Questions:
         return Questions([self.texts[i] for i in indices], [self.labels[i] for i in indices])
 
+    @property
+    def examples(self) -> list[Example]:
+        return [Example(text, label) for text, label in zip(self.texts, self.labels, strict=True)]
+
 
 def banking77(part: str) -> Questions:
     """The questions of `train` or `test`. Raises UsageError that names the file if it is not there."""
@@ -56,77 +56,22 @@ def banking77(part: str) -> Questions:
     return Questions([row["text"] for row in rows], [row["category"] for row in rows])
 
 
-def dirichlet(labels: Sequence[str], clients: int, alpha: float, seed: int) -> list[list[int]]:
-    """Indices of each client's share: of every label, proportions drawn from Dirichlet(alpha) (Hsu et al. 2019)."""
-    random = np.random.default_rng(seed)
-    shares: list[list[int]] = [[] for _ in range(clients)]
-    for label in sorted(set(labels)):
-        indices = random.permutation(np.flatnonzero([each == label for each in labels]))
-        cuts = (np.cumsum(random.dirichlet([alpha] * clients)) * len(indices)).astype(int)[:-1]
-        for share, part in zip(shares, np.split(indices, cuts), strict=True):
-            share += part.tolist()
-    return shares
-
-
-class Federation:
-    """Devices with their questions, and one release after the other."""
+class Classifiers(Federation[EmbeddingClassifier]):
+    """Devices with their questions, which a classifier learns."""
 
     def __init__(self, model: EmbeddingClassifier, shares: Sequence[Questions], test: Questions, blobs: BlobStore) -> None:
-        self.model, self.shares, self.test, self._blobs = model, shares, test, blobs
+        super().__init__(model, [share.examples for share in shares], blobs)
+        self.test = test
 
-    def round(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
-        """The release that all devices make of `release` under `terms`."""
-        opened = self._opened(number, release, terms, upload or program_of(terms.program).upload(list(release)))
-        accepted = []
-        for client, share in enumerate(self.shares):
-            blob = self._blobs.put(tensors.encode(self.update(client, release, opened)))
-            weight = 1.0 if terms.mechanism else float(len(share.texts))
-            accepted.append(AcceptedUpdate(f"c{client}", f"{client:032x}", f"{client:032x}", blob, weight))
-        return merge(self._blobs, opened, release, accepted)
-
-    def update(self, client: int, release: Arrays, opened: RoundOpened) -> Arrays:
-        """What one device makes of `release`, the round's base."""
-        self.model.load(release)
-        share = self.shares[client]
-        examples = [Example(text, label) for text, label in zip(share.texts, share.labels, strict=True)]
-        return program_of(opened.strategy).compute(self.model, examples, opened)
-
-    def rounds(self, first: int, last: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
-        for number in range(first, last + 1):
-            start = time.perf_counter()
-            release = self.round(number, release, terms, upload)
-            took_s = time.perf_counter() - start
-            print(f"  round {number}: accuracy {self.accuracy(release):.4f}, {took_s:.0f} s", file=sys.stderr, flush=True)
-        return release
+    def measured(self, release: Arrays) -> dict[str, float]:
+        return {"accuracy": self.accuracy(release)}
 
     def accuracy(self, release: Arrays) -> float:
         self.model.load(release)
         return self.model.accuracy(self.test.texts, self.test.labels)
 
-    def _opened(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str]) -> RoundOpened:
-        return RoundOpened(
-            origin="benchmark",
-            epoch=0,
-            run_id="main",
-            round_id=f"r{number:04d}",
-            request_id="benchmark",
-            number=number,
-            model="default",
-            base_release="base",
-            base=self._blobs.put(tensors.encode(release)),
-            strategy=terms.program,
-            cohort=[f"c{client}" for client in range(len(self.shares))],
-            quorum=len(self.shares),
-            deadline_s=60.0,
-            upload=list(upload),
-            max_upload_bytes=1 << 30,
-            max_update_norm=1e12,
-            mechanism=terms.mechanism,
-            hyperparameters=terms.hyperparameters,
-        )
 
-
-def private(federation: Federation, plan: ClassificationPlan, seed: int) -> dict[str, float]:
+def private(federation: Classifiers, plan: ClassificationPlan, seed: int) -> dict[str, float]:
     """Accuracies at the budget of `plan`: class sums alone, head alone, head and adapter."""
     assert plan.epsilon is not None
     mechanisms = plan.mechanisms()
@@ -148,14 +93,14 @@ def private(federation: Federation, plan: ClassificationPlan, seed: int) -> dict
     }
 
 
-def plain(federation: Federation, plan: ClassificationPlan, seed: int) -> dict[str, float]:
+def plain(federation: Classifiers, plan: ClassificationPlan, seed: int) -> dict[str, float]:
     """Accuracy without differential privacy."""
     terms = plan.terms(plan.merge, None)
     release = federation.rounds(1, plan.planned_rounds, federation.model.initial_arrays(seed), terms)
     return {f"head and LoRA ({plan.merge}), no privacy": federation.accuracy(release)}
 
 
-def federate(folder: Path, clients: int, alpha: float, seed: int, *, part: float = 1.0, mask: bool = False) -> Federation:
+def federate(folder: Path, clients: int, alpha: float, seed: int, *, part: float = 1.0, mask: bool = False) -> Classifiers:
     """Banking77 (or a `part` of it) on `clients` devices, with the base model from its package."""
     training, test = (_masked(banking77(name)) if mask else banking77(name) for name in ("train", "test"))
     if part < 1:
@@ -163,7 +108,7 @@ def federate(folder: Path, clients: int, alpha: float, seed: int, *, part: float
         training, test = (q.take(random.permutation(len(q.texts))[: int(part * len(q.texts))].tolist()) for q in (training, test))
     model = EmbeddingClassifier(describe(sorted(set(training.labels))), cache_bytes=CACHE_BYTES)
     shares = [training.take(share) for share in dirichlet(training.labels, clients, alpha, seed)]
-    return Federation(model, shares, test, BlobStore(folder))
+    return Classifiers(model, shares, test, BlobStore(folder))
 
 
 def _plan(budget: float | None, rounds: int) -> ClassificationPlan:
