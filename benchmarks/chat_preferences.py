@@ -42,7 +42,7 @@ MARGIN: Final = 0.05
 """By how much of itself the loss on general answers may rise, about."""
 PLANS: Final = {
     "DPO": ChatPlan(epsilon=None, planned_rounds=1, local_batch=8),
-    "KTO": ChatPlan(epsilon=None, planned_rounds=1, local_batch=16, lora_lr=0.0003),
+    "KTO": ChatPlan(epsilon=None, planned_rounds=1, local_batch=8, lora_lr=0.0005),
     "DPO at epsilon 8": ChatPlan(epsilon=8.0, nominal_examples=PAIRS // DEVICES),
 }
 
