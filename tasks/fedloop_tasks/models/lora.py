@@ -58,11 +58,10 @@ class Lora:
             for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling):
                 if _FIXED in parts:
                     del parts[_FIXED]
-            layer._active_adapter = _TRAINED
-            return
-        layer.lora_A[_FIXED], layer.lora_B[_FIXED] = _linear(factors.a), _linear(factors.b)
-        layer.lora_dropout[_FIXED], layer.scaling[_FIXED] = nn.Identity(), layer.scaling[_TRAINED]
-        layer._active_adapter = [_TRAINED, _FIXED]
+        else:
+            layer.lora_A[_FIXED], layer.lora_B[_FIXED] = _linear(factors.a), _linear(factors.b)
+            layer.lora_dropout[_FIXED], layer.scaling[_FIXED] = nn.Identity(), layer.scaling[_TRAINED]
+        layer._active_adapter = list(layer.lora_A)
 
 
 def adapters(module: nn.Module, tensors: Mapping[str, nn.Parameter]) -> dict[str, Lora]:
