@@ -11,6 +11,8 @@ from fedloop_events import types
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks import precision
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
@@ -40,13 +42,20 @@ class Settings(Struct, frozen=True, kw_only=True):
     `heartbeat_s` is how often it reports that it is up, at times of its own; `eligibility` says when it may take part, and so
     bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. `model_dir` is where base
     models lie that this user has not added and that are no installed packages.
+
+    `base_dtype` is what a language model's frozen base is held in ("auto": bfloat16 for a large one where the machine computes
+    with it, else float32). Raises `UsageError` for "nf4" without its package.
     """
 
     model: str = types.DEFAULT_MODEL
     model_dir: Path | None = None
+    base_dtype: BaseDtype = "auto"
     heartbeat_s: float = 30.0
     eligibility: Eligibility = Eligibility()
     min_examples: int = 1
+
+    def __post_init__(self) -> None:
+        precision.check(self.base_dtype)
 
 
 class Status(Struct, frozen=True):
@@ -95,7 +104,7 @@ class Device:
         self.interactions, self.retractions = Interactions(store), Retractions(store)
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
-        self.models = Models(settings.model_dir)
+        self.models = Models(settings.model_dir, settings.base_dtype)
         self._counted: tuple[object, int] = None, 0
 
     @property

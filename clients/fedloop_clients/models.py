@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef, Spec
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Arrays, Model
 
@@ -46,8 +47,8 @@ class Models:
     idle one is lent first, and a second one is made only when both happen at once.
     """
 
-    def __init__(self, model_dir: Path | None) -> None:
-        self._model_dir = model_dir
+    def __init__(self, model_dir: Path | None, base_dtype: BaseDtype = "auto") -> None:
+        self._model_dir, self._base_dtype = model_dir, base_dtype
         self._idle: list[Held] = []
         self._lock = threading.Lock()
 
@@ -57,7 +58,7 @@ class Models:
         with self._lock:
             held = self._idle.pop() if self._idle else None
         if held is None or held.model.spec != spec:
-            held = Held(task_of(spec).model(self._model_dir))
+            held = Held(task_of(spec).model(self._model_dir, self._base_dtype))
         try:
             yield held
         finally:

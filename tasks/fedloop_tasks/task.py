@@ -18,6 +18,7 @@ from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.turns import Turn
 
 Arrays = Mapping[str, Array]
@@ -409,5 +410,5 @@ class Task(Protocol):
     def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
         """What there is to learn from, oldest first: what its programs' `compute` takes. `interactions` are oldest first."""
 
-    def model(self, model_dir: Path | None) -> Model:
+    def model(self, model_dir: Path | None, base_dtype: BaseDtype = "f32") -> Model:
         """The model on this machine, with its base checked by hash. Imports what it needs when called. Raises `ModelError`."""

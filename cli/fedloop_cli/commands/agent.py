@@ -156,6 +156,7 @@ def run(
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
+    base_dtype: options.BaseDtype = "auto",
     json: options.Json = False,
     only_charging: Annotated[bool, typer.Option("--only-charging", help="Take part only while it charges.")] = False,
     only_unmetered: Annotated[bool, typer.Option("--only-unmetered", help="Only on a network that is not metered.")] = False,
@@ -186,7 +187,7 @@ def run(
         rounds_per_day=rounds_per_day,
     )
     terms.check_known(of_platform())
-    with _open(store, model_dir, terms) as agent, stoppable() as stop:
+    with _open(store, model_dir, terms, base_dtype) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 
         def enough(status: Status) -> bool:
@@ -213,12 +214,12 @@ def status(store: options.StoreFolder, json: options.Json = False) -> None:
     console.show(_document(status), lambda: _text(status), as_json=json)
 
 
-def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None) -> Agent:
+def _open(store: Path, model_dir: Path | None, terms: Eligibility | None = None, base_dtype: options.BaseDtype = "auto") -> Agent:
     from fedloop_clients.agent import Agent
     from fedloop_clients.device import Settings
 
     log, blobs = options.given()
-    settings = Settings(model_dir=model_dir)
+    settings = Settings(model_dir=model_dir, base_dtype=base_dtype)
     return Agent.open(store, log, blobs=blobs, settings=settings if terms is None else replace(settings, eligibility=terms))
 
 

@@ -20,6 +20,7 @@ from fedloop_events.types import CausalSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedloop_tasks import precision
 from fedloop_tasks.causal import decoder, generation, memory, preferences, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.decoder import Prompts
@@ -32,6 +33,7 @@ from fedloop_tasks.chats import Answer
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.tensors import Adapted
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.task import ModelError
 from fedloop_tasks.turns import Turn
@@ -122,6 +124,8 @@ class CausalModel(Adapted):
     a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe; and on a CPU
     TooLittleMemoryError where its weights, or later its training, do not fit into what is `free`. Not safe for concurrent use by
     several threads.
+
+    `base_dtype` is what the frozen weights, and so what is kept of texts, are held in; the release's tensors are float32 in any.
     """
 
     def __init__(
@@ -132,14 +136,16 @@ class CausalModel(Adapted):
         device: str | None = None,
         cache_bytes: int = CACHE_BYTES,
         free: memory.Free = memory.free_bytes,
+        base_dtype: BaseDtype = "f32",
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
         check_files(folder, spec)
         self.spec = spec
         self.device = torch.device(device or best_device())
         self._sizes, self._cache_bytes, self._free = memory.sizes(folder), cache_bytes, free
-        memory.check_weights(self._sizes, free)
-        tokenizer, base = decoder.load(folder)
+        self._held = precision.chosen(base_dtype, self._sizes.weights_bytes, self.device.type)
+        memory.check_weights(self._sizes, free, self._held)
+        tokenizer, base = decoder.load(folder, self._held, self.device)
         self.chat = Chat(tokenizer, activated=spec.activated)
         self._context = decoder.context(base.config)
         self._longest = self._context - 1 - (len(self.chat.invocation) if spec.activated else 0)
@@ -164,7 +170,7 @@ class CausalModel(Adapted):
     def check_memory(self) -> None:
         """See `Model`. Once it fits it is not asked again: what training has taken and given back is not all free to others."""
         if not self._fits:
-            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free)
+            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free, self._held)
             self._fits = True
 
     def hyperparameters(self, *, private: bool) -> dict[str, float]:
