@@ -6,7 +6,7 @@ import tomllib
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import click
 import typer
@@ -111,6 +111,10 @@ DeploymentFolder = Annotated[Where, typer.Argument(metavar="[DIR]", parser=Path,
 DeploymentAndRelease = Annotated[Released, typer.Argument(metavar="[DIR] [RELEASE]", parser=Path, callback=_where_and_release)]
 """Before an argument that is required; either can be left out."""
 ServerFolder = Annotated[Home, typer.Argument(metavar="DIR", parser=Path, callback=_home)]
+BaseDtype = Annotated[
+    Literal["auto", "f32", "bf16", "nf4"],
+    typer.Option(help="What a language model's frozen base is held in; auto: bf16 for a large one where it is fast, else f32."),
+]
 StoreFolder = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
 
 _ARGUMENTS: Final = {

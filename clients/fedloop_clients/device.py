@@ -13,6 +13,8 @@ from fedloop_events.blobs.store import BlobStore
 from fedloop_events.errors import BlobError, UsageError
 from fedloop_events.locations import DeploymentLocation, open_blobs, open_log
 from fedloop_events.logs.port import EventLog
+from fedloop_tasks import precision
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Task
@@ -47,10 +49,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     most `rank`, and declines a round that takes no less. `model_dir` is where base models lie that this user has not added and
     that are no installed packages. `scratch_bytes` bounds what a language model puts beside the store, sealed, of what it
     computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
+
+    `base_dtype` is what a language model's frozen base is held in ("auto": bfloat16 for a large one where the machine computes
+    with it, else float32). Raises `UsageError` for "nf4" without its package.
     """
 
     model: str = types.DEFAULT_MODEL
     model_dir: Path | None = None
+    base_dtype: BaseDtype = "auto"
     heartbeat_s: float = 30.0
     eligibility: Eligibility = Eligibility()
     min_examples: int = 1
@@ -60,6 +66,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"the highest rank that may be trained is {self.rank}", hint="give 1 or more")
+        precision.check(self.base_dtype)
 
 
 class Status(Struct, frozen=True):
@@ -112,7 +119,8 @@ class Device:
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
         self.personal = PersonalLayers(store)
-        self.models = Models(settings.model_dir, Scratch(store.path.parent, settings.scratch_bytes))
+        scratch = Scratch(store.path.parent, settings.scratch_bytes)
+        self.models = Models(settings.model_dir, scratch, settings.base_dtype)
         self._counted: tuple[object, int] = None, 0
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedloop_events.blobs import tensors
 from fedloop_events.types import BlobRef, Spec
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.table import task_of
 from fedloop_tasks.task import Arrays, Model
@@ -53,8 +54,8 @@ class Models:
     idle one is lent first, and a second one is made only when both happen at once.
     """
 
-    def __init__(self, model_dir: Path | None, scratch: Scratch) -> None:
-        self._model_dir, self._scratch = model_dir, scratch
+    def __init__(self, model_dir: Path | None, scratch: Scratch, base_dtype: BaseDtype = "auto") -> None:
+        self._model_dir, self._scratch, self._base_dtype = model_dir, scratch, base_dtype
         self._idle: list[Held] = []
         self._lock = threading.Lock()
 
@@ -64,7 +65,7 @@ class Models:
         with self._lock:
             held = self._idle.pop() if self._idle else None
         if held is None or held.model.spec != spec:
-            held = Held(task_of(spec).model(self._model_dir, self._scratch))
+            held = Held(task_of(spec).model(self._model_dir, self._scratch, self._base_dtype))
         try:
             yield held
         finally:

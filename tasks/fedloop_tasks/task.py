@@ -19,6 +19,7 @@ from fedloop_events.types import Mechanism, RoundOpened, Spec
 from msgspec import Struct
 
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.turns import Turn
 
@@ -427,7 +428,7 @@ class Task(Protocol):
     def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
         """What there is to learn from, oldest first: what its programs' `compute` takes. `interactions` are oldest first."""
 
-    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> Model:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None, base_dtype: BaseDtype = "f32") -> Model:
         """The model on this machine, with its base checked by hash. Imports what it needs when called. Raises `ModelError`.
 
         `scratch` is for what it keeps of texts and has no room for in memory; a model that keeps little has no use for it.

@@ -12,6 +12,7 @@ from fedloop_events.blobs.tensors import Array
 from fedloop_events.errors import UsageError
 from fedloop_events.folds.releases import Evaluation
 from fedloop_events.types import CausalSpec, Mechanism
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import (
     Arrays,
@@ -158,5 +159,5 @@ class Notes:
     def examples(self, interactions: Iterable[Interaction]) -> Sequence[Any]:
         return [taught for each in interactions if (taught := self.taught(each)) is not None]
 
-    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> NotesModel:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None, base_dtype: BaseDtype = "f32") -> NotesModel:
         return NotesModel(self.spec)

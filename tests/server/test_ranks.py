@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def opened(strategy: str = "svd", upload: list[str] | None = None) -> RoundOpene
     )  # fmt: skip
 
 
-def checked(blobs: BlobStore, update: Arrays, terms: RoundOpened) -> str | None:
+def checked(blobs: BlobStore, update: Mapping[str, NDArray[Any]], terms: RoundOpened) -> str | None:
     sent = InstructionSent(
         origin="o", epoch=1, run_id="main", round_id="r0001", step=0, client_id="c", message_type="train", content=Content(),
         content_sha256="0" * 64,

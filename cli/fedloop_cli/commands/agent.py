@@ -175,6 +175,7 @@ def run(
     until_settled: Annotated[bool, typer.Option("--until-settled", help="End when all feedback is published.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="End after answering so many rounds.")] = None,
     model_dir: ModelDir = None,
+    base_dtype: options.BaseDtype = "auto",
     json: options.Json = False,
     only_charging: Annotated[bool, typer.Option("--only-charging", help="Take part only while it charges.")] = False,
     only_unmetered: Annotated[bool, typer.Option("--only-unmetered", help="Only on a network that is not metered.")] = False,
@@ -218,7 +219,7 @@ def run(
     )
     terms.check_known(of_platform())
     scratch_bytes = None if scratch_mb is None else scratch_mb * 10**6
-    settings = Settings(model_dir=model_dir, eligibility=terms, scratch_bytes=scratch_bytes, rank=rank)
+    settings = Settings(model_dir=model_dir, eligibility=terms, base_dtype=base_dtype, scratch_bytes=scratch_bytes, rank=rank)
     with _open(store, model_dir, settings) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 

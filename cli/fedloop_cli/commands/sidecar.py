@@ -45,6 +45,7 @@ def serve(
     ] = None,
     no_rounds: Annotated[bool, typer.Option("--no-rounds", help="Answer alone: another process takes part in rounds.")] = False,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
+    base_dtype: options.BaseDtype = "auto",
     json: options.Json = False,
 ) -> None:
     """Answer programs of this machine that speak OpenAI's interface, take feedback, and take part in rounds, until Ctrl-C.
@@ -77,7 +78,7 @@ def serve(
         document = {"base_url": f"{address}/v1", "key_file": str(key_file)}
         console.show(document, lambda: console.fields(document), as_json=json)
 
-    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
+    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir, base_dtype=base_dtype)) as agent:
         key = access.key_of(store)
         answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get("FEDLOOP_UPSTREAM_KEY", ""))
         handed: AbstractContextManager[None] = nullcontext()
@@ -97,6 +98,7 @@ def serve(
 def chat(
     store: options.StoreFolder,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
+    base_dtype: options.BaseDtype = "auto",
 ) -> None:
     """Talk to the device's model in this terminal; /up, /down, /fix TEXT and /retry give feedback on its last answer, which
     `fedloop agent run` publishes, masked.
@@ -109,7 +111,7 @@ def chat(
 
     log, blobs = options.given()
     screen = Console(highlight=False)
-    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir)) as agent:
+    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir, base_dtype=base_dtype)) as agent:
         conversation = Conversation(agent, screen)
         conversation.help()
         try:

@@ -15,15 +15,27 @@ import torch
 from fedloop_events.types import CausalSpec
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from fedloop_tasks.models import folder as folders
 from fedloop_tasks.models.lora import turned_off
+from fedloop_tasks.precision import Held
 from fedloop_tasks.task import ModelError
 
 _NO_DROPOUT: Final = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 """Attention keeps its dropout as a number, not as a module that is turned off for DP-SGD."""
+
+
+_NF4: Final[dict[str, Any]] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": torch.float32,
+    "bnb_4bit_use_double_quant": False,
+}
+_PACKS: Final = "support_avx512bf16_for_cpu"
+"""bitsandbytes (0.50) packs a layer's weights anew at its first pass without gradients, and gradients through them are wrong or
+fail from then on."""
 
 
 class _Family(NamedTuple):
@@ -43,7 +55,7 @@ FAMILIES: Final = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "gpt2": 
 
 
 class Prompts(NamedTuple):
-    """What adapted layers have of the tokens on which no adapter acts, in float32."""
+    """What adapted layers have of the tokens on which no adapter acts, in the type of the base's states."""
 
     kept: Tensor
     """Keys and values of the frozen model, [layers, 2, B, heads, P, size], padded on the right."""
@@ -139,11 +151,30 @@ class Tail(Layers):
             yield
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and decoder, see `models.folder.load`. Raises ModelError also for a family that cannot be adapted."""
-    tokenizer, base = folders.load(folder, AutoModelForCausalLM, settings=_NO_DROPOUT)
+def load(folder: Path, held: Held = "f32", device: torch.device | None = None) -> tuple[Any, Any]:
+    """Tokenizer and decoder, see `models.folder.load`; in 4 bits its layers come to the `device`, else it is on the CPU. Raises
+    ModelError also for a family that cannot be adapted."""
+    dtype = torch.bfloat16 if held == "bf16" else torch.float32
+    quantised = None if held != "nf4" else {"quantization_config": _four_bits(), "device_map": {"": device or "cpu"}}
+    tokenizer, base = folders.load(folder, AutoModelForCausalLM, settings=_NO_DROPOUT, dtype=dtype, quantised=quantised)
     family_of(base.config)
+    if held == "nf4":
+        _settle(base)
     return tokenizer, base
+
+
+def _four_bits() -> Any:
+    return BitsAndBytesConfig(**_NF4)  # type: ignore[no-untyped-call]
+
+
+def _settle(base: Any) -> None:
+    """Let go of the mapped file, which what is not in 4 bits is still a view of, and leave packed weights as they are."""
+    for module in base.modules():
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
+    for p in base.parameters():
+        if p.is_floating_point():
+            p.data = p.data.clone()
 
 
 def family_of(config: Any) -> _Family:
@@ -215,12 +246,13 @@ def _inject(base: Any, spec: CausalSpec, family: _Family, paths: Sequence[tuple[
         lora_dropout=0.0,
         bias="none",
         target_modules=[f"{family.layers}.{layer}.{path}" for layer, path in paths],
-        fan_in_fan_out=family is _GPT2,  # its Conv1D holds [in, out]
+        fan_in_fan_out=family is _GPT2 and not getattr(base, "is_loaded_in_4bit", False),  # its Conv1D holds [in, out]
     )
     inject_adapter_in_model(config, base)
     tensors: dict[str, nn.Parameter] = {}
     for layer, path in paths:
         module = base.get_submodule(f"{family.layers}.{layer}.{path}")
         for factor, part in (("A", module.lora_A), ("B", module.lora_B)):
+            part.float()  # PEFT makes them of the base's type
             tensors[f"lora.{layer}.{path}.{factor}"] = part["default"].weight
     return tensors

@@ -20,8 +20,8 @@ BATCH_TOKENS: Final = 2048
 class Kept:
     """The trunk's states of the tokens on which adapters act, and the keys and values of those before them at each adapted layer.
 
-    Both come from the frozen model and never change. They are kept in memory as float32, those used last, within `most_bytes`;
-    what does not fit is kept `beyond` it, on disk, or computed again. Prompts that are equal are kept once.
+    Both come from the frozen model and never change. They are kept in memory in the type of the base's states, those used last,
+    within `most_bytes`; what does not fit is kept `beyond` it, on disk, or computed again. Prompts that are equal are kept once.
     """
 
     def __init__(self, trunk: Trunk, tail: Tail, device: torch.device, most_bytes: int, beyond: DiskStates | None = None) -> None:
@@ -72,7 +72,7 @@ class Kept:
             return None
         lengths = [0 if row is None else row.shape[3] for row in rows]
         layers, both, heads, _, size = some[0].shape
-        kept = torch.zeros(layers, both, len(rows), heads, max(lengths), size)
+        kept = torch.zeros(layers, both, len(rows), heads, max(lengths), size, dtype=some[0].dtype)
         for n, row in enumerate(rows):
             if row is not None:
                 kept[:, :, n, :, : lengths[n]] = row

@@ -7,7 +7,7 @@ a round that is declined for want of memory would tell how long they are. Measur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from fedloop_tasks.causal.keeping import BATCH_TOKENS
 from fedloop_tasks.causal.training import HEAD_TOKENS, PROMPT_TOKENS
 from fedloop_tasks.models import folder as folders
+from fedloop_tasks.precision import Held
 from fedloop_tasks.task import TooLittleMemoryError
 
 _FLOAT: Final = 4
@@ -30,10 +31,13 @@ _ADAPTERS: Final = 12
 """Copies of the adapters: the values, their sum and gradient, noise in float64 or two moments, the release, and what is sent."""
 _FIXED: Final = 4
 """Copies of what acts and is not trained: the values, the release as it is read, that which was held before, and a spare one."""
+_NF4: Final = (4 + 32 / 64) / 32
+"""Of a float: 4 bits, and a scale for 64 of them."""
 _SLACK: Final = 1.25
 """Of what training takes: what the allocator does not give back at once, and what is there for a moment only."""
 _SHORTEST: Final = 4
 """Tokens on which adapters act in the shortest answer: the turn's beginning, and one of the answer."""
+_SMALLER: Final[Mapping[Held, Sequence[Held]]] = {"f32": ("bf16", "nf4"), "bf16": ("nf4",), "nf4": ()}
 _LINEAR: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)\.weight")
 _ROOT: Final = Path("/sys/fs/cgroup")
 _OWN: Final = Path("/proc/self/cgroup")
@@ -46,7 +50,11 @@ class Sizes(NamedTuple):
     """What memory depends on, of a base model."""
 
     weights_bytes: int
-    """As loaded, in float32."""
+    """As loaded in float32."""
+    layers_bytes: int
+    """Of these, the linear modules of the layers."""
+    largest_bytes: int
+    """Of these, the largest one's."""
     states: float
     """Floats that a layer keeps of a token for the backward pass."""
     linear: dict[str, int]
@@ -68,7 +76,7 @@ class Trained(NamedTuple):
 def sizes(folder: Path) -> Sizes:
     """Of the base model in `folder`. Raises ModelError for a folder that cannot be read."""
     config, shapes = folders.config(folder), folders.shapes(folder)
-    total = 0
+    total = within = largest = 0
     linear: dict[str, int] = {}
     for name, shape in shapes.items():
         values = 1
@@ -77,11 +85,23 @@ def sizes(folder: Path) -> Sizes:
         total += values
         if len(shape) == 2 and (found := _LINEAR.search(name)):
             linear[found[2]] = sum(shape)
+            within, largest = within + values, max(largest, values)
     heads = int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     keys = int(getattr(config, "num_key_value_heads", None) or heads)
     states = _STATES.get(config.model_type, _GATED) * sum(linear.values())
-    return Sizes(total * _FLOAT, states, linear, int(config.vocab_size), heads * head, keys * head)
+    return Sizes(
+        total * _FLOAT, within * _FLOAT, largest * _FLOAT, states, linear, int(config.vocab_size), heads * head, keys * head
+    )
+
+
+def weights_bytes(base: Sizes, held: Held) -> int:
+    """Of the base as it is held; in 4 bits with a module that is unpacked to compute with it."""
+    if held == "bf16":
+        return base.weights_bytes // 2
+    if held == "nf4":
+        return base.weights_bytes - base.layers_bytes + int(base.layers_bytes * _NF4) + base.largest_bytes
+    return base.weights_bytes
 
 
 def training_bytes(base: Sizes, spec: CausalSpec, cache_bytes: int, trained: Trained | None = None) -> int:
@@ -119,17 +139,24 @@ def _names(targets: list[str], path: str) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def check_weights(base: Sizes, free: Free) -> None:
+def check_weights(base: Sizes, free: Free, held: Held = "f32") -> None:
     """Raises TooLittleMemoryError if not even the weights fit into what is free: the machine would swap until it stands still."""
-    if (left := free()) is not None and base.weights_bytes > left:
+    if (left := free()) is not None and (needed := weights_bytes(base, held)) > left:
+        smaller = next((each for each in _SMALLER[held] if weights_bytes(base, each) <= left), None)
         raise TooLittleMemoryError(
-            f"the base model needs {_gb(base.weights_bytes)} of memory, {_gb(left)} are free",
-            hint="end other programs, or use a smaller base model",
+            f"the base model needs {_gb(needed)} of memory, {_gb(left)} are free",
+            hint=f"end other programs, or {f'try --base-dtype {smaller}' if smaller else 'use a smaller base model'}",
         )
 
 
 def check_training(
-    base: Sizes, spec: CausalSpec, cache_bytes: int, kept_bytes: int, free: Free, trained: Trained | None = None
+    base: Sizes,
+    spec: CausalSpec,
+    cache_bytes: int,
+    kept_bytes: int,
+    free: Free,
+    trained: Trained | None = None,
+    held: Held = "f32",
 ) -> None:
     """Raises TooLittleMemoryError if training, of which `kept_bytes` are in memory already, may not fit into what is free."""
     left = free()
@@ -149,6 +176,10 @@ def check_training(
     for name, specs in smaller.items():
         if (found := next((getattr(each, name) for each in specs if fits(each)), None)) is not None:
             possible.append(f"--{name} {found}")
+    for dtype in _SMALLER[held]:
+        if needed <= left + weights_bytes(base, held) - weights_bytes(base, dtype):
+            possible.append(f"--base-dtype {dtype}")
+            break
     advice = f"try {', or '.join(possible)}" if possible else "no smaller rank and no fewer layers would fit"
     raise TooLittleMemoryError(f"training needs {_gb(needed)} of memory, {_gb(left)} are free: {advice}")
 

@@ -21,6 +21,7 @@ from fedloop_events.types import CausalSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedloop_tasks import precision
 from fedloop_tasks.causal import decoder, generation, memory, preferences, probe, training
 from fedloop_tasks.causal.chat import Chat, Encoded, TooLongError
 from fedloop_tasks.causal.decoder import Prompts
@@ -35,6 +36,7 @@ from fedloop_tasks.models import lora
 from fedloop_tasks.models.kept import batches, best_device
 from fedloop_tasks.models.on_disk import DiskStates
 from fedloop_tasks.models.tensors import Adapted
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.programs.adapter import Training
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import ModelError, TooLittleMemoryError
@@ -126,6 +128,8 @@ class CausalModel(Adapted):
     a file of it has another hash, its template has no invocation for activated adapters, or it fails the probe; and on a CPU
     TooLittleMemoryError where its weights, or later its training, do not fit into what is `free`. What is kept of texts and
     has no room in memory goes to `scratch`, sealed. Not safe for concurrent use by several threads.
+
+    `base_dtype` is what the frozen weights, and so what is kept of texts, are held in; the release's tensors are float32 in any.
     """
 
     def __init__(
@@ -137,14 +141,16 @@ class CausalModel(Adapted):
         cache_bytes: int = CACHE_BYTES,
         scratch: Scratch | None = None,
         free: memory.Free = memory.free_bytes,
+        base_dtype: BaseDtype = "f32",
     ) -> None:
         folder = folders.locate(spec.base_model, model_dir)
         check_files(folder, spec)
         self.spec = spec
         self.device = torch.device(device or best_device())
         self._sizes, self._cache_bytes, self._free = memory.sizes(folder), cache_bytes, free
-        memory.check_weights(self._sizes, free)
-        tokenizer, base = decoder.load(folder)
+        self._held = precision.chosen(base_dtype, self._sizes.weights_bytes, self.device.type)
+        memory.check_weights(self._sizes, free, self._held)
+        tokenizer, base = decoder.load(folder, self._held, self.device)
         self.chat = Chat(tokenizer, activated=spec.activated)
         self._context = decoder.context(base.config)
         self._longest = self._context - 1 - (len(self.chat.invocation) if spec.activated else 0)
@@ -189,7 +195,9 @@ class CausalModel(Adapted):
         trained = memory.Trained(rank, max(self._fixed_bytes, release_bytes - self._release_bytes))
         needed = memory.training_bytes(self._sizes, self.spec, self._cache_bytes, trained)
         if needed > self._granted:
-            memory.check_training(self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free, trained)
+            memory.check_training(
+                self._sizes, self.spec, self._cache_bytes, self._kept.size_bytes, self._free, trained, self._held
+            )
             self._granted = needed
 
     def hyperparameters(self, *, private: bool) -> dict[str, float]:

@@ -17,6 +17,7 @@ from fedloop_tasks.causal.examples import Example, Feedback, Pair
 from fedloop_tasks.causal.plan import PLAIN_RATES, ChatPlan
 from fedloop_tasks.causal.reactions import examples
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import (
     Arrays,
@@ -154,10 +155,10 @@ class Chat:
     def examples(self, interactions: Iterable[Interaction]) -> list[Feedback]:
         return examples(interactions, self.spec.learns)
 
-    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> CausalModel:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None, base_dtype: BaseDtype = "f32") -> CausalModel:
         from fedloop_tasks.causal.model import CausalModel
 
-        return CausalModel(self.spec, model_dir=model_dir, scratch=scratch)
+        return CausalModel(self.spec, model_dir=model_dir, scratch=scratch, base_dtype=base_dtype)
 
 
 def _answer(taught: Feedback) -> str | None:

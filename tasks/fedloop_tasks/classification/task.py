@@ -16,6 +16,7 @@ from fedloop_tasks.classification import corpus, heldout
 from fedloop_tasks.classification.examples import Example, examples
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.evaluation import Measured
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.programs.class_sums import BIAS, HEAD
 from fedloop_tasks.scratch import Scratch
 from fedloop_tasks.task import (
@@ -26,6 +27,7 @@ from fedloop_tasks.task import (
     Material,
     Message,
     Messages,
+    ModelError,
     Option,
     Plan,
     Provenance,
@@ -149,7 +151,9 @@ class Classification:
     def examples(self, interactions: Iterable[Interaction]) -> list[Example]:
         return examples(interactions, self.spec.labels)
 
-    def model(self, model_dir: Path | None, scratch: Scratch | None = None) -> EmbeddingClassifier:
+    def model(self, model_dir: Path | None, scratch: Scratch | None = None, base_dtype: BaseDtype = "f32") -> EmbeddingClassifier:
         from fedloop_tasks.classification.model import EmbeddingClassifier
 
+        if base_dtype not in {"auto", "f32"}:
+            raise ModelError("a classifier's encoder is held in float32 alone", hint="leave out --base-dtype")
         return EmbeddingClassifier(self.spec, model_dir=model_dir)

@@ -61,11 +61,19 @@ def sha256(folder: Path, name: str = WEIGHTS) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(folder: Path, of: Any, *, unused: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """Tokenizer and model (float32, eval mode): local files and safetensors only, no code of theirs.
+def load(
+    folder: Path,
+    of: Any,
+    *,
+    unused: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantised: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Tokenizer and model (eval mode): local files and safetensors only, no code of theirs.
 
     `of` is the Auto class that makes the model; weights whose names begin as one of `unused` may be missing; `settings` take the
-    place of those that the folder's configuration has.
+    place of those that the folder's configuration has. `quantised` is what `from_pretrained` is given to hold it in fewer bits.
 
     Raises ModelError for what cannot be loaded so, or lacks a weight.
     """
@@ -78,8 +86,9 @@ def load(folder: Path, of: Any, *, unused: Sequence[str] = (), settings: Mapping
             **_LOCAL,
             config=own,
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
+            **(quantised or {}),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     if missing := [key for key in loaded["missing_keys"] if not key.startswith(tuple(unused))]:
