@@ -21,6 +21,8 @@ Strategy = Literal["ffa", "fedavg", "svd", "stack", "residual", "fedavgm", "feda
 Number = Annotated[float, Meta(gt=0, le=1e12)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Many = Annotated[int, Meta(ge=1, le=1_000_000)]
+SERVER_RATES: Final[Mapping[str, float]] = {name: each.rate for name, each in OPTIMISERS.items()}
+"""Learning rates on the server, by strategy, unless the task knows better ones."""
 _MOST_STEPS: Final = 1_000_000
 """Of a `Mechanism`."""
 _MOST_EPSILON: Final = 1000.0
@@ -44,19 +46,22 @@ _MEANING: Final[Mapping[str, str]] = {
     "steps": 'Private steps of a round; "default": one expected pass, 1 / sampling_rate.',
     "clip_norm": "L2 bound on one example's gradient.",
     "lora_lr": 'Learning rate of the adapters; "default": {private:g} with an epsilon (SGD), else {plain:g} (AdamW).',
-    "server_lr": 'Learning rate on the server with fedavgm and fedadam; "default": 1 and 0.01.',
+    "server_lr": 'Learning rate on the server with fedavgm and fedadam; "default": {fedavgm:g} and {fedadam:g}.',
     "local_epochs": "Passes over a device's examples in a round without differential privacy.",
     "local_batch": "Examples of a step in such a round.",
     "update_bits": "Bits of a number in an update of training: 32, or 16 or 8 for how it changes its base, rounded.",
 }
 
 
-def meaning(private: Strategy, plain: Strategy, rates: tuple[float, float]) -> dict[str, str]:
+def meaning(
+    private: Strategy, plain: Strategy, rates: tuple[float, float], server_rates: Mapping[str, float] = SERVER_RATES
+) -> dict[str, str]:
     """What the keys of every such plan mean; `rates` are those of the adapters with privacy, and without."""
     return {
         **_MEANING,
         "strategy": _STRATEGIES.format(private=private, plain=plain),
         "lora_lr": _MEANING["lora_lr"].format(private=rates[0], plain=rates[1]),
+        "server_lr": _MEANING["server_lr"].format(**server_rates),
     }
 
 
@@ -87,6 +92,7 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     PRIVATE: ClassVar[Strategy] = "ffa"
     """The strategy under differential privacy, unless one is set."""
     PLAIN: ClassVar[Strategy] = "fedavg"
+    SERVER_RATES: ClassVar[Mapping[str, float]] = SERVER_RATES
 
     def __post_init__(self) -> None:
         if self.epsilon is None:
@@ -186,8 +192,8 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     def hyperparameters(self) -> dict[str, float]:
         """Of a training round, by the names that its program reads."""
         rates = self.rates()
-        if (optimiser := OPTIMISERS.get(self.merge)) is not None:
-            rates[RATE] = self.server_lr or optimiser.rate
+        if (usual := self.SERVER_RATES.get(self.merge)) is not None:
+            rates[RATE] = self.server_lr or usual
         if self.update_bits < 32:
             rates[UPDATE_BITS] = self.update_bits
         return rates | ({"local_epochs": self.local_epochs, "batch": self.local_batch} if self.epsilon is None else {})

@@ -20,6 +20,7 @@ from fedloop_server.aggregation import releases
 from fedloop_server.config import ServerConfig
 from fedloop_server.operations.sweeping import DAY_S, sweep
 from fedloop_server.rounds.rebuild import rebuild
+from fedloop_tasks.causal.plan import CHAT_SERVER_RATES, ChatPlan
 from fedloop_tasks.classification.plan import ClassificationPlan
 from fedloop_tasks.programs.optimisers import ADAPTIVITY, FIRST_DECAY, OPTIMISERS, SECOND_DECAY
 from fedloop_tasks.task import STATE
@@ -169,6 +170,10 @@ def test_the_plan_sets_the_servers_learning_rate_for_its_optimisers_alone() -> N
     assert ClassificationPlan(strategy="fedadam").hyperparameters["server_lr"] == 0.01
     assert ClassificationPlan(strategy="fedavgm", server_lr=0.3).hyperparameters["server_lr"] == 0.3
     assert "server_lr" not in ClassificationPlan(server_lr=0.3).hyperparameters
+    assert ChatPlan().hyperparameters["server_lr"] == CHAT_SERVER_RATES["fedadam"] < 0.01
+    assert ChatPlan(server_lr=0.3).hyperparameters["server_lr"] == 0.3
+    assert f"and {CHAT_SERVER_RATES['fedadam']:g}." in ChatPlan.MEANING["server_lr"]
+    assert "and 0.01." in ClassificationPlan.MEANING["server_lr"]
     assert "fedadam" in ClassificationPlan(strategy="fedadam", sampling_rate=1.0, steps=1, nominal_examples=100).mechanisms()
 
 
