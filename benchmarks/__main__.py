@@ -19,7 +19,7 @@ from benchmarks.harness import Row, table
 
 TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
-BY_NAME_ONLY = ("stragglers", "utility", "masking")
+BY_NAME_ONLY = ("stragglers", "utility", "masking", "mixed_ranks")
 """The same, but they take long or need data sets, and print tables of their own."""
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last three"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last four"
     )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {*TABLE, *BY_NAME_ONLY}
