@@ -1,6 +1,6 @@
 """What private federated learning is worth to a language model: banking77's intents, written as words by SmolLM2-135M-Instruct.
 
-`python -m benchmarks.chat_utility [--epsilon 8 | --no-dp] [--rounds N] [--clients 10] [--alpha 0.5] [--seed 0] [--quick]`
+`python -m benchmarks.chat_utility [--epsilon 8 | --no-dp] [--rounds N] [--clients 10] [--alpha 0.5] [--seed 0] [--base-dtype bf16] [--quick]`
 
 Devices hold Dirichlet(alpha) shares of the training questions, and train with the defaults of a chat's plan. Without privacy
 they begin with the base model. Under it they begin with what the model has learnt of a few public questions of each intent, which
@@ -29,6 +29,7 @@ from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.causal.plan import ChatPlan
 from fedloop_tasks.causal.task import Chat
+from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.task import Arrays, Material, Message, Terms
 from fedloop_tasks.turns import Turn
 from msgspec.structs import replace
@@ -110,7 +111,14 @@ def plain(federation: Chats, plan: ChatPlan, seed: int) -> dict[str, float]:
 
 
 def federate(
-    folder: Path, clients: int, alpha: float, size: Size, *, base_model: str = Chat.base_model, model_dir: Path | None = None
+    folder: Path,
+    clients: int,
+    alpha: float,
+    size: Size,
+    *,
+    base_model: str = Chat.base_model,
+    model_dir: Path | None = None,
+    base_dtype: BaseDtype = "f32",
 ) -> Callable[[int], Chats]:
     """Makes the federation of a seed, which decides what is public, who holds what, and the first release. What the frozen part
     of the model gives of a question is kept from one to the next."""
@@ -124,7 +132,7 @@ def federate(
         held_out = test.take(spread(test.labels, size.held_out, size.intents, 0))
         known = [Message(text, words(label)) for text, label in zip(public.texts, public.labels, strict=True)]
         spec, first = Chat.make(Material([], [], {}, public=known), base_model, model_dir, seed)
-        model = model or CausalModel(spec, model_dir=model_dir, cache_bytes=CACHE_BYTES)
+        model = model or CausalModel(spec, model_dir=model_dir, cache_bytes=CACHE_BYTES, base_dtype=base_dtype)
         return Chats(model, first, shares, examples(held_out), BlobStore(folder))
 
     return made
@@ -195,12 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution: smaller is less even")
     parser.add_argument("--seed", type=int, default=0, help="of the shares and the first release; noise has none")
+    parser.add_argument("--base-dtype", choices=["f32", "bf16", "nf4"], default="f32", help="of the frozen base on the devices")
     parser.add_argument("--quick", action="store_true", help="few questions, to see that it runs")
     given = parser.parse_args(arguments)
     measured: dict[str, float] = {}
     try:
         with scratch() as folder:
-            federation = federate(folder, given.clients, given.alpha, QUICK if given.quick else WHOLE)(given.seed)
+            size = QUICK if given.quick else WHOLE
+            federation = federate(folder, given.clients, given.alpha, size, base_dtype=given.base_dtype)(given.seed)
             if not given.no_dp:
                 measured |= private(federation, private_plan(given.epsilon or 8.0, given.rounds))
             if given.no_dp or given.epsilon is None:
