@@ -19,11 +19,7 @@ from benchmarks.harness import Row, table
 
 TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
-<<<<<<< HEAD
-BY_NAME_ONLY = ("stragglers", "utility", "masking", "chat_utility", "chat_finance", "chat_preferences")
-=======
-BY_NAME_ONLY = ("stragglers", "utility", "masking", "mixed_ranks")
->>>>>>> ranks
+BY_NAME_ONLY = ("stragglers", "utility", "masking", "chat_utility", "chat_finance", "chat_preferences", "mixed_ranks")
 """The same, but they take long or need data sets, and print tables of their own."""
 
 
@@ -31,11 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
-<<<<<<< HEAD
         "names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last {len(BY_NAME_ONLY)}"
-=======
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join((*TABLE, *BY_NAME_ONLY))}; all but the last four"
->>>>>>> ranks
     )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {*TABLE, *BY_NAME_ONLY}
