@@ -12,13 +12,13 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+import fedloop_tasks.updates as coding
 import numpy as np
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import FedloopError, TensorError
 from fedloop_events.types import AcceptedUpdate, BlobRef, RoundOpened
-from fedloop_tasks import updates as coding
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import STATE, Arrays, Program
 from numpy.typing import NDArray

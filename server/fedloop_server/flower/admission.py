@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import fedloop_tasks.updates as updates
 import numpy as np
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import MAX_HEADER_BYTES, TensorSpec
 from fedloop_events.errors import BlobError, TensorError
 from fedloop_events.types import BlobRef, Content, InstructionSent, Mechanism, RoundOpened, UpdateSubmitted
-from fedloop_tasks import updates
 from msgspec import Struct
 from numpy.typing import NDArray
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import fedloop_tasks.updates as updates
 import msgspec
 from fedloop_events.blobs import tensors
 from fedloop_events.blobs.reader import TensorReader
 from fedloop_events.blobs.tensors import TensorSpec
 from fedloop_events.errors import LogError
 from fedloop_events.types import AcceptedUpdate, Exclusion, InstructionSent, RoundDeclined, RoundOpened, UpdateSubmitted
-from fedloop_tasks import updates
 from fedloop_tasks.table import program_of
 from numpy.typing import NDArray
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+import fedloop_tasks.updates as updates
 import msgspec
 from fedloop_events import envelope, types
 from fedloop_events.blobs import tensors
@@ -18,7 +19,6 @@ from fedloop_events.folds.releases import ReleasesView
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.parts import PART_BYTES
 from fedloop_events.types import DEFAULT_MODEL
-from fedloop_tasks import updates
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Arrays, Terms
 from msgspec import Struct
