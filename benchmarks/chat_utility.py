@@ -1,6 +1,6 @@
 """What private federated learning is worth to a language model: banking77's intents, written as words by SmolLM2-135M-Instruct.
 
-`python -m benchmarks.chat_utility [--epsilon 8 | --no-dp] [--rounds N] [--clients 10] [--alpha 0.5] [--seed 0] [--base-dtype bf16]`
+`python -m benchmarks.chat_utility [--epsilon 8 | --no-dp] [--rounds N] [--clients 10] [--alpha .5] [--seed 0] [--base-dtype f32]`
 
 Devices hold Dirichlet(alpha) shares of the training questions, and train with the defaults of a chat's plan. Without privacy
 they begin with the base model. Under it they begin with what the model has learnt of a few public questions of each intent, which
