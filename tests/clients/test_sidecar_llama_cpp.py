@@ -21,8 +21,8 @@ from fedloop_tasks.models import registry, sources
 from fedloop_tasks.turns import Turn
 
 pytestmark = [pytest.mark.slow, pytest.mark.llama_cpp, pytest.mark.timeout(600)]
-MOST = 12
-ASKED: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+MOST = 24
+ASKED: list[Any] = [{"role": "user", "content": "Write a story about a dragon who learns to bake bread."}]
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def test_llama_cpp_answers_with_the_release_that_it_was_handed(tmp_path: Path) -
                 served.openai.chat.completions.create(model=model, messages=ASKED, max_tokens=MOST, temperature=0.0, stream=True)
             )
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-            assert served.feedback(chunks[0].id, correction="Paris.").status_code == 200
+            assert served.feedback(chunks[0].id, correction="There was a dragon.").status_code == 200
     made.log.close()
     # Its states are quantised: at some token it says something else, but the release's first own words are there.
     assert text[:own] == wanted[:own]
