@@ -17,7 +17,7 @@ from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.plan import ChatPlan
 from fedloop_tasks.turns import Turn
 
-from benchmarks.chat_rounds import Devices, dealt, loss_per_token, smollm2
+from benchmarks.chat_rounds import dealt, learn, loss_per_token, smollm2
 from benchmarks.harness import MIN_RUNS, Row, costs, data_set, scratch
 
 DEVICES: Final = 3
@@ -56,7 +56,7 @@ def rows(quick: bool) -> Iterator[Row]:
         before = loss_per_token(model, held_out)
         for run in range(runs):
             shares = [list(chain.from_iterable(share)) for share in dealt(known, DEVICES, run)]
-            Devices(model, shares, BlobStore(folder / "blobs")).learn(plan, run)
+            learn(model, shares, plan, run, BlobStore(folder / "blobs"))
             pairs.append((loss_per_token(model, held_out), before))
     what = f"TAT-QA answers, {DEVICES} devices, no DP: loss per token"
     yield costs(what, "the base model", pairs, "nats")

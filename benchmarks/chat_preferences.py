@@ -27,7 +27,7 @@ from fedloop_tasks.causal.plan import ChatPlan
 from fedloop_tasks.turns import Turn
 from msgspec.structs import replace
 
-from benchmarks.chat_rounds import Devices, dealt, loss_per_token, smollm2
+from benchmarks.chat_rounds import dealt, learn, loss_per_token, smollm2
 from benchmarks.harness import MIN_RUNS, Row, costs, data_set, rates, scratch
 
 DEVICES: Final = 3
@@ -72,7 +72,7 @@ class Experiment:
         """What a way to learn makes of the base; the first release and who has which pairs follow from the seed."""
         given = dealt(self._known, DEVICES, seed)
         shares = [thumbs(share) for share in given] if name == "KTO" else given
-        Devices(self._model, shares, self._blobs).learn(plan, seed)
+        learn(self._model, shares, plan, seed, self._blobs)
         return self._measured()
 
     def _measured(self) -> Measured:

@@ -12,6 +12,7 @@ from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
 from fedloop_events.types import AcceptedUpdate, RoundOpened
 from fedloop_server.aggregation.merging import merge
+from fedloop_tasks.planning import TrainingPlan
 from fedloop_tasks.programs.adapter import Trains
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import STATE, Arrays, Terms
@@ -27,14 +28,14 @@ M = TypeVar("M", bound=Learner)
 
 
 class Federation(Generic[M]):
-    """Devices with their examples, and one release after the other. A kind of model says in `measured` how good a release is."""
+    """Devices with their examples, and one release after the other; `measured` may say how good one is."""
 
     def __init__(self, model: M, shares: Sequence[Sequence[Any]], blobs: BlobStore) -> None:
         self.model, self.shares, self._blobs = model, shares, blobs
 
     def measured(self, release: Arrays) -> Mapping[str, float]:
-        """How good a release is, by name."""
-        raise NotImplementedError
+        """How good a release is, by name; it is shown after each round."""
+        return {}
 
     def round(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str] | None = None) -> Arrays:
         """The release that all devices make of `release` under `terms`."""
@@ -57,9 +58,14 @@ class Federation(Generic[M]):
             start = time.perf_counter()
             release = self.round(number, release, terms, upload)
             took_s = time.perf_counter() - start
-            found = ", ".join(f"{name} {value:.4f}" for name, value in self.measured(release).items())
-            print(f"  round {number}: {found}, {took_s:.0f} s", file=sys.stderr, flush=True)
+            found = [f"{name} {value:.4f}" for name, value in self.measured(release).items()]
+            print(f"  round {number}: {', '.join([*found, f'{took_s:.0f} s'])}", file=sys.stderr, flush=True)
         return release
+
+    def planned(self, plan: TrainingPlan, release: Arrays) -> Arrays:
+        """What all rounds of a plan make of a first release."""
+        terms = plan.terms(plan.merge, plan.mechanisms().get(plan.merge))
+        return self.rounds(1, plan.planned_rounds, release, terms)
 
     def _opened(self, number: int, release: Arrays, terms: Terms, upload: Sequence[str]) -> RoundOpened:
         return RoundOpened(

