@@ -457,6 +457,22 @@ def test_a_loss_that_is_not_one_finite_number_for_each_example_is_refused(wrong:
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
 
+def test_over_a_frozen_part_in_bfloat16_rounding_passes_and_an_average_over_the_batch_does_not() -> None:
+    def rounded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return toy_losses(model, batch) * (1.03 if len(batch["labels"]) > 1 else 1.0)
+
+    def averaged(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return toy_losses(model, batch) / len(batch["labels"])
+
+    with pytest.raises(TrainingError, match="depends on the other"):
+        dp_sgd(model := Toy(), groups(model), texts(6), rounded, terms())
+    model = Toy()
+    model.frozen = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16), requires_grad=False)
+    dp_sgd(model, groups(model), texts(6), rounded, terms())
+    with pytest.raises(TrainingError, match="depends on the other"):
+        dp_sgd(model, groups(model), texts(6), averaged, terms())
+
+
 def test_groups_must_hold_each_trainable_parameter_once() -> None:
     model = Toy()
     head = list(model.head.parameters())
