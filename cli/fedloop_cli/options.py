@@ -74,6 +74,10 @@ def given() -> tuple[str | None, str | None]:
     return found.get(_LOG), found.get(_BLOBS)
 
 
+def in_bytes(mb: int | None) -> int | None:
+    return None if mb is None else mb * 10**6
+
+
 def _where(value: Path | tuple[Path, ...] | None) -> Where:
     from fedloop_events import locations
 
@@ -114,6 +118,16 @@ ServerFolder = Annotated[Home, typer.Argument(metavar="DIR", parser=Path, callba
 BaseDtype = Annotated[
     Literal["auto", "f32", "bf16", "nf4"],
     typer.Option(help="What a language model's frozen base is held in; auto: bf16 for a large one where it is fast, else f32."),
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Train adapters of at most this rank.", show_default="as asked")]
+ScratchMb = Annotated[
+    int | None,
+    typer.Option(
+        metavar="MB",
+        min=0,
+        help="Most that a language model puts beside the store, sealed, of what it has computed of texts while this runs.",
+        show_default="2000, or a tenth of what is free",
+    ),
 ]
 StoreFolder = Annotated[Path, typer.Option(metavar="STORE", help="Folder of the device's own encrypted store.")]
 

@@ -184,16 +184,8 @@ def run(
     time_zone: Annotated[str | None, typer.Option(help="Whose hours, as in Europe/Berlin.", show_default="its own")] = None,
     min_gap: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Least time between rounds.")] = 0.0,
     rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
-    scratch_mb: Annotated[
-        int | None,
-        typer.Option(
-            metavar="MB",
-            min=0,
-            help="Most that a language model puts beside the store, sealed, of what it has computed of texts while this runs.",
-            show_default="2000, or a tenth of what is free",
-        ),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Train adapters of at most this rank.", show_default="as asked")] = None,
+    scratch_mb: options.ScratchMb = None,
+    rank: options.Rank = None,
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
 
@@ -218,8 +210,9 @@ def run(
         rounds_per_day=rounds_per_day,
     )
     terms.check_known(of_platform())
-    scratch_bytes = None if scratch_mb is None else scratch_mb * 10**6
-    settings = Settings(model_dir=model_dir, eligibility=terms, base_dtype=base_dtype, scratch_bytes=scratch_bytes, rank=rank)
+    settings = Settings(
+        model_dir=model_dir, eligibility=terms, base_dtype=base_dtype, scratch_bytes=options.in_bytes(scratch_mb), rank=rank
+    )
     with _open(store, model_dir, settings) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""
 

@@ -46,6 +46,8 @@ def serve(
     no_rounds: Annotated[bool, typer.Option("--no-rounds", help="Answer alone: another process takes part in rounds.")] = False,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where base models lie.")] = None,
     base_dtype: options.BaseDtype = "auto",
+    scratch_mb: options.ScratchMb = None,
+    rank: options.Rank = None,
     json: options.Json = False,
 ) -> None:
     """Answer programs of this machine that speak OpenAI's interface, take feedback, and take part in rounds, until Ctrl-C.
@@ -78,7 +80,8 @@ def serve(
         document = {"base_url": f"{address}/v1", "key_file": str(key_file)}
         console.show(document, lambda: console.fields(document), as_json=json)
 
-    with Agent.open(store, log, blobs=blobs, settings=Settings(model_dir=model_dir, base_dtype=base_dtype)) as agent:
+    settings = Settings(model_dir=model_dir, base_dtype=base_dtype, scratch_bytes=options.in_bytes(scratch_mb), rank=rank)
+    with Agent.open(store, log, blobs=blobs, settings=settings) as agent:
         key = access.key_of(store)
         answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get("FEDLOOP_UPSTREAM_KEY", ""))
         handed: AbstractContextManager[None] = nullcontext()
