@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("events", "privacy", "tasks", "clients", "server", "cli", "tests", "benchmarks", "docs", "deploy")
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)})/[\w./-]*")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
-HEADLINE_ROWS = 6
+HEADLINE_ROWS = 7
 DOCUMENTS = sorted(
     each.relative_to(ROOT) for each in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.svg"))
 )
