@@ -81,7 +81,7 @@ def as_expected(expected: dict[str, Any]) -> dict[str, Any]:
     kept = [each for each in expected["kept"] if each[0] == "identity"]
     return {name: value for name, value in expected.items() if name not in ("given", "unpublished")} | {
         "kept": kept,
-        "status": expected["status"] | {"cut_short": [], "personal": None},
+        "status": expected["status"] | {"cut_short": [], "personal": None, "rank": None},
     }
 
 
