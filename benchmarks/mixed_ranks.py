@@ -7,7 +7,6 @@ all devices. Rounds run in one process, without the log: each device's program, 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -20,11 +19,12 @@ from fedloop_tasks.causal.model import CausalModel, describe
 from fedloop_tasks.models import registry
 from fedloop_tasks.table import program_of
 from fedloop_tasks.task import Arrays, Terms
-from fedloop_tasks.turns import Turn
 
 from benchmarks.chat_rounds import PACKAGE, loss_per_token
+from benchmarks.chat_utility import examples
 from benchmarks.federation import Federation
-from benchmarks.harness import Row, costs, data_set, scratch
+from benchmarks.harness import Row, costs, scratch
+from benchmarks.utility import banking77
 
 MIXED: Final = (4, 4, 8, 8, 16, 16)
 EVEN: Final = (8,) * len(MIXED)
@@ -58,10 +58,8 @@ def _model(folder: Path, rank: int) -> CausalModel:
 
 def _questions(part: str, n: int, seed: int) -> list[Example]:
     """`n` questions drawn at random, each with its intent as words."""
-    with data_set(f"banking77/{part}.csv").open(encoding="utf-8", newline="") as file:
-        known = list(csv.DictReader(file))
-    chosen = np.random.default_rng(seed).choice(len(known), n, replace=False)
-    return [Example((Turn("user", known[i]["text"]),), known[i]["category"].replace("_", " ")) for i in chosen]
+    known = banking77(part)
+    return examples(known.take(np.random.default_rng(seed).choice(len(known.texts), n, replace=False).tolist()))
 
 
 class Ranked(Federation[CausalModel]):
