@@ -77,6 +77,22 @@ def next_release(chatted: Chatted, *, same_factors: bool) -> None:
     chatted.release()
 
 
+def test_what_is_fixed_in_a_release_stays_as_it_is(chatted: Chatted, agent: Agent) -> None:
+    """As in releases of `stack` and `residual`."""
+    random, before = np.random.default_rng(7), chatted.arrays
+    name = next(name[:-2] for name in before if name.endswith(".A"))
+    out, into = len(before[f"{name}.B"]), before[f"{name}.A"].shape[1]
+    fixed = {f"{name}.fixed.A": (3, into), f"{name}.fixed.B": (out, 3)}
+    chatted.arrays = before | {key: random.normal(0, 0.01, shape).astype(np.float32) for key, shape in fixed.items()}
+    chatted.release()
+    agent.run(until=settled)
+    assert agent.personalise().kept
+    held = holds(agent)
+    assert all(np.array_equal(held[key], chatted.arrays[key]) for key in fixed)
+    assert not same(held, chatted.arrays)
+    chatted.arrays = before
+
+
 def test_it_is_trained_on_the_persons_examples_and_answers_on_top_of_the_release(chatted: Chatted, agent: Agent) -> None:
     assert same(holds(agent), chatted.arrays)
     before = agent.chat(HELLO)
