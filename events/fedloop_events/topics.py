@@ -15,8 +15,11 @@ UPDATES: Final = "updates"
 RELEASES: Final = "releases"
 AUDIT: Final = "audit"
 QUARANTINE: Final = "quarantine"
+SCORED: Final = "scored"
+METRICS: Final = "metrics"
+TRAINING: Final = "training"
 
-ALL: Final = (CLIENTS, FEEDBACK, ROUNDS, UPDATES, RELEASES, AUDIT, QUARANTINE)
+ALL: Final = (CLIENTS, FEEDBACK, QUARANTINE, SCORED, METRICS, TRAINING, ROUNDS, UPDATES, RELEASES, AUDIT)
 """In an order in which one can cause the next: events of the same millisecond are read in it."""
 
 KEPT: Final = -1
@@ -63,6 +66,9 @@ DECLARED: Final[Mapping[str, Topic]] = MappingProxyType(
             Topic(RELEASES),
             Topic(AUDIT, by_client=True),
             Topic(QUARANTINE, retention_ms=14 * _DAY_MS),
+            Topic(SCORED, partitions=6, retention_ms=14 * _DAY_MS),
+            Topic(METRICS, partitions=6, retention_ms=400 * _DAY_MS),
+            Topic(TRAINING, partitions=6, retention_ms=90 * _DAY_MS),
         )
     }
 )

@@ -19,9 +19,11 @@ class EventWriter:
         self.log, self.key = log, key
         self._clock = clock
 
-    def event(self, payload: Payload, *, id: str | None = None) -> Event:  # noqa: A002 (the attribute's name)
-        """The signed event of `payload`, under a new id unless one is given; not yet appended."""
-        event = envelope.encode(payload, id=ids.new_id() if id is None else id, time_s=int(self._clock()))
+    def event(self, payload: Payload, *, id: str | None = None, time_s: int | None = None) -> Event:  # noqa: A002 (the attribute's name)
+        """The signed event of `payload`, under a new id and of now unless they are given; not yet appended."""
+        event = envelope.encode(
+            payload, id=ids.new_id() if id is None else id, time_s=int(self._clock()) if time_s is None else time_s
+        )
         return signatures.sign(event, self.key)
 
     def append(self, *payloads: Payload) -> list[Event]:

@@ -46,7 +46,7 @@ def decide(
     for own in ((), (epoch,)):
         if not drafts:
             return
-        for events in _batches(event for each in drafts for event in _events(writer, each, own)):
+        for events in batches(event for each in drafts for event in _events(writer, each, own)):
             log.append(events)
         drafts = missing(drafts)
     if drafts:
@@ -63,7 +63,8 @@ def _events(writer: EventWriter, draft: Draft, own: tuple[int, ...]) -> Iterator
     yield writer.event(whole, id=ids.derived_id(*draft.what, *own))
 
 
-def _batches(events: Iterable[Event]) -> Iterator[list[Event]]:
+def batches(events: Iterable[Event]) -> Iterator[list[Event]]:
+    """As many at a time as one append takes."""
     batch: list[Event] = []
     left = APPEND_BYTES
     for event in events:

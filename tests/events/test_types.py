@@ -89,6 +89,7 @@ def test_what_only_a_newer_program_knows_is_its_own_clients_and_nobody_elses() -
     own = frozenset({"device-1"})
     assert seen == {
         "clients": own, "feedback": own, "updates": own, "audit": own, "rounds": NOBODY, "releases": NOBODY, "quarantine": NOBODY,
+        "scored": NOBODY, "metrics": NOBODY, "training": NOBODY,
     }  # fmt: skip
 
 

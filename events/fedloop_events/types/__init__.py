@@ -10,8 +10,11 @@ from fedloop_events.types.audit import *  # noqa: F403
 from fedloop_events.types.clients import *  # noqa: F403
 from fedloop_events.types.feedback import *  # noqa: F403
 from fedloop_events.types.fields import *  # noqa: F403
+from fedloop_events.types.metrics import *  # noqa: F403
 from fedloop_events.types.payload import *  # noqa: F403
 from fedloop_events.types.quarantine import *  # noqa: F403
 from fedloop_events.types.releases import *  # noqa: F403
 from fedloop_events.types.rounds import *  # noqa: F403
+from fedloop_events.types.scored import *  # noqa: F403
+from fedloop_events.types.training import *  # noqa: F403
 from fedloop_events.types.updates import *  # noqa: F403

@@ -12,9 +12,12 @@ from fedloop_events.types.fields import (
     Count,
     Identifier,
     Label,
+    Line,
     Signal,
 )
 from fedloop_events.types.payload import Audience, ClientEvent, Older
+
+LatencyBin = Annotated[str, Meta(min_length=1, max_length=5, pattern=r"\A-?[0-9]+\Z")]
 
 
 class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,6 +62,28 @@ class FeedbackRetracted(ClientEvent, frozen=True, forbid_unknown_fields=True, om
     audience = Audience.SUBJECT
 
     feedback_id: Identifier
+
+
+class UsageSummarised(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a device answered of one use case with one release in one interval, in counts: no text, no single interaction.
+
+    `latency` counts response times by bin: bin i (its decimal number is the key) holds those in (g ** (i - 1), g ** i] seconds,
+    g = 1.01 / 0.99, so that quantiles of merged summaries are within 1% (DDSketch, Masson et al. 2019, VLDB 12). `masked` counts
+    what the masker found, by type.
+    """
+
+    topic = topics.FEEDBACK
+    type_name = "io.fedloop.usage.summarised.v1"
+    audience = Audience.SUBJECT
+
+    use_case: Identifier
+    release: Identifier
+    from_ms: Count
+    to_ms: Count
+    answers: Count
+    latency: Annotated[dict[LatencyBin, Count], Meta(max_length=2048)] = {}
+    signals: Annotated[dict[Signal, Count], Meta(max_length=64)] = {}
+    masked: Annotated[dict[Line, Count], Meta(max_length=64)] = {}
 
 
 class FeedbackRecordedV2(Older, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -92,7 +92,8 @@ def _role(
 
 
 _OF_DEVICES: Final = (topics.CLIENTS, topics.FEEDBACK, topics.UPDATES, topics.AUDIT)
-_OF_SERVERS: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES, topics.AUDIT, topics.QUARANTINE)
+_OF_PIPELINES: Final = (topics.QUARANTINE, topics.SCORED, topics.METRICS, topics.TRAINING)
+_OF_SERVERS: Final = (topics.CLIENTS, topics.ROUNDS, topics.RELEASES, topics.AUDIT, *_OF_PIPELINES)
 
 ROLES: Final[Mapping[str, Role]] = MappingProxyType(
     {
@@ -105,7 +106,7 @@ ROLES: Final[Mapping[str, Role]] = MappingProxyType(
         # itself any right. Nobody may delete: the log is append-only.
         "operator": _role(
             topics.ALL,
-            (topics.CLIENTS, topics.ROUNDS, topics.RELEASES),
+            (topics.CLIENTS, topics.ROUNDS, topics.RELEASES, *_OF_PIPELINES),
             (Operation.CREATE, Operation.ALTER, Operation.DESCRIBE_CONFIGS, Operation.ALTER_CONFIGS),
             (AclOperation.ALTER, AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS),
         ),

@@ -1,0 +1,1 @@
+"""The feedback pipeline: pure operators over the log, and what runs them."""

@@ -1,0 +1,1 @@
+"""The operators of the feedback pipeline, a file for each."""
