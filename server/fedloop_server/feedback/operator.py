@@ -38,7 +38,7 @@ class Operator(Protocol[S]):
     state_type: type[S]
 
     def key(self, record: Record, payload: Payload) -> str | None:
-        """Whose state an event concerns, which is the event's own key (a runner on several processes has no other at hand); None if
+        """Whose state an event concerns, which is its own key (a runner on several processes has no other at hand); None if
         it concerns nobody's."""
 
     def apply(self, state: S, record: Record, payload: Payload) -> Iterator[Emit]:
