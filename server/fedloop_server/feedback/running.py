@@ -32,8 +32,8 @@ def operators(config: ServerConfig) -> list[Operator[Any]]:
 def run(directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False) -> Ran:
     """Run the pipeline until `stop` is set, or (`until_idle`) all feedback that is there has been taken in.
 
-    Killed at any point and started again, it goes on where it was, and emits nothing twice. Raises `UnreachableError` while another
-    pipeline runs for the same folder.
+    Killed at any point and started again, it goes on where it was, and emits nothing twice. Raises `UnreachableError` while
+    another pipeline runs for the same folder.
     """
     deployment = open_deployment(directory, place)
     with States(deployment.folder / FILE_NAME) as states:
