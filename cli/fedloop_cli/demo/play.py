@@ -246,12 +246,12 @@ def _ended(scene: Scene, request_id: str) -> bool:
 def _rounds_of(scene: Scene, request_id: str) -> list[RoundSummary]:
     assert scene.followed is not None
     found = scene.followed.rounds.rounds.values()
-    return [rounds.summarise(each, scene.followed.releases) for each in found if each.request_id == request_id]
+    return [rounds.summarise(each, scene.followed) for each in found if each.request_id == request_id]
 
 
 def _note_rounds(scene: Scene, request_id: str) -> None:
     for each in _rounds_of(scene, request_id):
-        what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.reason
+        what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.aborted
         scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {what}")
 
 
