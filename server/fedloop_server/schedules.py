@@ -18,6 +18,8 @@ from fedloop_events.errors import UsageError
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.hours import zone
 
+REQUEST: Final = "at-"
+"""How the id of a scheduled request begins."""
 _FIELDS: Final = 5
 _MARGIN_S: Final = 6 * 3600
 """More than any clock is put forward or back."""
@@ -51,9 +53,9 @@ def due(rounds: RoundsView, schedule: str, time_zone: str, wall_s: float) -> Due
     last = _last_before(schedule, zone(time_zone), int(wall_s) // 60)
     if last is None:
         return None
-    named = f"at-{hashlib.sha256(f'{schedule} {time_zone}'.encode()).hexdigest()[:8]}-"
+    named = f"{REQUEST}{hashlib.sha256(f'{schedule} {time_zone}'.encode()).hexdigest()[:8]}-"
     request_id = f"{named}{last.astimezone(UTC):%Y%m%dT%H%MZ}"
-    if request_id in rounds.requests or any(each.request_id.startswith("at-") for each in rounds.queued):
+    if request_id in rounds.requests or any(each.request_id.startswith(REQUEST) for each in rounds.queued):
         return None
     if last.timestamp() * 1000 < rounds.epoch_ms and not any(each.startswith(named) for each in reversed(rounds.requests)):
         return None
