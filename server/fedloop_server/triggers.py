@@ -118,7 +118,9 @@ class ScheduleTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=
     MEANING: ClassVar[dict[str, str]] = {"cron": 'When, as cron says it, in the time zone above: "30 2 * * *".'}
     kind = "schedule"
 
-    cron: str
+    cron: Annotated[str, Meta(max_length=200)]
+    cooldown_s: Annotated[float, Meta(ge=0, le=366 * 24 * 3600)] = 0.0
+    max_per_day: Annotated[int, Meta(ge=1, le=MAX_PER_DAY)] = MAX_PER_DAY
 
 
 class EventTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -12,6 +12,7 @@ from msgspec import Struct
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
 from fedloop_server.feedback.operator import Operator
+from fedloop_server.feedback.operators.triggering import Triggering
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import FILE_NAME, States
 
@@ -26,7 +27,7 @@ class Ran(Struct, frozen=True):
 
 def operators(config: ServerConfig) -> list[Operator[Any]]:
     """The pipeline's operators as a deployment has them configured, in the order in which one can cause the next."""
-    return []
+    return [Triggering(config.triggers, config.time_zone)]
 
 
 def run(directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False) -> Ran:
