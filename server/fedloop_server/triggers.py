@@ -89,7 +89,8 @@ class AccuracyTrigger(BoundTrigger, frozen=True, forbid_unknown_fields=True, kw_
 
 class DriftTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):
     MEANING: ClassVar[dict[str, str]] = {
-        "metrics": 'What drifted: "satisfaction" or "accuracy", if they fell, "labels", "embeddings".'
+        "metrics": 'What drifted: "satisfaction" or "accuracy", if they fell, "labels", "embeddings".',
+        "after": "Pieces of feedback after the drift, from which a round can learn what is new, before it fires.",
     }
     kind = "drift"
 
@@ -99,6 +100,7 @@ class DriftTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         "labels",
         "embeddings",
     )
+    after: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
 
 
 class ForecastTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -45,6 +45,7 @@ LATER: Final = {
     "io.fedloop.round.request.withdrawn.v1",
     "io.fedloop.trigger.fired.v1",
     "io.fedloop.trigger.muted.v1",
+    "io.fedloop.usage.counted.v1",
     "io.fedloop.usage.summarised.v1",
 }
 """Types that there were not yet when these logs were written."""

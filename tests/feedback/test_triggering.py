@@ -198,6 +198,17 @@ def test_a_fall_that_detectors_found_fires_and_a_rise_does_not() -> None:
     assert narrow.take(drift("labels", None, None))[0].reason == "drift: labels of support changed (ADWIN, Page-Hinkley)"
 
 
+def test_a_drift_fires_once_enough_feedback_came_after_it_unless_a_release_came_first() -> None:
+    play = Played(DriftTrigger(name="drifted", after=3, cooldown_s=0))
+    assert not play.take(scored(), scored(), scored(), drift(), scored(), scored(use_case="other"), scored())
+    assert [each.reason for each in play.take(scored())] == [
+        "drift: satisfaction of support fell from 0.83 to 0.61 (ADWIN, Page-Hinkley)"
+    ]
+    assert not play.take(scored(), scored(), scored())
+    play.serve()
+    assert not play.take(drift(), published("r2"), scored(), scored(), scored())
+
+
 def test_a_forecast_fires_if_the_bound_is_crossed_soon_enough() -> None:
     trigger = ForecastTrigger(name="soon", metric="satisfaction", below=0.7, within_s=1800)
     assert Played(trigger).take(forecast(0.71)) == []

@@ -12,6 +12,10 @@ from msgspec import Struct
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
 from fedloop_server.feedback.operator import Operator
+from fedloop_server.feedback.operators.counting import Counting
+from fedloop_server.feedback.operators.curating import Curating
+from fedloop_server.feedback.operators.drift import Drift
+from fedloop_server.feedback.operators.measuring import Measuring
 from fedloop_server.feedback.operators.triggering import Triggering
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import FILE_NAME, States
@@ -27,7 +31,7 @@ class Ran(Struct, frozen=True):
 
 def operators(config: ServerConfig) -> list[Operator[Any]]:
     """The pipeline's operators as a deployment has them configured, in the order in which one can cause the next."""
-    return [Triggering(config.triggers, config.time_zone)]
+    return [Counting(), Measuring(), Drift(), Curating(), Triggering(config.triggers, config.time_zone)]
 
 
 def run(directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False) -> Ran:

@@ -67,6 +67,15 @@ class NewFeedback(Struct):
     accuracy: list[float] = []
 
 
+class Awaited(Struct):
+    """A drift after which more feedback has to come."""
+
+    use_case: str
+    left: int
+    cause: str
+    why: str
+
+
 class TriggerState(Struct):
     """What became of one trigger. Times are the log's own, in ms."""
 
@@ -81,6 +90,8 @@ class TriggerState(Struct):
     muted_until_ms: int = 0
     scheduled_ms: int = 0
     """Up to when the times of its schedule have passed."""
+    awaited: Awaited | None = None
+    """The latest; a release that comes first has taken it in."""
 
 
 class TriggeringState(Struct):
@@ -112,7 +123,7 @@ class Fired(NamedTuple):
 class Triggering:
     """Emits `RoundRequested`; `made` are the only requests that it asks for, where it looks back at what was."""
 
-    name, version = "triggering", 1
+    name, version = "trigger", 1
     topics = (topics.SCORED, topics.METRICS, topics.ROUNDS, topics.RELEASES)
     state_type = TriggeringState
 
@@ -146,10 +157,14 @@ class Triggering:
                 for level in self._levels:
                     if level.watches(payload.use_case) and (why := due(level, payload.use_case, new)):
                         yield Fired(level, record.id, record.appended_ms, why)
+                yield from self._waited(state, payload.use_case, record)
             case types.DriftDetected() | types.MetricForecast():
                 for trigger in self.triggers:
                     if trigger.watches(payload.use_case) and (why := _concluded(trigger, payload)):
-                        yield Fired(trigger, record.id, record.appended_ms, why)
+                        if isinstance(trigger, DriftTrigger) and trigger.after:
+                            state.of(trigger).awaited = Awaited(payload.use_case, trigger.after, record.id, why)
+                        else:
+                            yield Fired(trigger, record.id, record.appended_ms, why)
             case types.TriggerFired():
                 for trigger in self.triggers:
                     if trigger.name == payload.trigger and isinstance(trigger, EventTrigger):
@@ -161,12 +176,23 @@ class Triggering:
             case types.ReleasePublished():
                 _supersede(state, payload.model, payload.release)
                 state.new.clear()
+                for one in state.triggers.values():
+                    one.awaited = None
             case types.ReleaseRolledBack():
                 _supersede(state, payload.model, payload.release)
                 for new in state.new.values():
                     new.satisfaction, new.accuracy = [], []
             case _:
                 pass
+
+    def _waited(self, state: TriggeringState, use_case: str, record: Record) -> Iterator[Fired]:
+        for trigger in self.triggers:
+            one = state.of(trigger)
+            if one.awaited is not None and one.awaited.use_case == use_case:
+                one.awaited.left -= 1
+                if one.awaited.left <= 0:
+                    yield Fired(trigger, one.awaited.cause, record.appended_ms, one.awaited.why)
+                    one.awaited = None
 
     def _count(self, state: TriggeringState, new: NewFeedback, scored: types.FeedbackScored) -> None:
         new.all += 1
