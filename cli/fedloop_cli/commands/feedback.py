@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from fedloop_cli import console, options
+from fedloop_cli.commands import feedback_export
 
 app = options.group(help="Run the feedback pipeline, and look at what it found.")
+app.command(cls=options.Command)(feedback_export.export)
 
 
 @app.command(cls=options.Command)
