@@ -89,7 +89,8 @@ class AccuracyTrigger(BoundTrigger, frozen=True, forbid_unknown_fields=True, kw_
 
 class DriftTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):
     MEANING: ClassVar[dict[str, str]] = {
-        "metrics": 'What drifted: "satisfaction" or "accuracy", if they fell, "labels", "embeddings".'
+        "metrics": 'What drifted: "satisfaction" or "accuracy", if they fell, "labels", "embeddings".',
+        "after": "Pieces of feedback after the drift, from which a round can learn what is new, before it fires.",
     }
     kind = "drift"
 
@@ -99,6 +100,7 @@ class DriftTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         "labels",
         "embeddings",
     )
+    after: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
 
 
 class ForecastTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -118,7 +120,9 @@ class ScheduleTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=
     MEANING: ClassVar[dict[str, str]] = {"cron": 'When, as cron says it, in the time zone above: "30 2 * * *".'}
     kind = "schedule"
 
-    cron: str
+    cron: Annotated[str, Meta(max_length=200)]
+    cooldown_s: Annotated[float, Meta(ge=0, le=366 * 24 * 3600)] = 0.0
+    max_per_day: Annotated[int, Meta(ge=1, le=MAX_PER_DAY)] = MAX_PER_DAY
 
 
 class EventTrigger(Trigger, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -18,4 +18,6 @@ def main(directory: Path, channel: socket.socket) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    running.run(directory, locations.locate(directory), stop)
+    place = locations.locate(directory)
+    running.run(directory, place, stop)
+    running.run(directory, place, threading.Event(), until_idle=True)  # what was published last

@@ -16,9 +16,9 @@ from fedloop_cli import corpus
 
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
-FIRST_WAVE, FIRST_SPOKEN_WAVE = 0.3, 0.8
+FIRST_WAVE, FIRST_SPOKEN_WAVE = 0.36, 0.8
 """Share of the messages that is written before the first round."""
-SHIFT: Final = 1 / 3
+SHIFT: Final = 0.4
 """Share of a device's messages before which its user asks of half of everything, and after which mostly of the other half."""
 SPOKEN, ASKED = 200, 30
 """Messages of a device whose model writes its answers, and how many of them are asked now: an answer takes a second."""
