@@ -24,9 +24,13 @@ import pytest
 from brokers import Cluster
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
+
+settings.register_profile("fedloop", deadline=None)  # what an example takes is up to what else the machine does
+settings.load_profile("fedloop")
 
 VARIABLE: Final = "FEDLOOP_TEST_KAFKA"
 ANSWER_S: Final = 30.0
