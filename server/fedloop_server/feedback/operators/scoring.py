@@ -170,10 +170,11 @@ def satisfaction(feedback: FeedbackRecorded) -> float | None:
 
 
 def correct(feedback: FeedbackRecorded) -> bool | None:
-    """Whether the label, or else the correction, is what was answered; None where there is neither, or no answer is known."""
+    """Whether the label, or else the correction, is what was answered; of a closed set of words a thumb says it too. None where
+    there is none of these, or no answer is known."""
     given = feedback.label if feedback.label is not None else _text(feedback.correction)
     if given is None:
-        return None
+        return None if feedback.predicted is None or feedback.thumb is None else feedback.thumb == "up"
     answers = [each for each in (feedback.predicted, _text(feedback.response)) if each is not None]
     if answers:
         return any(given.strip() == each.strip() for each in answers)
