@@ -19,7 +19,7 @@ from fedloop_events.errors import FedloopError, UsageError
 from fedloop_events.files import is_full, reason
 
 from fedloop_cli import console, options, task_options
-from fedloop_cli.commands import agent, audit, blobs, demo, doctor, gateway, init, log, model, release, rounds, server
+from fedloop_cli.commands import agent, audit, blobs, demo, doctor, feedback, gateway, init, log, model, release, rounds, server
 
 INTERRUPTED: Final = 130
 _LEFT: Final = ("fedloop-refresh", "fedloop-rounds", "fedloop-releases")
@@ -34,6 +34,7 @@ app.add_typer(agent.app, name="agent")
 app.add_typer(model.app, name="model")
 app.add_typer(rounds.app, name="round")
 app.add_typer(release.app, name="release")
+app.add_typer(feedback.app, name="feedback")
 app.add_typer(audit.app, name="audit")
 app.add_typer(log.app, name="log")
 app.add_typer(blobs.app, name="blobs")

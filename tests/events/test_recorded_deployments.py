@@ -43,6 +43,7 @@ LATER: Final = {
     "io.fedloop.round.abort.requested.v1",
     "io.fedloop.round.closed.v2",
     "io.fedloop.round.request.withdrawn.v1",
+    "io.fedloop.trigger.fired.v1",
     "io.fedloop.trigger.muted.v1",
     "io.fedloop.usage.counted.v1",
     "io.fedloop.usage.summarised.v1",

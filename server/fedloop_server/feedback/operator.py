@@ -7,7 +7,7 @@ again, after a crash, emits the same events under the same ids, and the log hold
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from fedloop_events import ids
 from fedloop_events.envelope import Event, Record
@@ -30,12 +30,21 @@ class Emit(NamedTuple):
 class Operator(Protocol[S]):
     """A named, versioned fold by key over some topics. A state holds one key's; it is changed in place, and is bounded."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    """Part of the ids of what it emits, and of what its states are kept under: another version begins anew."""
-    topics: ClassVar[tuple[str, ...]]
-    """What it reads. Order holds within one key of one topic, and nowhere else."""
-    state_type: type[S]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int:
+        """Part of the ids of what it emits, and of what its states are kept under: another version begins anew, where the log is
+        taken in up to."""
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """What it reads. Order holds within one key of one topic, and nowhere else."""
+
+    @property
+    def state_type(self) -> type[S]:
+        """Made without arguments it is the state that a key has at first."""
 
     def key(self, record: Record, payload: Payload) -> str | None:
         """Whose state an event concerns, which is its own key (a runner on several processes has no other at hand); None if
@@ -46,7 +55,8 @@ class Operator(Protocol[S]):
 
     def advance(self, key: str, state: S, now_ms: int) -> Iterator[Emit]:
         """Emit what is due: everything of this key that was appended to its topics before `now_ms`, by the log's clock, has been
-        taken in. What is emitted names what it is `of`."""
+        taken in. What is emitted names what it is `of`. It is not asked of an operator that reads a topic by client, which has
+        too many keys for that."""
 
 
 def event_of(writer: EventWriter, operator: Operator[S], emitted: Emit, record: Record | None, number: int) -> Event:
