@@ -44,6 +44,7 @@ from fedloop_clients.refreshing import Refresher, refresh_now
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import NotWritableError, cannot_write
+from fedloop_clients.usage import Timed
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -91,7 +92,7 @@ class Agent:
         self._reading = threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
         self._in_force = InForce(self._device, self._refresher)
-        self._chatting = Chatting(self._device.interactions, self._in_force.to_chat)
+        self._chatting = Chatting(self._device.interactions, self._in_force.to_chat, self._device.usage)
 
     @classmethod
     def enrol(
@@ -177,13 +178,15 @@ class Agent:
         `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
         had.
         """
+        timed = Timed()
         check_text("text", text, MAX_TEXT_CHARS)
         masked = self._masking.masked_or_none(text)
         with self._in_force.to_predict() as (model, release):
             answers, confidences = model.predict([masked.text if masked else text])
         response_id, note, words = "", "", task_of(release.spec).words
         try:
-            response_id = self._device.interactions.respond(text, masked, answers[0], release.release, words)
+            with self._device.usage.answered(release.release, timed.seconds, masked.counts if masked else None):
+                response_id = self._device.interactions.respond(text, masked, answers[0], release.release, words)
         except NotWritableError as error:
             note = f"{error.message}, so no feedback can name this response"
         return Response(response_id, answers[0], confidences[0], release.release, note)
@@ -248,8 +251,11 @@ class Agent:
         with self._in_force.to_embed() as (model, _):
             return model.embed(texts)
 
-    def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
-        """Keep an answer that was made elsewhere, as if the release in force had made it: see `chat` and `record`.
+    def record_answer(
+        self, messages: Messages, answer: str, *, response_id: str | None = None, took_s: float | None = None
+    ) -> ChatResponse:
+        """Keep an answer that was made elsewhere, in `took_s` seconds, as if the release in force had made it: see `chat` and
+        `record`.
 
         Raises `UsageError`.
         """
@@ -257,7 +263,8 @@ class Agent:
         check_answer(answer)
         check_chats(spec)
         kept = self._own_id("response", response_id)
-        kept = self._device.interactions.answer(turns, answer, release.release, kept)
+        with self._device.usage.answered(release.release, took_s):
+            kept = self._device.interactions.answer(turns, answer, release.release, kept)
         return ChatResponse(kept, release.release, answer, 1.0, finished=True, prompt_tokens=0, tokens=0)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
@@ -270,9 +277,10 @@ class Agent:
         check_predicts(spec)
         words = task_of(spec).words
         label, response_id = check_word("label", label, words), self._own_id("response", response_id)
-        response_id = self._device.interactions.respond(
-            text, None, label, release.release, words, response=response, response_id=response_id
-        )
+        with self._device.usage.answered(release.release, None):
+            response_id = self._device.interactions.respond(
+                text, None, label, release.release, words, response=response, response_id=response_id
+            )
         return Response(response_id, label, 1.0, release.release)
 
     def feedback(

@@ -21,6 +21,7 @@ from fedloop_clients.interactions import Interactions
 from fedloop_clients.releases import KeptRelease
 from fedloop_clients.stopping import stopped
 from fedloop_clients.store_file import NotWritableError
+from fedloop_clients.usage import Timed, Usage
 
 THREAD: Final = "fedloop-chat"
 """The name of a thread that writes an answer."""
@@ -127,23 +128,24 @@ class ChatStream:
 class Chatting:
     """The answers of one device. They are written one at a time: a second model would need as much memory again."""
 
-    def __init__(self, interactions: Interactions, lend: Lend) -> None:
-        self._interactions, self._lend = interactions, lend
+    def __init__(self, interactions: Interactions, lend: Lend, usage: Usage) -> None:
+        self._interactions, self._lend, self._usage = interactions, lend, usage
         self._turn, self._closed = threading.Lock(), threading.Event()
 
     def whole(self, turns: Sequence[Turn], how: Sampling) -> ChatResponse:
         """See `Agent.chat`."""
+        timed = Timed()
         with self._turn, self._lend() as (model, release):
             begun, most = _begin(model, release, turns, how)
             *_, answer = _writing(model, turns, how, most)
-        return self._keep(turns, begun, answer)
+        return self._keep(turns, begun, answer, timed)
 
     def stream(self, turns: Sequence[Turn], how: Sampling) -> ChatStream:
         """See `Agent.chat`."""
         begun: SimpleQueue[Begun | BaseException] = SimpleQueue()
         found: SimpleQueue[Found] = SimpleQueue()
-        stop = threading.Event()
-        threading.Thread(target=self._write, args=(turns, how, begun, found, stop), name=THREAD).start()
+        stop, timed = threading.Event(), Timed()
+        threading.Thread(target=self._write, args=(turns, how, begun, found, stop, timed), name=THREAD).start()
         try:
             first = begun.get()
         except BaseException:
@@ -151,7 +153,7 @@ class Chatting:
             raise
         if isinstance(first, BaseException):
             raise first
-        return ChatStream(first, found, stop, lambda begun, answer: self._keep(turns, begun, answer))
+        return ChatStream(first, found, stop, lambda begun, answer: self._keep(turns, begun, answer, timed))
 
     def close(self) -> None:
         """Write no more."""
@@ -164,6 +166,7 @@ class Chatting:
         first: SimpleQueue[Begun | BaseException],
         found: SimpleQueue[Found],
         stop: threading.Event,
+        timed: Timed,
     ) -> None:
         try:
             with self._turn, self._lend() as (model, release):
@@ -173,15 +176,17 @@ class Chatting:
                     if stop.is_set() or self._closed.is_set():
                         raise UsageError("the answer was not written to its end, because its reader or the agent was closed")
                     found.put(answer)
+            timed.written()
             found.put(None)
         except BaseException as error:  # whatever it is, the reader waits for it
             first.put(error)
             found.put(error)
 
-    def _keep(self, turns: Sequence[Turn], begun: Begun, answer: Answer) -> ChatResponse:
+    def _keep(self, turns: Sequence[Turn], begun: Begun, answer: Answer, timed: Timed) -> ChatResponse:
         response_id, note = begun.response_id, ""
         try:
-            self._interactions.answer(turns, answer.text, begun.release, response_id)
+            with self._usage.answered(begun.release, timed.seconds):
+                self._interactions.answer(turns, answer.text, begun.release, response_id)
         except NotWritableError as error:
             response_id, note = "", f"{error.message}, so no feedback can name this response"
         return ChatResponse(
