@@ -122,6 +122,13 @@ ALTER TABLE responses ADD COLUMN left_out INTEGER NOT NULL DEFAULT 0; -- how man
 ALTER TABLE feedback ADD COLUMN signal TEXT;
 """
 
+_VERSION_5: Final = """
+ALTER TABLE responses ADD COLUMN remembered TEXT; -- the feedback that the answer was taken from, where it is none of the model's
+CREATE INDEX responses_asked ON responses (asked) WHERE asked IS NOT NULL;
+CREATE INDEX responses_remembered ON responses (remembered) WHERE remembered IS NOT NULL;
+CREATE INDEX feedback_label ON feedback (number) WHERE label IS NOT NULL;
+"""
+
 
 def _begin(db: Any) -> None:
     _execute(db, _VERSION_1)
@@ -153,7 +160,17 @@ def _keep_conversations(db: Any) -> None:
     _execute(db, _VERSION_4)
 
 
-STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions, _keep_retracted, _keep_conversations)
+def _remember(db: Any) -> None:
+    _execute(db, _VERSION_5)
+
+
+STEPS: Final[tuple[Callable[[Any], None], ...]] = (
+    _begin,
+    _keep_interactions,
+    _keep_retracted,
+    _keep_conversations,
+    _remember,
+)
 
 
 def _execute(db: Any, script: str) -> None:
