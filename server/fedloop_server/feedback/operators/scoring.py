@@ -11,9 +11,10 @@
 | else (a comment, another signal) | None |
 
 The first line that applies counts. `correct` compares the label, or else the correction, with what was answered; where there is
-neither, a thumb says of an answer from a closed set of words whether it is right. Priority is 1 - the product of (1 - weight) over what applies: a correction of a wrong answer 0.6, a
-preference 0.4, satisfaction below the middle 0.4 in proportion, negative sentiment 0.3 in proportion, novelty 0.3 in proportion.
-A `FeedbackRecorded` holds no confidence, so none counts. No language is detected: `language` stays None.
+neither, a thumb says of an answer from a closed set of words whether it is right. Priority is 1 - the product of (1 - weight)
+over what applies: a correction of a wrong answer 0.6, a preference 0.4, satisfaction below the middle 0.4 in proportion, negative
+sentiment 0.3 in proportion, novelty 0.3 in proportion. A `FeedbackRecorded` holds no confidence, so none counts. No language is
+detected: `language` stays None.
 """
 
 from __future__ import annotations
