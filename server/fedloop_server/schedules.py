@@ -6,8 +6,8 @@ Everything here is a function of the configuration, of what the log says, and of
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import takewhile
@@ -77,7 +77,7 @@ def last_before(schedule: str, where: ZoneInfo, minute: int) -> datetime | None:
     return found[0] if found else None
 
 
-def between(schedule: str, where: ZoneInfo, after_s: float, until_s: float) -> Iterator[float]:
-    """The times of the schedule in this stretch, in seconds since 1970."""
-    times = CronSim(schedule, datetime.fromtimestamp(after_s, where))
-    yield from takewhile(lambda each: each <= until_s, (each.timestamp() for each in times))
+def first_after(schedule: str, where: ZoneInfo, after_s: float) -> float:
+    """The next time of the schedule, in seconds since 1970; infinity if none comes any more."""
+    found = next(CronSim(schedule, datetime.fromtimestamp(after_s, where)), None)
+    return math.inf if found is None else found.timestamp()

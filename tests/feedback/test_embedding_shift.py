@@ -48,7 +48,7 @@ def test_a_new_topic_is_emitted_as_drift_with_the_p_value() -> None:
     (emitted,) = drive(Drift(embed), [scored(n, text=text) for n, text in enumerate(asked)])
     drift = emitted.emit.payload
     assert isinstance(drift, DriftDetected)
-    assert (drift.metric, drift.detectors) == ("embeddings", ["maximum-mean-discrepancy"])
+    assert (drift.metric, drift.detectors) == ("embeddings", ["mmd"])
     assert 1000 < drift.seen <= 1300
     assert drift.statistic is not None
     assert 0 < drift.statistic <= ALARM

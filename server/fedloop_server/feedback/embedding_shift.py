@@ -20,7 +20,7 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 """Vectors [n, d] of n texts: a pure function of each text, or nearly."""
 Array = NDArray[np.float64]
 
-NAME: Final = "maximum-mean-discrepancy"
+NAME: Final = "mmd"
 BATCH: Final = 32
 """Texts that are embedded at once."""
 MAX_CHARS: Final = 1000
