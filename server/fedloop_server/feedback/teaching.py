@@ -38,11 +38,11 @@ def examples(scored: types.FeedbackScored, worse: MaskedText | None = None) -> I
     `worse` is the answer that this one is preferred over, where it is known. Of what does not fit into one event the oldest turns
     are left out; where that does not suffice, the example is.
     """
-    if not normalised(scored.reaction.text.text):
+    if not _shows(scored.reaction.text):
         return
     for kind, fields in _taught(scored.reaction, worse):
         example = _fitted(_example(scored, kind, fields))
-        if example is not None and all(normalised(each.text) for each in (example.completion, example.rejected) if each):
+        if example is not None and all(map(_shows, filter(None, (example.completion, example.rejected)))):
             yield example
 
 
@@ -71,6 +71,11 @@ def class_of(example: types.ExampleCurated) -> str:
 def short(*parts: object) -> str:
     """A digest of 96 bits."""
     return hashlib.blake2b("\x00".join(map(str, parts)).encode(), digest_size=12).hexdigest()
+
+
+def _shows(text: MaskedText) -> bool:
+    """Whether there is something to read in it; its beginning nearly always says so."""
+    return bool(normalised(text.text[:100]) or normalised(text.text))
 
 
 def _of_labels(reaction: types.Reaction) -> bool:

@@ -10,10 +10,11 @@
 | else the signal "regenerated", "abandoned" or "escalated" | 0 |
 | else (a comment, another signal) | None |
 
-The first line that applies counts. `correct` compares the label, or else the correction, with what was answered, and is None
-where there is neither. Priority is 1 - the product of (1 - weight) over what applies: a correction of a wrong answer 0.6, a
-preference 0.4, satisfaction below the middle 0.4 in proportion, negative sentiment 0.3 in proportion, novelty 0.3 in proportion.
-A `FeedbackRecorded` holds no confidence, so none counts. No language is detected: `language` stays None.
+The first line that applies counts. `correct` compares the label, or else the correction, with what was answered; where there is
+neither, a thumb says of an answer from a closed set of words whether it is right. Priority is 1 - the product of (1 - weight)
+over what applies: a correction of a wrong answer 0.6, a preference 0.4, satisfaction below the middle 0.4 in proportion, negative
+sentiment 0.3 in proportion, novelty 0.3 in proportion. A `FeedbackRecorded` holds no confidence, so none counts. No language is
+detected: `language` stays None.
 """
 
 from __future__ import annotations
@@ -173,10 +174,11 @@ def satisfaction(feedback: FeedbackRecorded) -> float | None:
 
 
 def correct(feedback: FeedbackRecorded) -> bool | None:
-    """Whether the label, or else the correction, is what was answered; None where there is neither, or no answer is known."""
+    """Whether the label, or else the correction, is what was answered; of a closed set of words a thumb says it too. None where
+    there is none of these, or no answer is known."""
     given = feedback.label if feedback.label is not None else _text(feedback.correction)
     if given is None:
-        return None
+        return None if feedback.predicted is None or feedback.thumb is None else feedback.thumb == "up"
     answers = [each for each in (feedback.predicted, _text(feedback.response)) if each is not None]
     if answers:
         return any(given.strip() == each.strip() for each in answers)
@@ -187,8 +189,9 @@ def priority(
     feedback: FeedbackRecorded, content: float | None, right: bool | None, mood: float | None, distance: float | None
 ) -> float:
     """From 0 to 1, as above."""
+    corrected = feedback.label is not None or feedback.correction is not None
     weights = (
-        0.6 if right is False else 0.0,
+        0.6 if corrected and right is False else 0.0,
         0.4 if feedback.preferred_over is not None else 0.0,
         0.0 if content is None else 0.4 * max(0.0, 1 - 2 * content),
         0.0 if mood is None else 0.3 * max(0.0, -mood),
