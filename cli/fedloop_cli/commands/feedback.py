@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from fedloop_cli import console, options
+from fedloop_cli.commands import feedback_lake
 
 app = options.group(help="Run the feedback pipeline, and look at what it found.")
+app.add_typer(feedback_lake.app, name="lake")
 
 
 @app.command(cls=options.Command)
