@@ -228,9 +228,9 @@ class World:
         writer = self.writer if log is None else EventWriter(log, self.writer.key)
         return Server(log or self.log, self.blobs, writer, config or self.config, evaluate=evaluate, on_wait=on_wait)
 
-    def request(self, rounds: int = 1, request_id: str = "q1") -> None:
+    def request(self, rounds: int = 1, request_id: str = "q1", reason: str = "") -> None:
         origin = self.payloads(types.DeploymentCreated)[0].origin
-        self.writer.append(types.RoundRequested(origin, "main", request_id, rounds))
+        self.writer.append(types.RoundRequested(origin, "main", request_id, rounds, reason))
 
     def records(self, kind: type[P]) -> list[tuple[Record, P]]:
         return [(record, payload) for record in read_all(self.log) if isinstance(payload := decode(record), kind)]

@@ -76,6 +76,8 @@ def round_document(each: RoundSummary) -> dict[str, Any]:
         "seconds": seconds(each.took_ms),
         "bytes_up": each.bytes_up,
         "bytes_down": each.bytes_down,
+        "aborted": each.aborted,
+        "request": each.request_id,
         "reason": each.reason,
     }
 
@@ -83,7 +85,20 @@ def round_document(each: RoundSummary) -> dict[str, Any]:
 def rounds_table(rounds: Sequence[RoundSummary]) -> str:
     leads = leading(each.evaluation for each in rounds)
     metric = readable(leads) or NO_METRIC
-    heads = ["round", "state", "kind", "took part", "excluded", metric, "release", "seconds", "bytes up", "bytes down", "why"]
+    heads = [
+        "round",
+        "state",
+        "kind",
+        "took part",
+        "excluded",
+        metric,
+        "release",
+        "seconds",
+        "bytes up",
+        "bytes down",
+        "why",
+        "opened for",
+    ]
     return console.table(
         heads,
         [
@@ -98,7 +113,8 @@ def rounds_table(rounds: Sequence[RoundSummary]) -> str:
                 seconds(each.took_ms),
                 f"{each.bytes_up:,}",
                 f"{each.bytes_down:,}",
-                each.reason or each.decision or "",
+                each.aborted or each.decision or "",
+                each.reason,
             ]
             for each in rounds
         ],
@@ -115,7 +131,9 @@ def round_line(each: RoundSummary) -> str:
         line += f", {figure(each.evaluation)}"
     if (took_s := seconds(each.took_ms)) is not None:
         line += f", {took_s:.1f} s"
-    why = each.reason or each.decision
+    if each.reason and not each.over:
+        line += f", opened for: {each.reason}"
+    why = each.aborted or each.decision
     return console.printable(line + (f" ({why})" if why else ""))
 
 

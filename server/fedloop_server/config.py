@@ -13,10 +13,14 @@ from fedloop_events.errors import UsageError
 from fedloop_events.hours import DayHours, zone
 from fedloop_tasks.task import Plan
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
-from fedloop_server import schedules
+from fedloop_server import schedules, triggers
+from fedloop_server.triggers import Trigger
 
 NONE: Final = "none"
+TRIGGER: Final = "trigger"
+"""The table of triggers."""
 COHORT: Final = 64
 """Most updates that one round needs, unless the operator says otherwise."""
 MAX_COHORT = 1_500
@@ -28,7 +32,7 @@ _Many = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the operator decides; `meaning` says what each value means. `plan` holds what the task plans its rounds by: in the
-    file its keys stand beside the others.
+    file its keys stand beside the others. `triggers` are the file's tables `[trigger.NAME]`.
 
     Raises `UsageError` for values that promise nothing sensible together (types and ranges are checked where a file is decoded).
     """
@@ -53,6 +57,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     windows: str = NONE
     time_zone: str = "UTC"
     model_dir: Annotated[str, Meta(max_length=4096)] = ""
+    triggers: tuple[Trigger, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cohort_size < self.quorum:
@@ -128,6 +133,8 @@ def decode(found: dict[str, Any], plan: type[Plan]) -> ServerConfig:
     meanings = meaning(plan)
     values: dict[str, Any] = {}
     for key, value in found.items():
+        if key == TRIGGER:
+            continue
         if key not in meanings:
             near = get_close_matches(key, meanings, 1)
             meant = f'; did you mean "{near[0]}"?' if near else ""
@@ -143,7 +150,8 @@ def decode(found: dict[str, Any], plan: type[Plan]) -> ServerConfig:
             expected = str(error).replace(" | null", f' or "{plan.NONE.get(key)}"').replace("`", "")
             raise _wrong(key, value, f"{expected[:1].lower()}{expected[1:]}. {meanings[key]}") from None
     planned = plan(**{key: value for key, value in values.items() if key in plan.MEANING})
-    return ServerConfig(plan=planned, **{key: value for key, value in values.items() if key in _MEANING})
+    config = ServerConfig(plan=planned, **{key: value for key, value in values.items() if key in _MEANING})
+    return replace(config, triggers=triggers.decode(found.get(TRIGGER, {}), config.time_zone))
 
 
 def dump(config: ServerConfig) -> str:
@@ -153,7 +161,7 @@ def dump(config: ServerConfig) -> str:
         value = getattr(config.plan if key in config.plan.MEANING else config, key)
         shown = config.plan.NONE[key] if value is None else value
         lines += [f"# {meant}", f"{key} = {msgspec.json.encode(shown).decode()}", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, triggers.dump(config.triggers)])
 
 
 def _finite(value: object) -> object:

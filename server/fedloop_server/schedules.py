@@ -6,6 +6,7 @@ Everything here is a function of the configuration, of what the log says, and of
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -18,6 +19,8 @@ from fedloop_events.errors import UsageError
 from fedloop_events.folds.rounds import RoundsView
 from fedloop_events.hours import zone
 
+REQUEST: Final = "at-"
+"""How the id of a scheduled request begins."""
 _FIELDS: Final = 5
 _MARGIN_S: Final = 6 * 3600
 """More than any clock is put forward or back."""
@@ -48,20 +51,20 @@ def due(rounds: RoundsView, schedule: str, time_zone: str, wall_s: float) -> Due
     Of times that were missed only the last one is made up, and only if this schedule was in force before: a new schedule
     begins with the first time after the server's start. While a scheduled request waits for its round no other is made.
     """
-    last = _last_before(schedule, zone(time_zone), int(wall_s) // 60)
+    last = last_before(schedule, zone(time_zone), int(wall_s) // 60)
     if last is None:
         return None
-    named = f"at-{hashlib.sha256(f'{schedule} {time_zone}'.encode()).hexdigest()[:8]}-"
+    named = f"{REQUEST}{hashlib.sha256(f'{schedule} {time_zone}'.encode()).hexdigest()[:8]}-"
     request_id = f"{named}{last.astimezone(UTC):%Y%m%dT%H%MZ}"
-    if request_id in rounds.requests or any(each.request_id.startswith("at-") for each in rounds.queued):
+    if request_id in rounds.requests or any(each.request_id.startswith(REQUEST) for each in rounds.queued):
         return None
     if last.timestamp() * 1000 < rounds.epoch_ms and not any(each.startswith(named) for each in reversed(rounds.requests)):
         return None
     return Due(request_id, f"scheduled for {last.isoformat(timespec='minutes')}")
 
 
-@lru_cache(maxsize=4)  # asked again each second, for the same minute
-def _last_before(schedule: str, where: ZoneInfo, minute: int) -> datetime | None:
+@lru_cache(maxsize=64)  # asked again each second, for the same minute, of each schedule
+def last_before(schedule: str, where: ZoneInfo, minute: int) -> datetime | None:
     """The last time of the schedule up to the end of this minute (since 1970); where clocks change, as Debian's cron has it."""
     now = datetime.fromtimestamp(minute * 60 + 59, where)
     try:
@@ -72,3 +75,9 @@ def _last_before(schedule: str, where: ZoneInfo, minute: int) -> datetime | None
     start = datetime.fromtimestamp(earlier.timestamp() - _MARGIN_S, where)
     found = deque(takewhile(lambda each: each.timestamp() <= now.timestamp(), CronSim(schedule, start)), maxlen=1)
     return found[0] if found else None
+
+
+def first_after(schedule: str, where: ZoneInfo, after_s: float) -> float:
+    """The next time of the schedule, in seconds since 1970; infinity if none comes any more."""
+    found = next(CronSim(schedule, datetime.fromtimestamp(after_s, where)), None)
+    return math.inf if found is None else found.timestamp()

@@ -102,9 +102,9 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if self.round_steps > _MOST_STEPS:
             raise wrong("sampling_rate", self.sampling_rate, f"{1 / _MOST_STEPS:g} or more, or a number of `steps` is given")
 
-    def first(self, epsilon: float) -> dict[str, Mechanism]:
-        """The mechanisms of the rounds before training, one of each program, where `epsilon` is the whole budget."""
-        return {}
+    def first(self, epsilon: float) -> list[tuple[str, Mechanism]]:
+        """The programs and mechanisms of the rounds before training, where `epsilon` is the whole budget."""
+        return []
 
     def rates(self) -> dict[str, float]:
         """The learning rates that a training round names."""
@@ -122,7 +122,7 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         try:
             first = self.first(self.epsilon)
             steps = (self.planned_rounds - len(first)) * self.round_steps
-            noise = noise_multiplier_for(self.epsilon, self.delta, self.sampling_rate, steps, tuple(first.values()))
+            noise = noise_multiplier_for(self.epsilon, self.delta, self.sampling_rate, steps, tuple(each for _, each in first))
         except BudgetTooSmallError as error:
             raise self._impossible(self.epsilon, error.message) from None
         training = Mechanism(
@@ -132,7 +132,7 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             steps=self.round_steps,
             divisor=self.divisor,
         )
-        return {**first, self.merge: validate(training)}
+        return {**dict(first), self.merge: validate(training)}
 
     def _impossible(self, asked: float, cause: str) -> UsageError:
         """Why `asked` is no epsilon for this plan, and what would be one."""
@@ -164,12 +164,16 @@ class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         from fedloop_privacy.dp.accounting import BudgetTooSmallError, epsilon, most_noise
 
         try:
-            first = [*self.first(asked).values()]
+            first = [mechanism for _, mechanism in self.first(asked)]
         except BudgetTooSmallError:
             return False
         steps = (rounds - len(first)) * self.round_steps
         most = Mechanism(self.sampling_rate, most_noise(self.sampling_rate), 1.0, steps, 1.0)
         return epsilon([*first, most], self.delta) <= asked * _MARGIN
+
+    @property
+    def programs(self) -> Sequence[str]:
+        return [self.merge]
 
     def next_program(self, made: Sequence[str]) -> str | None:
         if self.epsilon is not None and len(made) >= self.planned_rounds:

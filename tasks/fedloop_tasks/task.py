@@ -165,6 +165,10 @@ class Plan(Protocol):
         Raises `UsageError`, which names what would be possible, if no noise keeps the budget.
         """
 
+    @property
+    def programs(self) -> Sequence[str]:
+        """Every program that a round may run."""
+
     def next_program(self, made: Sequence[str]) -> str | None:
         """The program of the next round, after rounds of the programs `made`; None if the plan is used up."""
 

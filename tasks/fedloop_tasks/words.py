@@ -16,6 +16,9 @@ def normalised(text: str) -> str:
 
     What is left of a text that shows nothing is "". Upper and lower case stay. See UAX 15, and UAX 44 for what can be ignored.
     """
+    plain = " ".join(text.split())
+    if plain.isascii() and plain.isprintable():
+        return plain  # the same, and at once: every character shows something
     seen = (char for char in text if char.isspace() or not (char in _BLANK or unicodedata.category(char) in _CATEGORIES))
     return " ".join(unicodedata.normalize("NFC", "".join(seen)).split())
 

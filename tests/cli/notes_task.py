@@ -52,6 +52,10 @@ class NotesPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def mechanisms(self) -> dict[str, Mechanism]:
         return {}
 
+    @property
+    def programs(self) -> Sequence[str]:
+        return []
+
     def next_program(self, made: Sequence[str]) -> str | None:
         return None
 

@@ -19,7 +19,7 @@ Document = Callable[..., dict[str, Any]]
 
 ROUND = (
     "round_id number state kind strategy base_release release decision accuracy metrics leading cohort participants excluded"
-    " opened seconds bytes_up bytes_down reason"
+    " opened seconds bytes_up bytes_down aborted request reason"
 )
 RELEASE = (
     "release number status current accuracy metrics leading round_id base_release strategy updates sha256 size_bytes proposed"
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("ann", "bob"):
         world.device(name)
     world.device("cem", behave=lambda opened, arrays: "busy")
-    world.request()
+    world.request(reason="drift: satisfaction fell")
     with world.serving():
         world.server().run(rounds=1)
     world.log.close()
@@ -81,6 +81,7 @@ def test_rounds(folder: Path, document: Document) -> None:
     assert each["excluded"] == [{"client": "cem", "reason": "declined.busy", "detail": ""}]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each["opened"])
     assert 0 <= each["seconds"] < 60
+    assert (each["aborted"], each["request"], each["reason"]) == ("", "q1", "drift: satisfaction fell")
     assert (each["accuracy"], each["metrics"], each["leading"]) == (0.5, {"accuracy": 0.5}, "accuracy")
     shown = document("round", "show", folder, "r0001")
     assert (

@@ -57,7 +57,7 @@ def test_messages_are_spread_unevenly_and_none_is_lost_or_doubled() -> None:
 def test_most_messages_come_before_the_first_round_and_all_before_the_last() -> None:
     for messages in (2, 3, 10, 301):
         for rounds in (1, 2, 3, 8):
-            waves = users.waves(messages, rounds)
+            waves = users.waves(messages, rounds, 0.8)
             assert waves == sorted(waves)
             assert len(waves) == rounds
             assert waves[0] >= messages / 2

@@ -145,6 +145,7 @@ def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path,
     assert [each["round_id"] for each in document["rounds"]] == ["r0001", "r0002"]
     keys = {
         "round_id",
+        "reason",
         "release",
         "accuracy",
         "metrics",

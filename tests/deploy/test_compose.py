@@ -60,7 +60,7 @@ def test_ports_are_on_loopback_alone_and_the_log_and_the_blobs_have_none(documen
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
     on = {name for name, each in document["services"].items() if "backend" in each.get("networks", [])}
     assert document["networks"]["backend"] == {"internal": True}
-    assert on == {"kafka", "blobs", "topics", "deployment", "server", *composing.AGENTS}
+    assert on == {"kafka", "blobs", "topics", "deployment", "server", "feedback", *composing.AGENTS}
 
 
 def test_what_is_kept_is_kept_in_volumes_that_have_a_name(document: dict[str, Any]) -> None:

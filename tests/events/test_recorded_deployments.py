@@ -43,7 +43,9 @@ LATER: Final = {
     "io.fedloop.round.abort.requested.v1",
     "io.fedloop.round.closed.v2",
     "io.fedloop.round.request.withdrawn.v1",
+    "io.fedloop.trigger.fired.v1",
     "io.fedloop.trigger.muted.v1",
+    "io.fedloop.usage.counted.v1",
     "io.fedloop.usage.summarised.v1",
 }
 """Types that there were not yet when these logs were written."""

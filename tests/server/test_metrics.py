@@ -84,6 +84,7 @@ def test_a_scrape_shows_what_the_log_says_of_two_rounds(tmp_path: Path, stack: E
         step_until_idle(served.server)
     found = served.scrape()
     assert found["fedloop_epoch", ""] == 1
+    assert found["fedloop_round_requests_total", "person"] == 1
     assert (found["fedloop_rounds", "closed"], found["fedloop_rounds", "open"], found["fedloop_rounds", "aborted"]) == (2, 0, 0)
     assert found["fedloop_rounds_waiting", ""] == 0
     assert (found["fedloop_updates_counted_total", ""], found["fedloop_exclusions_total", "declined"]) == (4, 2)

@@ -89,6 +89,17 @@ def test_sums_come_first_then_training_until_the_plan_is_used_up() -> None:
     assert PLAN.next_program(["ffa"]) == "sums"  # the operator has chosen privacy since
     assert PLAN.next_program(["sums", "ffa"]) == "ffa"
     assert PLAN.next_program(["sums", "ffa", "ffa"]) is None
+
+
+def test_sums_of_several_rounds_keep_their_share_together() -> None:
+    plan = replace(PLAN, planned_rounds=4, sums_rounds=2)
+    mechanisms = plan.mechanisms()
+    assert plan.epsilon is not None
+    assert epsilon([mechanisms["sums"]] * 2, plan.delta) <= plan.epsilon * plan.sums_share
+    assert epsilon([mechanisms["sums"]] * 2 + [mechanisms["ffa"]] * 2, plan.delta) <= plan.epsilon
+    assert [plan.next_program(made) for made in ([], ["sums"], ["sums", "sums"])] == ["sums", "sums", "ffa"]
+    with pytest.raises(UsageError, match=r"planned_rounds = 2 .*: 3 or more"):
+        replace(PLAN, planned_rounds=2, sums_rounds=2)
     assert "planned for 3 rounds" in PLAN.exhausted
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
         ("\u2066a\u2069", "a"),
         (" a \t\n b\u3000c\u00a0", "a b c"),
         ("A", "A"),
+        ("A\n\tB\x1fC\x7f", "A B C"),
         ("\u200b\u3164\ufe0f\u2060", ""),
         ("\x00\x1b a", "a"),
         ("\u2764\ufe0f", "\u2764"),

@@ -115,7 +115,7 @@ def show(where: options.DeploymentFolder, round_id: RoundId, json: options.Json 
 
     followed = where.follow()
     state = rounds.find(followed.rounds, round_id)
-    summary, detail = rounds.summarise(state, followed.releases), rounds.detail(state, followed.rounds)
+    summary, detail = rounds.summarise(state, followed), rounds.detail(state, followed.rounds)
     document = documents.round_document(summary) | {
         "mechanism": detail.mechanism,
         "hyperparameters": detail.hyperparameters,

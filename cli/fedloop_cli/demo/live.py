@@ -61,14 +61,22 @@ def _picture(scene: Scene) -> RenderableType:
     if scene.followed is not None and scene.followed.rounds.rounds:
         rounds, found = Table(box=None, pad_edge=False), summaries(scene.followed)
         leads = documents.leading(each.evaluation for each in found)
-        for head in ("round", "state", "kind", "took part", documents.readable(leads) or documents.NO_METRIC, "seconds"):
+        for head in (
+            "round",
+            "state",
+            "kind",
+            "took part",
+            documents.readable(leads) or documents.NO_METRIC,
+            "seconds",
+            "opened for",
+        ):
             rounds.add_column(head)
         for each in found:
             value = documents.metric_of(each.evaluation, leads)
             figure = "" if value is None else f"{value:.3f}"
             took_s = documents.seconds(each.took_ms)
             seconds = "" if took_s is None else f"{took_s:.1f}"
-            rounds.add_row(each.round_id, each.state, each.kind, f"{len(each.participants)}", figure, seconds)
+            rounds.add_row(each.round_id, each.state, each.kind, f"{len(each.participants)}", figure, seconds, each.reason)
         parts.append(rounds)
     parts += [Text(line) for line in scene.events[-5:]]
     return Group(*parts)

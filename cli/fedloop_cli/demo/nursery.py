@@ -38,7 +38,7 @@ LOADED: Final = (
 class Order(Struct, frozen=True):
     """A process to start: what it is, its terms as JSON, and where it prints."""
 
-    role: Literal["device", "gateway", "server"]
+    role: Literal["device", "feedback", "gateway", "server"]
     terms: str
     output: str
     errors: str
@@ -93,6 +93,10 @@ def _become(order: Order, channel: int, masker: Masker) -> NoReturn:
             from fedloop_cli.demo import gateway
 
             gateway.main(msgspec.json.decode(order.terms, type=gateway.GatewaySettings), socket.socket(fileno=channel))
+        elif order.role == "feedback":
+            from fedloop_cli.demo import feedback
+
+            feedback.main(Path(order.terms), socket.socket(fileno=channel))
         else:
             from fedloop_cli.demo import server
 

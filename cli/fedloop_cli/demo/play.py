@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,10 @@ from typing import Any, Final
 import msgspec
 from fedloop_events import locations
 from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_server.operations import rounds
+from fedloop_server.deployment import open_deployment
+from fedloop_server.operations import rounds as operations
 from fedloop_server.operations.followed import Followed
-from fedloop_server.operations.rounds import RoundSummary
+from fedloop_server.operations.rounds import summaries
 from fedloop_tasks.table import name_of
 from fedloop_tasks.task import Task
 from msgspec import Struct
@@ -41,6 +43,10 @@ on the corpus, which is public."""
 STALL_TIMEOUT_S: Final = 900.0
 START_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.25
+PATIENCE_S: Final = 30.0
+"""For a trigger, once all feedback is published: the gate may hold some back, so that it is not enough."""
+ENOUGH: Final = 0.9
+"""Of a round's share of the messages."""
 
 
 _PRINTED: Final = "output"
@@ -73,6 +79,13 @@ class Scene:
         self.followed: Followed | None = None
         self.events: list[str] = []
         """What a reader should know: restarts, rounds."""
+        self.noted: set[str] = set()
+        """The rounds that stand there."""
+
+    @property
+    def first_wave(self) -> float:
+        """Share of the messages that is written before the first round."""
+        return users.FIRST_SPOKEN_WAVE if self.task.speaks else users.FIRST_WAVE
 
     @property
     def seconds(self) -> float:
@@ -90,21 +103,20 @@ def play(scene: Scene, refresh: Callable[[], None]) -> list[Path]:
     """
     with _processes(scene, refresh) as children:
         devices = {child.name: child for child in children if child.name in scene.progress}
-        schedule = {
-            name: users.waves(len(messages), scene.options.rounds)
+        ends = {
+            name: users.waves(len(messages), scene.options.rounds, scene.first_wave)
             for name, messages in zip(scene.devices, scene.users.devices, strict=True)
         }
         for number in range(scene.options.rounds):
             scene.doing = f"feedback before round {number + 1}"
             for name, messages in zip(scene.devices, scene.users.devices, strict=True):
-                first = schedule[name][number - 1] if number else 0
-                wave = device.Wave(number + 1, first, messages[first : schedule[name][number]])
+                first = ends[name][number - 1] if number else 0
+                wave = device.Wave(number + 1, first, messages[first : ends[name][number]])
                 devices[name].send(msgspec.json.encode(wave))
             _until(scene, children, partial(_published, scene, number + 1), refresh)
             scene.doing = f"round {number + 1}"
-            request = _request(scene, number + 1)
-            _until(scene, children, partial(_ended, scene, request), refresh)
-            _note_rounds(scene, request)
+            asked = _Asked(scene, number + 1)
+            _until(scene, children, asked.ended, refresh)
         scene.doing = "ending the processes"
         refresh()
     return [file for child in children for file in child.files]
@@ -120,6 +132,8 @@ def _deploy(scene: Scene) -> None:
         "strategy": options.strategy,
         "planned_rounds": max(2, options.rounds),
         "nominal_examples": examples,
+        **_against_shift(scene),
+        **({} if scene.task.speaks else {"trigger": _triggers(scene)}),
         **(FEW_EXAMPLES.get(name_of(scene.task), {}) if options.epsilon is not None and examples < FEW else {}),
         "quorum": min(2, options.clients),
         "cohort_size": max(2, min(256, options.clients)),
@@ -128,6 +142,24 @@ def _deploy(scene: Scene) -> None:
     }
     deploying.deploy(scene.directory, scene.where.place, scene.task, given.material, settings, seed=options.seed)
     scene.followed = scene.where.follow()
+
+
+def _against_shift(scene: Scene) -> dict[str, Any]:
+    """A second round of sums: the first one knows only half of what users will ask, and what training alone learns of the rest at
+    this noise is little."""
+    options = scene.options
+    private = options.epsilon is not None and "sums_rounds" in scene.task.plan.MEANING
+    return {"sums_rounds": 2} if private and options.rounds > 2 else {}
+
+
+def _triggers(scene: Scene) -> dict[str, dict[str, Any]]:
+    """Enough feedback for a round, and what is to be found when the users ask for something else."""
+    messages, rounds = sum(map(len, scene.users.devices)), scene.options.rounds
+    smallest = min(scene.first_wave, (1 - scene.first_wave) / (rounds - 1)) if rounds > 1 else 1.0
+    count = max(1, int(ENOUGH * smallest * messages))
+    always = {"cooldown_s": 0.0, "max_per_day": 100}
+    fell = {"kind": "drift", "metrics": ["satisfaction"], "after": count // 2, "priority": 80, **always}
+    return {"enough": {"kind": "feedback", "count": count, **always}, "fell": fell}
 
 
 @contextmanager
@@ -143,6 +175,7 @@ def _processes(scene: Scene, refresh: Callable[[], None]) -> Iterator[list[Child
             scene.doing = "starting the processes"
             refresh()
             children.append(Child("server", nursery, "server", str(scene.directory), printed))
+            children.append(Child("feedback", nursery, "feedback", str(scene.directory), printed))
             place = scene.where.place
             if scene.options.gateway:
                 place = _gateway(scene, nursery, children, printed)
@@ -209,6 +242,7 @@ def _until(scene: Scene, children: list[Child], done: Callable[[], bool], refres
                 f"nothing has happened for {STALL_TIMEOUT_S:.0f} s ({scene.doing})",
                 hint=f"see what the processes have printed: {scene.directory / _PRINTED}",
             )
+        _note_rounds(scene)
         refresh()
         time.sleep(POLL_S)
         scene.followed.catch_up()
@@ -218,30 +252,38 @@ def _published(scene: Scene, wave: int) -> bool:
     return all(progress.wave >= wave for progress in scene.progress.values())
 
 
-def _request(scene: Scene, number: int) -> str:
-    from fedloop_server.deployment import open_deployment
+class _Asked:
+    """A round that a trigger asks for, or that the demo does: at once where it has no triggers, or after some patience."""
 
-    deployment = open_deployment(scene.directory, scene.where.place)
-    try:
-        return rounds.request(deployment.writer, 1, f"demo, round {number}")
-    finally:
-        deployment.log.close()
+    def __init__(self, scene: Scene, number: int) -> None:
+        self._scene, self._number = scene, number
+        self._asks_at = 0.0 if scene.task.speaks else time.monotonic() + PATIENCE_S
+
+    def ended(self) -> bool:
+        """Whether so many rounds are over."""
+        assert self._scene.followed is not None
+        rounds = self._scene.followed.rounds
+        if sum(each.over for each in summaries(self._scene.followed)) >= self._number:
+            return True
+        if rounds.pending is None and rounds.open_round is None and time.monotonic() > self._asks_at:
+            self._asks_at = math.inf
+            self._ask()
+        return False
+
+    def _ask(self) -> None:
+        deployment = open_deployment(self._scene.directory, self._scene.where.place)
+        with closing(deployment.log):
+            operations.request(deployment.writer, 1, f"demo, round {self._number}")
 
 
-def _ended(scene: Scene, request_id: str) -> bool:
-    return any(each.over for each in _rounds_of(scene, request_id))
-
-
-def _rounds_of(scene: Scene, request_id: str) -> list[RoundSummary]:
+def _note_rounds(scene: Scene) -> None:
+    """What came of the rounds since it was last called, and what the pipeline has found."""
     assert scene.followed is not None
-    found = scene.followed.rounds.rounds.values()
-    return [rounds.summarise(each, scene.followed.releases) for each in found if each.request_id == request_id]
-
-
-def _note_rounds(scene: Scene, request_id: str) -> None:
-    for each in _rounds_of(scene, request_id):
-        what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.reason
-        scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {what}")
+    for each in summaries(scene.followed):
+        if each.over and each.round_id not in scene.noted:
+            scene.noted.add(each.round_id)
+            what = documents.figure(each.evaluation, 3) if each.evaluation is not None else each.aborted
+            scene.note(f"{each.round_id} {each.state}: {len(each.participants)} took part, {what} ({each.reason})")
 
 
 def stage(directory: Path | None, log: str | None, blobs: str | None) -> Where:

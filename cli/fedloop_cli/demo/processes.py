@@ -81,7 +81,7 @@ class Child:
         self,
         name: str,
         nursery: Nursery,
-        role: Literal["device", "gateway", "server"],
+        role: Literal["device", "feedback", "gateway", "server"],
         terms: str,
         folder: Path,
         on_line: Callable[[bytes], None] | None = None,

@@ -123,6 +123,7 @@ def as_document(report: DemoReport) -> dict[str, Any]:
         "rounds": [
             {
                 "round_id": each.round_id,
+                "reason": each.reason,
                 "release": each.release,
                 **documents.metrics_document(each.evaluation),
                 "participants": each.participants,
@@ -169,18 +170,19 @@ def as_text(report: DemoReport) -> str:
 def _rounds(report: DemoReport) -> str:
     leads = documents.leading(each.evaluation for each in report.rounds)
     metric = documents.readable(leads) or documents.NO_METRIC
-    heads = ["round", "kind", "took part", metric, "release", "seconds", "up", "down", "excluded"]
+    heads = ["round", "kind", "took part", metric, "release", "seconds", "up", "down", "excluded", "opened for"]
     rows = [
         [
             each.round_id,
             each.kind,
             len(each.participants),
             _figure(documents.metric_of(each.evaluation, leads)),
-            each.release or f"{each.state}: {each.reason or each.decision}",
+            each.release or f"{each.state}: {each.aborted or each.decision}",
             documents.seconds(each.took_ms),
             _size(each.bytes_up),
             _size(each.bytes_down),
             ", ".join(f"{out.client_id} ({out.reason})" for out in each.excluded) or "nobody",
+            each.reason,
         ]
         for each in report.rounds
     ]

@@ -16,7 +16,10 @@ from fedloop_cli import corpus
 
 CONCENTRATION: Final = 1.0
 """Of the Dirichlet distribution over devices, for each answer: the smaller, the more the devices differ (arXiv 1909.06335)."""
-FIRST_WAVE: Final = 0.8
+FIRST_WAVE, FIRST_SPOKEN_WAVE = 0.36, 0.8
+"""Share of the messages that is written before the first round."""
+SHIFT: Final = 0.4
+"""Share of a device's messages before which its user asks of half of everything, and after which mostly of the other half."""
 SPOKEN, ASKED = 200, 30
 """Messages of a device whose model writes its answers, and how many of them are asked now: an answer takes a second."""
 SPOKEN_HELD_OUT, PAIRS = 60, 24
@@ -48,6 +51,8 @@ def invented(task: type[Task], devices: int, seed: int) -> Users:
         material = replace(material, held_out=_with_worse(material.held_out), public=public, shape=SHAPE)
     planted = {pair for each in messages for pair in each.planted}
     spread_out = spread(_messages("train", messages).rows, devices, seed)
+    if not spoken:
+        spread_out = shifted(spread_out)
     return Users(spread_out, material, planted, corpus.ordinary_words(), {})
 
 
@@ -69,6 +74,8 @@ def from_files(task: type[Task], train: Messages, held_out: Messages, devices: i
     if len(train.rows) < 2 * devices:
         raise UsageError(f"{train.path} has {len(train.rows)} messages for {devices} devices", hint="two for each are the least")
     spread_out = spread(train.rows, devices, seed)
+    if not task.speaks:
+        spread_out = shifted(spread_out)
     skipped = {f"{train.path.name}: {what}": count for what, count in train.skipped.items()}
     skipped |= {f"{held_out.path.name}: {what}": count for what, count in held_out.skipped.items()}
     return Users(spread_out, material, set(), set(), skipped)
@@ -89,7 +96,18 @@ def spread(messages: Sequence[Message], devices: int, seed: int) -> list[list[Me
     return [[device[i] for i in rng.permutation(len(device))] for device in spread_out]
 
 
-def waves(messages: int, rounds: int) -> list[int]:
-    """How many of a device's messages have been written before each round: most of them before the first."""
-    first = messages if rounds == 1 else max(1, round(FIRST_WAVE * messages))
+def shifted(devices: Sequence[Sequence[Message]]) -> list[list[Message]]:
+    """The same messages in an order in which what users ask shifts: at first it has every other answer alone."""
+    early = {*sorted({message.answer for messages in devices for message in messages})[::2]}
+    ordered = []
+    for messages in devices:
+        first = [message for message in messages if message.answer in early][: round(SHIFT * len(messages))]
+        chosen = {*map(id, first)}
+        ordered.append([*first, *(message for message in messages if id(message) not in chosen)])
+    return ordered
+
+
+def waves(messages: int, rounds: int, first_wave: float) -> list[int]:
+    """How many of a device's messages have been written before each round: before the first that share of them."""
+    first = messages if rounds == 1 else max(1, round(first_wave * messages))
     return [first + round((messages - first) * number / max(1, rounds - 1)) for number in range(rounds)]

@@ -12,12 +12,11 @@ from fedloop_events.types.fields import (
     Count,
     Identifier,
     Label,
+    LatencyBin,
     Line,
     Signal,
 )
 from fedloop_events.types.payload import Audience, ClientEvent, Older
-
-LatencyBin = Annotated[str, Meta(min_length=1, max_length=5, pattern=r"\A-?[0-9]+\Z")]
 
 
 class FeedbackRecorded(ClientEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

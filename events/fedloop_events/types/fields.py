@@ -37,6 +37,10 @@ Signal = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"\A[a-z]+([_-
 SIGNAL_RULE: Final = "1 to 40 lower-case ASCII letters, with single - or _ between them"
 
 
+LatencyBin = Annotated[str, Meta(min_length=1, max_length=5, pattern=r"\A-?[0-9]+\Z")]
+"""The decimal number of a bin of `sketch`."""
+
+
 NodeId = Annotated[str, Meta(min_length=1, max_length=20, pattern=r"\A[0-9]+\Z")]
 """Flower's unsigned 64-bit node id, in decimal: JSON numbers end at 2^53."""
 

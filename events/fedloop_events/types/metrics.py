@@ -121,3 +121,14 @@ class TriggerMuted(UseCaseEvent, frozen=True, forbid_unknown_fields=True, omit_d
     trigger: Identifier
     until_ms: Count
     reason: Line = ""
+
+
+class TriggerFired(UseCaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A person or a program says that what a trigger of kind "event" waits for has happened."""
+
+    topic = topics.METRICS
+    type_name = "io.fedloop.trigger.fired.v1"
+    audience = Audience.NOBODY
+
+    trigger: Identifier
+    reason: Line = ""

@@ -16,6 +16,7 @@ from fedloop_events.types.fields import (
     EventId,
     Identifier,
     Label,
+    LatencyBin,
     Signal,
 )
 from fedloop_events.types.payload import Audience, Payload
@@ -92,3 +93,23 @@ class ScoreWithdrawn(UseCaseEvent, frozen=True, forbid_unknown_fields=True, omit
 
     client_id: Identifier
     feedback_id: Identifier
+
+
+class UsageCounted(UseCaseEvent, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Counts by use case of what stands in the log by client: of a `UsageSummarised`, or of an event that was quarantined.
+
+    They are of the time from `from_ms` to `to_ms` by a device's clock (both the same: of one moment), and were `recorded_ms` by
+    the log's own.
+    """
+
+    topic = topics.SCORED
+    type_name = "io.fedloop.usage.counted.v1"
+    audience = Audience.NOBODY
+
+    release: Identifier
+    from_ms: Count
+    to_ms: Count
+    recorded_ms: Count
+    answers: Count = 0
+    latency: Annotated[dict[LatencyBin, Count], Meta(max_length=2048)] = {}
+    quarantined: Count = 0

@@ -8,13 +8,14 @@ from typing import Final
 
 from fedloop_events import ids, types
 from fedloop_events.errors import FedloopError, UnreachableError, UsageError
-from fedloop_events.folds.releases import Evaluation, ReleasesView
+from fedloop_events.folds.releases import Evaluation
 from fedloop_events.folds.rounds import RoundState, RoundsView
 from fedloop_events.types import Exclusion
 from fedloop_events.writer import EventWriter
 from fedloop_tasks.table import kind_of
 from msgspec import Struct
 
+from fedloop_server import schedules, triggers
 from fedloop_server.config import ServerConfig
 from fedloop_server.operations import awaiting, commands
 from fedloop_server.operations.awaiting import Awaited
@@ -54,8 +55,11 @@ class RoundSummary(Struct, frozen=True):
     """When its release was decided, or it was aborted."""
     bytes_up: int
     bytes_down: int
-    reason: str
+    aborted: str
     """Why it was aborted."""
+    request_id: str
+    reason: str
+    """Why it was requested."""
 
     @property
     def over(self) -> bool:
@@ -102,7 +106,8 @@ def find(rounds: RoundsView, round_id: str) -> RoundState:
     return state
 
 
-def summarise(state: RoundState, releases: ReleasesView) -> RoundSummary:
+def summarise(state: RoundState, followed: Followed) -> RoundSummary:
+    releases, request = followed.releases, followed.rounds.requests.get(state.request_id)
     opened, release = state.opened, releases.releases.get(releases.by_round.get(state.round_id, ""))
     decided = release is not None and release.status != "proposed"
     return RoundSummary(
@@ -124,12 +129,14 @@ def summarise(state: RoundState, releases: ReleasesView) -> RoundSummary:
         state.bytes_up,
         state.bytes_down,
         state.aborted.reason if state.aborted is not None else "",
+        state.request_id,
+        request.reason if request is not None else "",
     )
 
 
 def summaries(followed: Followed) -> list[RoundSummary]:
     """Every round, oldest first."""
-    return [summarise(each, followed.releases) for each in followed.rounds.rounds.values()]
+    return [summarise(each, followed) for each in followed.rounds.rounds.values()]
 
 
 def detail(state: RoundState, rounds: RoundsView) -> RoundDetail:
@@ -147,6 +154,12 @@ def detail(state: RoundState, rounds: RoundsView) -> RoundDetail:
         state.declined,
         [RefusedUpdate(each.client_id, each.update_id, each.reason) for each in state.refused.values()],
     )
+
+
+def asked_by(request_id: str) -> str:
+    """Who asked for rounds: a trigger, the schedule, or a person."""
+    prefixes = {triggers.REQUEST: "trigger", schedules.REQUEST: "schedule"}
+    return next((name for prefix, name in prefixes.items() if request_id.startswith(prefix)), "person")
 
 
 def waiting(rounds: RoundsView) -> int:

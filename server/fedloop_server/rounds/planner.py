@@ -65,9 +65,7 @@ class Planner:
 
     def check(self, arrays: Arrays) -> None:
         """Raises `UsageError` if a round of the plan, over a release of these tensors, could not be opened or answered."""
-        programs: list[str] = []
-        while (program := self.config.plan.next_program(programs)) is not None and program not in programs:
-            programs.append(program)
+        for program in self.config.plan.programs:
             upload = program_of(program).upload(list(arrays))
             opened = self._check_opening(program, upload)
             size_bytes = sum(spec.size_bytes for spec in updates.sent(program_of(program).specs(opened, arrays), opened))

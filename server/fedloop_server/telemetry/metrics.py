@@ -25,7 +25,7 @@ from fedloop_server.config import ServerConfig
 from fedloop_server.operations import clients
 from fedloop_server.operations.budgets import budget_of
 from fedloop_server.operations.registry import summarise
-from fedloop_server.operations.rounds import waiting
+from fedloop_server.operations.rounds import asked_by, waiting
 from fedloop_server.state import ServerState
 
 ROUND_BUCKETS_S: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0)
@@ -98,6 +98,8 @@ class ServerCollector:
         yield from _participation(rounds)
         wanted = waiting(self._server.state.rounds)
         yield GaugeMetricFamily("fedloop_rounds_waiting", "Rounds that were requested and have not begun.", wanted)
+        asked = (asked_by(each) for each in list(self._server.state.rounds.requests))
+        yield _total("fedloop_round_requests", "Requests for rounds, by who asked.", "by", asked)
         yield from self._releases()
         yield from self._clients()
 

@@ -27,7 +27,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_round_that_made_a_release_is_summarised_in_numbers(world: World) -> None:
-    world.request(2)
+    world.request(2, reason="drift")
     with world.serving():
         world.server().run(rounds=2)
     followed = Followed(world.log)
@@ -39,7 +39,8 @@ def test_a_round_that_made_a_release_is_summarised_in_numbers(world: World) -> N
     assert first.evaluation is not None
     assert first.evaluation.score == 0.5
     assert [(each.client_id, each.reason) for each in first.excluded] == [("cem", "declined.busy")]
-    assert (first.replies, first.decision, first.reason) == (2, None, "")
+    assert (first.replies, first.decision, first.aborted) == (2, None, "")
+    assert [(each.request_id, each.reason) for each in (first, second)] == [("q1", "drift")] * 2
     (opened,) = (record for record, payload in world.records(types.RoundOpened) if payload.round_id == "r0001")
     (published,) = (record for record, payload in world.records(types.ReleasePublished) if payload.release == one)
     assert (first.opened_ms, first.ended_ms) == (opened.appended_ms, published.appended_ms)
@@ -69,7 +70,7 @@ def test_a_round_that_was_given_up_has_a_reason_and_no_terms(tmp_path: Path) -> 
     followed = Followed(world.log)
     assert rounds.waiting(followed.rounds) == 0
     (given_up,) = rounds.summaries(followed)
-    assert (given_up.state, given_up.reason, given_up.over) == ("aborted", "quorum", True)
+    assert (given_up.state, given_up.aborted, given_up.over) == ("aborted", "quorum", True)
     assert (given_up.kind, given_up.cohort, given_up.took_ms) == (None, [], None)
     assert rounds.detail(followed.rounds.rounds["r0001"], followed.rounds).mechanism is None
 
