@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def test_the_log_benchmark_prints_a_table_of_ratios() -> None:
     assert done.stdout.startswith("| what")
     assert "bare apsw" in done.stdout
     assert "msgspec" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_lake_benchmark_compares_writing_and_asking() -> None:
+    found = list(importlib.import_module("benchmarks.lake").rows(quick=True))
+    assert [(row.peer, row.at_least) for row in found] == [("DuckDB writing Parquet", 0.3), ("DuckDB on Parquet", 0.7)]
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

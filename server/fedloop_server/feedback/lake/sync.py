@@ -87,7 +87,7 @@ class Lake:
         before = sum(each.added + each.removed for each in self.counts.values())
         for source in (self._withdrawn, *self._sources, self._withdrawn):
             for taken in source.take(self.counts[source.target.table.name]):
-                self._commit(source, taken)
+                self.commit(source, taken)
         for target in self._targets:
             if target.compact():
                 target.vacuum()
@@ -100,23 +100,13 @@ class Lake:
         """Make the feature table that of the feedback as it is."""
         features.refresh(self._connection, self._withdrawals.feedback, self._features)
 
-    def _open(self) -> None:
-        people = Reader(self._log, Identities())
-        people.catch_up()
-        if not people.fold.origin:
-            raise UsageError("the log holds no deployment", hint="make one with `fedloop server init`")
-        opened = {each.name: LakeTable(self._place, each, people.fold.origin) for each in EVERY}
-        for target in opened.values():
-            target.vacuum()  # of what a sync left that was killed
-        self._connection = self._held.enter_context(reading.connect(self._place))
-        self._targets = list(opened.values())
-        self._features = opened[FEATURES.name]
-        self._sources = [Source(self._log, people, opened[each.name]) for each in EVENTS]
-        self._withdrawn = Source(self._log, people, opened[WITHDRAWN.name])
-        self._withdrawals = Withdrawals(self._connection, opened[FEEDBACK.name], opened[TRAINING.name], opened[WITHDRAWN.name])
+    def source(self, table: str) -> Source:
+        """What reads the log for a table."""
+        return next(each for each in (self._withdrawn, *self._sources) if each.target.table.name == table)
 
-    def _commit(self, source: Source, taken: Taken) -> None:
-        """What is withdrawn is removed before that is known to be done, and what is withdrawn already is not added."""
+    def commit(self, source: Source, taken: Taken) -> None:
+        """Add a portion to its table, as far as it is not there. What is withdrawn is removed before that is known to be done,
+        and what is withdrawn already is not added."""
         target, counts = source.target, self.counts[source.target.table.name]
         keys = [(key,) for key in taken.rows]
         files = target.files({target.part_of(row) for row in taken.rows.values()})
@@ -132,6 +122,21 @@ class Lake:
         counts.added += len(rows)
         if len(files) > FILES_A_PART and target.compact():
             target.vacuum()
+
+    def _open(self) -> None:
+        people = Reader(self._log, Identities())
+        people.catch_up()
+        if not people.fold.origin:
+            raise UsageError("the log holds no deployment", hint="make one with `fedloop server init`")
+        opened = {each.name: LakeTable(self._place, each, people.fold.origin) for each in EVERY}
+        for target in opened.values():
+            target.vacuum()  # of what a sync left that was killed
+        self._connection = self._held.enter_context(reading.connect(self._place))
+        self._targets = list(opened.values())
+        self._features = opened[FEATURES.name]
+        self._sources = [Source(self._log, people, opened[each.name]) for each in EVENTS]
+        self._withdrawn = Source(self._log, people, opened[WITHDRAWN.name])
+        self._withdrawals = Withdrawals(self._connection, opened[FEEDBACK.name], opened[TRAINING.name], opened[WITHDRAWN.name])
 
 
 class Source:
