@@ -15,14 +15,17 @@ from typing import Any
 import deltalake
 import duckdb
 import lake_logs
+import msgspec
 import pytest
 import samples
-from fedloop_events.errors import UnreachableError, UsageError
-from fedloop_events.logs.port import EventLog
+from fedloop_events import types
+from fedloop_events.errors import FedloopError, UnreachableError, UsageError
+from fedloop_events.logs.port import EventLog, Position
 from fedloop_events.logs.sqlite import SqliteLog
-from fedloop_server.feedback.lake import delta, place, sync
-from fedloop_server.feedback.lake.catalog import EVERY
+from fedloop_server.feedback.lake import delta, place, query, sync
+from fedloop_server.feedback.lake.catalog import EVENTS, EVERY
 from fedloop_server.feedback.lake.sync import Counts, Lake
+from fedloop_server.feedback.lake.tables import FEEDBACK, Table
 
 
 def synced(log: EventLog, lake: Path | str) -> dict[str, Counts]:
@@ -138,7 +141,7 @@ def test_a_process_that_is_killed_at_its_writes_again_and_again_ends_with_the_sa
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from fedloop_events.logs.sqlite import SqliteLog
-from fedloop_server.feedback.lake import delta, place, sync
+from fedloop_server.feedback.lake import delta, place, query, sync
 sync.MAX_ROWS = 15
 write, left = delta.write_deltalake, [3]
 def killed(*arguments, **named):
@@ -185,15 +188,25 @@ def test_what_its_author_did_not_sign_is_no_row_and_is_counted(tmp_path: Path) -
     log.close()
 
 
-def test_a_round_that_a_fenced_server_opened_is_no_row_also_if_the_sync_begins_after_the_fence(tmp_path: Path) -> None:
-    log = lake_logs.make(tmp_path / "deployment", list(lake_logs.decisions()))
+def test_a_table_knows_up_to_where_the_log_has_made_it(log: SqliteLog, tmp_path: Path) -> None:
     synced(log, tmp_path / "lake")
-    before = lake_logs.rows(tmp_path / "lake")["rounds"]
-    lake_logs.append(log, [samples.epoch(2)])
+    where, end = place.locate(None, str(tmp_path / "lake")), log.end()
+    for table in EVENTS:
+        position = delta.LakeTable(where, table, samples.ORIGIN).position(end)
+        assert not log.read(table.topics, position).records, table.name
+
+
+def test_what_a_fenced_server_decides_is_no_row_and_what_the_new_one_does_is_in_whatever_sync_reads_it(tmp_path: Path) -> None:
+    def opened(epoch: int) -> types.Payload:
+        (found,) = (each for each in lake_logs.decisions() if isinstance(each, types.RoundOpened))
+        return msgspec.structs.replace(found, epoch=epoch, round_id=f"r000{epoch}")
+
+    log = lake_logs.make(tmp_path / "deployment", [samples.epoch(1), opened(1)])
+    for payload in (samples.epoch(2), opened(1), opened(2)):
+        synced(log, tmp_path / "lake")
+        lake_logs.append(log, [payload])
     synced(log, tmp_path / "lake")
-    lake_logs.append(log, [each for each in lake_logs.decisions() if type(each).__name__ == "RoundOpened"])
-    synced(log, tmp_path / "lake")
-    assert lake_logs.rows(tmp_path / "lake")["rounds"] == before
+    assert len(lake_logs.rows(tmp_path / "lake")["rounds"]) == 2
     log.close()
 
 
@@ -262,6 +275,37 @@ def test_a_second_writer_is_refused_and_the_error_says_who_writes(log: SqliteLog
         pass
     with Lake(log, where):
         pass
+
+
+def test_a_writer_that_no_lock_keeps_away_is_stopped_when_it_commits_the_same_events(log: SqliteLog, tmp_path: Path) -> None:
+    """As two machines are that write to one bucket."""
+    where = place.locate(None, str(tmp_path / "lake"))
+    synced(log, tmp_path / "lake")
+    one, two = (delta.LakeTable(where, FEEDBACK, samples.ORIGIN) for _ in range(2))
+    scored = lake_logs.scored(100)
+    row = FEEDBACK.rows[type(scored)](samples.record(samples.signed(scored), 999), scored)
+    one.append([row], Position({"log": 999}))
+    with pytest.raises(FedloopError, match="cannot be written"):
+        two.append([row], Position({"log": 999}))
+    assert len(lake_logs.rows(tmp_path / "lake")["feedback"]) == 33
+
+
+def test_a_query_that_meets_a_file_that_a_sync_has_just_removed_is_asked_again(
+    log: SqliteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced(log, tmp_path / "lake")
+    where, listed = place.locate(None, str(tmp_path / "lake")), delta.files
+    left = [1]
+
+    def files(lake: place.LakePlace, table: Table) -> list[str] | None:
+        found = listed(lake, table)
+        if table is FEEDBACK and left:
+            left.pop()
+            return [f"{each}.gone" for each in found or []]
+        return found
+
+    monkeypatch.setattr(delta, "files", files)
+    assert list(query.query(where, "SELECT count(*) FROM feedback").rows) == [(32,)]
 
 
 def test_a_lake_of_another_deployment_is_refused(log: SqliteLog, tmp_path: Path) -> None:
