@@ -1,5 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Two workers, and who has nothing left to do takes over half of what the other one still has.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations 15
 
 .PHONY: demo test check bench fast kafka kafka-stop lock schemas
 
@@ -7,8 +9,8 @@ demo: .venv/ready
 	$(BIN)/fedloop demo
 
 test: check
-	$(BIN)/pytest -m "not slow"
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m slow
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -18,7 +20,7 @@ check: .venv/ready
 	$(BIN)/python -m fedloop_events.schemas --check
 
 fast: .venv/ready
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks

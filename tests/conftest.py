@@ -3,6 +3,8 @@
 The broker is the one that FEDLOOP_TEST_KAFKA=HOST:PORT names, else one of our own where Java and Maven are, else a container
 where Docker runs. Where none of them is, these tests are left out: the last line says so, and with CI=true the run fails.
 llama.cpp is asked for by the marker `llama_cpp`; where it is not installed, those tests are left out, and a line says so.
+
+With `-n 2` (pytest-xdist) each worker is a session: it has brokers of its own, and what it left out the run as a whole says.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threa
 
 import secrets
 from collections.abc import Callable, Generator, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import brokers
 import containers
@@ -22,16 +24,40 @@ import pytest
 from brokers import Cluster
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
+
+settings.register_profile("fedloop", deadline=None)  # what an example takes is up to what else the machine does
+settings.load_profile("fedloop")
 
 VARIABLE: Final = "FEDLOOP_TEST_KAFKA"
 ANSWER_S: Final = 30.0
-_LEFT_OUT: Final = pytest.StashKey[str]()
-_WITHOUT_LLAMA_CPP: Final = pytest.StashKey[str]()
+_KAFKA: Final = "Kafka"
+_LLAMA_CPP: Final = "llama.cpp"
+_LEFT_OUT: Final = pytest.StashKey[dict[str, str]]()
+"""What the line about them says, by what they want."""
+
+
+class _InternalErrors:
+    """xdist can end a run with status 0 though pytest itself failed in every worker, so that no test was run."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def pytest_internalerror(self) -> None:
+        self.seen = True
+
+
+_INTERNAL_ERRORS: Final = pytest.StashKey[_InternalErrors]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kafka: needs a real Kafka broker (added by itself to tests that use its fixtures)")
     config.addinivalue_line("markers", "llama_cpp: needs llama.cpp (CMAKE_ARGS=-DGGML_NATIVE=OFF pip install llama-cpp-python)")
+    config.stash[_INTERNAL_ERRORS] = _InternalErrors()
+    config.pluginmanager.register(config.stash[_INTERNAL_ERRORS])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -41,7 +67,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if {"kafka", "secure_kafka"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
     yield
-    _leave_out_llama_cpp(config, items)
+    left_out = config.stash.setdefault(_LEFT_OUT, {})
+    _leave_out_llama_cpp(config, items, left_out)
+    _leave_out_kafka(config, items, left_out)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = left_out
+        # Who may take long begins early: else one worker is left alone with it at the end.
+        items.sort(key=_allowed_s, reverse=True)
+
+
+def _leave_out_kafka(config: pytest.Config, items: list[pytest.Item], left_out: dict[str, str]) -> None:
     wanting = [item for item in items if item.get_closest_marker("kafka")]
     reason = brokers.why_not() if wanting else ""
     if not reason:
@@ -54,31 +89,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanting:
         config.hook.pytest_deselected(items=wanting)
         items[:] = [item for item in items if item not in wanting]
-        config.stash[_LEFT_OUT] = f"{len(wanting)} Kafka tests were left out: {reason}"
+        left_out[_KAFKA] = f"{len(wanting)} Kafka tests were left out: {reason}"
 
 
-def _leave_out_llama_cpp(config: pytest.Config, items: list[pytest.Item]) -> None:
+def _leave_out_llama_cpp(config: pytest.Config, items: list[pytest.Item], left_out: dict[str, str]) -> None:
     """llama.cpp is optional in CI too: no wheel of it is published, and it takes minutes to build."""
     wanting = [item for item in items if item.get_closest_marker("llama_cpp")]
     if wanting and importlib.util.find_spec("llama_cpp") is None:
         config.hook.pytest_deselected(items=wanting)
         items[:] = [item for item in items if item not in wanting]
-        config.stash[_WITHOUT_LLAMA_CPP] = f"{len(wanting)} llama.cpp tests were left out: llama-cpp-python is not installed"
+        left_out[_LLAMA_CPP] = f"{len(wanting)} llama.cpp tests were left out: llama-cpp-python is not installed"
+
+
+def _allowed_s(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else 0.0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Each worker has collected the same tests: what one of them left out, all did."""
+    node.config.stash.setdefault(_LEFT_OUT, {}).update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     yield
-    left_out = session.config.stash.get(_LEFT_OUT, "")
+    left_out = session.config.stash.get(_LEFT_OUT, {})
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if without := session.config.stash.get(_WITHOUT_LLAMA_CPP, ""):
-        assert reporter is not None
-        reporter.write_line(without, yellow=True)
-    if left_out and reporter is not None:
+    if reporter is None:  # of a worker
+        return
+    if session.config.stash[_INTERNAL_ERRORS].seen:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+    if _LLAMA_CPP in left_out:
+        reporter.write_line(left_out[_LLAMA_CPP], yellow=True)
+    if line := left_out.get(_KAFKA):
         if os.environ.get("CI") == "true":
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            left_out = f"FAILED: {left_out}"
-        reporter.write_line(left_out, yellow=True)
+            line = f"FAILED: {line}"
+        reporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")

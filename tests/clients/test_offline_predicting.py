@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 from clients.classified import TEXTS, Classified
@@ -14,6 +15,8 @@ from clients.conftest import DEAD, dead_location
 from fedloop_clients import Agent
 
 pytestmark = pytest.mark.slow
+PROCESSES: Final = 5
+"""So many are tried until one is quick."""
 
 PROGRAM = """
 import json, sys, time
@@ -66,6 +69,12 @@ def beyond_the_model(store: Path, log: str, blobs: str) -> dict[str, float]:
 @pytest.mark.parametrize("kind", DEAD)
 def test_predicting_waits_for_no_log_that_is_away(store: Path, tmp_path: Path, kind: str) -> None:
     with dead_location(kind, tmp_path) as dead:
-        found = beyond_the_model(store, dead, dead if kind.startswith("http") else str(tmp_path / "no blobs"))
-    assert found["best"] < 0.05, found
-    assert found["first"] < 0.25, found  # some 30 ms; the machine may be busy with what the reading thread imports
+        blobs = dead if kind.startswith("http") else str(tmp_path / "no blobs")
+        # Some 30 ms the first time; the machine may be busy with what the reading thread imports, or with other tests: a wait for
+        # the log would be there in every process.
+        found = list[dict[str, float]]()
+        while len(found) < PROCESSES:
+            found.append(beyond_the_model(store, dead, blobs))
+            if found[-1]["best"] < 0.05 and found[-1]["first"] < 0.25:
+                return
+    raise AssertionError(found)

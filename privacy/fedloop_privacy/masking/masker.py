@@ -15,14 +15,13 @@ from fedloop_privacy.masking.analyzer import Analyzer, engine_from_config
 from fedloop_privacy.masking.errors import MaskingError
 from fedloop_privacy.masking.names import NameFinder
 from fedloop_privacy.masking.normalise import View, encoded_stretches, fold, mixed_script_words, unescape
-from fedloop_privacy.masking.spans import Span, outside, union
+from fedloop_privacy.masking.spans import PLACEHOLDER, Span, outside, union
 
 if TYPE_CHECKING:
     from presidio_analyzer.nlp_engine import NlpArtifacts, NlpEngine
 
 ENCODED, MIXED_SCRIPT = "ENCODED_TEXT", "MIXED_SCRIPT"
 _OWN_TYPES = frozenset({ENCODED, MIXED_SCRIPT, "PERSON", "LOCATION", "NRP", "CREDIT_CARD", *(p.type for p in patterns.ALL)})
-_PLACEHOLDER = regex.compile(r"<(?<type>[A-Z][A-Z0-9_]{0,37})_(?<number>[1-9]\d{0,3})>")
 # A mask changes what stands beside it, so what is left is read again until nothing more is found. Two rounds are the rule.
 _MAX_ROUNDS = 6
 
@@ -157,7 +156,7 @@ class Masker:
         return View(_sub_same_length(self._placeholders(view.text), view.text), view.starts, view.ends)
 
     def _placeholders(self, text: str) -> list[regex.Match[str]]:
-        return [m for m in _PLACEHOLDER.finditer(text) if m["type"] in self._types] if "<" in text else []
+        return [m for m in PLACEHOLDER.finditer(text) if m["type"] in self._types] if "<" in text else []
 
     def _used(self, texts: Sequence[str]) -> Counter[str]:
         """The highest number of each type among the placeholders that the texts hold already."""

@@ -29,6 +29,7 @@ _LOOKALIKES = _CYRILLIC | _GREEK | _PUNCTUATION | _UNDECOMPOSED
 _LETTER_NAME = regex.compile(
     r"(?:NEGATIVE (?:CIRCLED|SQUARED) )?LATIN (?:(SMALL) |CAPITAL )?LETTER (?:SMALL CAPITAL )?(?:DOTLESS )?([A-Z])(?: WITH .*)?"
 )
+_CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\t\n\r"}
 _BLANK_LOOKING = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 _ESCAPE = regex.compile(r"((?:%[0-9A-Fa-f]{2})+)|(&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z]{2,32}[0-9]{0,2});)")
 _ENCODED = regex.compile(
@@ -113,6 +114,13 @@ def fold(view: View) -> View:
         elif ends:
             ends[-1] = max(ends[-1], end)
     return View("".join(out), starts, ends)
+
+
+def fold_text(text: str) -> str:
+    """The text of `fold`, for whoever needs no way back."""
+    if text.isascii():
+        return text if text.isprintable() else text.translate(_CONTROLS)
+    return "".join(map(_folded, text))
 
 
 def fold_word(word: str) -> str:

@@ -31,10 +31,10 @@ class Pattern:
     def __post_init__(self) -> None:
         object.__setattr__(self, "compiled", regex.compile(self.source, regex.VERBOSE))
 
-    def spans(self, text: str, until: float) -> Iterator[Span]:
-        """Its matches. Raises `TimeoutError` when the monotonic clock passes `until`."""
+    def spans(self, text: str, until: float | None) -> Iterator[Span]:
+        """Its matches. Raises `TimeoutError` when the monotonic clock passes `until`; with None no clock is read."""
         group = "v" if "v" in self.compiled.groupindex else 0
-        for match in self.compiled.finditer(text, timeout=max(until - monotonic(), 1e-3)):
+        for match in self.compiled.finditer(text, timeout=None if until is None else max(until - monotonic(), 1e-3)):
             start, end = match.span(group)
             if start < end:
                 yield Span(start, end, self.type, self.score)
@@ -106,7 +106,10 @@ NETWORK = (
     Pattern("IP_ADDRESS", 0.8, DIGIT, r"(?<![\d.])(?:\d{1,3}\ ?(?:\.|\[\.\]|\(\.\))\ ?){3}\d{1,3}(?![\d]|\.\d)"),
 )  # fmt: skip
 
-_SPELLED_AT = regex.compile(r"(?i)(?<=[\s(\[{<])at(?=[\s)\]}>])|@")
+# Whether one of `_ATS` stands in a text, other than "@": beginning with a letter, so that most of a text is passed over quickly.
+_SPELLED_AT = regex.compile(
+    r"[aA][tT](?:\s?[)\]}>]|\ [\w-]{1,63}+(?:\ (?i:dot|punkt|point)\ |\ ?[(\[{]\s?(?i:dot|\.)))", regex.VERBOSE
+)
 
 # One separator may stand between two digits of a number, also a line break, or a space on each side of a dash.
 _SEP = r"(?:[-./_]|[\ \t\r\n]{1,2}|\ -\ |\)\ ?|\ ?\(|)"
@@ -257,19 +260,25 @@ ORGANISATIONS = (
 ALL = (*NETWORK, *NUMBERS, *DATES, *AGES, *ADDRESSES, *POSTCODES, *LEET_NAMES, *ORGANISATIONS)
 
 
+def present(text: str) -> set[str]:
+    """The classes of characters that a text holds, of those that patterns need."""
+    found = {LETTER}
+    if any(map(str.isdigit, text)):
+        found.add(DIGIT)
+    if "." in text:
+        found.add(DOT)
+    if "@" in text:
+        found |= {AT, SPELLED_AT}
+    elif _SPELLED_AT.search(text):
+        found.add(SPELLED_AT)
+    return found
+
+
 def find(text: str, until: float) -> list[Span]:
     """All matches in a folded text. Raises `TimeoutError` when the monotonic clock passes `until`."""
-    present = {LETTER}
-    if any(map(str.isdigit, text)):
-        present.add(DIGIT)
-    if "@" in text:
-        present.add(AT)
-    if "." in text:
-        present.add(DOT)
-    if _SPELLED_AT.search(text):
-        present.add(SPELLED_AT)
-    found = [_checked(text, span) for pattern in ALL if pattern.needs in present for span in pattern.spans(text, until)]
-    literals = [match.span() for match in _HEXADECIMAL.finditer(text)] if DIGIT in present else []
+    there = present(text)
+    found = [_checked(text, span) for pattern in ALL if pattern.needs in there for span in pattern.spans(text, until)]
+    literals = [match.span() for match in _HEXADECIMAL.finditer(text)] if DIGIT in there else []
     return [span for span in found if not (literals and _is_literal(span, literals))]
 
 
@@ -284,8 +293,12 @@ def _checked(text: str, span: Span) -> Span:
     """A number that satisfies the card checksum (ISO/IEC 7812-1) is called a card."""
     if span.type != "ACCOUNT_NUMBER":
         return span
-    digits = [int(c) for c in text[span.start : span.end] if c.isdigit()]
-    if not 12 <= len(digits) <= 19:
-        return span
-    doubled = (d * 2 - 9 if d > 4 else d * 2 for d in digits[-2::-2])
-    return span._replace(type="CREDIT_CARD", score=0.9) if (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else span
+    digits = "".join(filter(str.isdigit, text[span.start : span.end]))
+    return span._replace(type="CREDIT_CARD", score=0.9) if 12 <= len(digits) <= 19 and luhn(digits) else span
+
+
+def luhn(digits: str) -> bool:
+    """Whether decimal digits satisfy the card checksum (ISO/IEC 7812-1, annex B)."""
+    values = [int(each) for each in digits]
+    doubled = (value * 2 - 9 if value > 4 else value * 2 for value in values[-2::-2])
+    return (sum(values[-1::-2]) + sum(doubled)) % 10 == 0

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import regex
+
+PLACEHOLDER: Final = regex.compile(r"<(?<type>[A-Z][A-Z0-9_]{0,37})_(?<number>[1-9]\d{0,3})>")
+"""What stands in a masked text for a value."""
 
 
 class Span(NamedTuple):

@@ -17,6 +17,7 @@ from fedloop_server.feedback.operators.curating import Curating
 from fedloop_server.feedback.operators.drift import Drift
 from fedloop_server.feedback.operators.expecting import Expect
 from fedloop_server.feedback.operators.measuring import Measuring
+from fedloop_server.feedback.operators.scoring import Scoring
 from fedloop_server.feedback.operators.triggering import Triggering
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import FILE_NAME, States
@@ -35,7 +36,7 @@ def operators(config: ServerConfig) -> list[Operator[Any]]:
     """The pipeline's operators as a deployment has them configured, in the order in which one can cause the next."""
     bounds = {each.metric: each.below for each in config.triggers if isinstance(each, ForecastTrigger)}
     triggering = Triggering(config.triggers, config.time_zone)
-    return [Counting(), Measuring(), Drift(), Expect(bounds), Curating(), triggering]
+    return [Scoring(), Counting(), Measuring(), Drift(), Expect(bounds), Curating(), triggering]
 
 
 def run(directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False) -> Ran:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from time import perf_counter
+from time import thread_time
 
 import pytest
 from fedloop_privacy.masking import Masker
@@ -111,9 +111,9 @@ def test_no_text_takes_long(masker: Masker) -> None:
     slow = {}
     for unit in ADVERSARIAL:
         for text in ((unit * 10_000)[:10_000], (unit * 10_000)[:9_990] + "!@\u00e9"):
-            start = perf_counter()
+            start = thread_time()  # what else the machine does is no fault of the text
             masker.find(text)
-            took = perf_counter() - start
+            took = thread_time() - start
             if took > 3:
                 slow[unit] = took
     assert slow == {}
