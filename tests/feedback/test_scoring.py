@@ -129,8 +129,9 @@ def test_where_the_whole_masker_fails_feedback_is_held_back() -> None:
 @pytest.mark.parametrize(
     ("changes", "satisfaction", "correct"),
     [
-        ({"thumb": "up"}, 1.0, None),
-        ({"thumb": "down"}, 0.0, None),
+        ({"thumb": "up"}, 1.0, True),
+        ({"thumb": "down"}, 0.0, False),
+        ({"thumb": "down", "predicted": None, "response": masked("so it is")}, 0.0, None),
         ({"thumb": "up", "label": "x"}, 1.0, False),
         ({"rating": 1}, 0.0, None),
         ({"rating": 4}, 0.75, None),
