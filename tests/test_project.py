@@ -100,6 +100,7 @@ def test_server_and_command_line_know_no_task() -> None:
             "fedloop_tasks.models",
             "fedloop_tasks.models.registry",
             "fedloop_tasks.updates",
+            "fedloop_tasks.words",
         )
         imported += [f"{where}: {name}" for name in modules if name.startswith("fedloop_tasks") and name not in allowed]
     assert named.keys() == OTHER_MEANINGS.keys(), named
