@@ -115,14 +115,14 @@ def test_a_thumb_is_in_its_open_window_as_soon_as_it_is_scored_and_once_when_tha
     reader = metrics.follow(piped.opened.log)
     for count in (1, 2):
         piped.append(piped.scored(THEN, 1.0))
-        (measured,) = metrics.current(reader, "support", ("1h",))
+        (measured,) = metrics.current(reader, "support", ["1h"])
         assert (measured.open, measured.window.feedback) == (True, count)
-    (before,) = metrics.current(reader, "support", ("1h",))
+    (before,) = metrics.current(reader, "support", ["1h"])
     piped.measure()
-    for found in (metrics.current(reader, "support", ("1h",)), metrics.current(piped.opened.log, "support", ("1h",))):
+    for found in (metrics.current(reader, "support", ["1h"]), metrics.current(piped.opened.log, "support", ["1h"])):
         assert [(each.open, each.window) for each in found] == [(False, before.window)]
     piped.append(piped.scored(THEN, 0.0))
-    assert [each.window.feedback for each in metrics.current(reader, "support", ("1h",))] == [2]
+    assert [each.window.feedback for each in metrics.current(reader, "support", ["1h"])] == [2]
 
 
 def test_a_bounded_number_of_windows_is_kept(piped: Piped) -> None:

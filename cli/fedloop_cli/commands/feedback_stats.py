@@ -30,10 +30,11 @@ def stats(
     from fedloop_server.operations import metrics
 
     found = metrics.current(where.open_log(), use_case, (window,))
-    console.show({"windows": [_document(each) for each in found]}, lambda: _text(found), as_json=json)
+    console.show({"windows": [document(each) for each in found]}, lambda: _text(found), as_json=json)
 
 
-def _document(measured: Measured) -> dict[str, Any]:
+def document(measured: Measured) -> dict[str, Any]:
+    """A window as every `--json` has it."""
     window, times = measured.window, measured.window.latency
     return {
         "use_case": window.use_case,
