@@ -75,8 +75,8 @@ class Pipeline:
         if len(batch.records) < READ_AHEAD:
             # What a batch makes the operators emit is taken in after it: complete is what was there before the batch before.
             complete_ms, self._complete_ms = self._complete_ms, began_ms
-            if advanced := not events and complete_ms - self._advanced_ms >= TICK_MS:
-                events = list(self._advanced(complete_ms))
+            if advanced := complete_ms - self._advanced_ms >= TICK_MS:
+                events += self._advanced(complete_ms)
                 self._advanced_ms = complete_ms
         for some in batches(events):
             self._log.append(some)
