@@ -186,7 +186,8 @@ class Agent:
         response_id, note, words = "", "", task_of(release.spec).words
         try:
             with self._device.usage.answered(release.release, timed.seconds, masked.counts if masked else None):
-                response_id = self._device.interactions.respond(text, masked, answers[0], release.release, words)
+                kept = self._device.interactions.respond(text, masked, answers[0], release.release, words)
+            response_id = kept  # not before it is on disk
         except NotWritableError as error:
             note = f"{error.message}, so no feedback can name this response"
         return Response(response_id, answers[0], confidences[0], release.release, note)
