@@ -136,6 +136,14 @@ CREATE TABLE usage (         -- counts of an interval by the device's clock, unt
 """
 
 
+_REMEMBERED: Final = """
+ALTER TABLE responses ADD COLUMN remembered TEXT; -- the feedback that the answer was taken from, where it is none of the model's
+CREATE INDEX responses_asked ON responses (asked) WHERE asked IS NOT NULL;
+CREATE INDEX responses_remembered ON responses (remembered) WHERE remembered IS NOT NULL;
+CREATE INDEX feedback_label ON feedback (number) WHERE label IS NOT NULL;
+"""
+
+
 def _begin(db: Any) -> None:
     _execute(db, _VERSION_1)
 
@@ -170,12 +178,17 @@ def _count_usage(db: Any) -> None:
     _execute(db, _COUNTED)
 
 
+def _remember(db: Any) -> None:
+    _execute(db, _REMEMBERED)
+
+
 STEPS: Final[tuple[Callable[[Any], None], ...]] = (
     _begin,
     _keep_interactions,
     _keep_retracted,
     _keep_conversations,
     _count_usage,
+    _remember,
 )
 
 

@@ -81,7 +81,7 @@ class Publisher:
         with self._device.store.transaction():
             if not self._device.interactions.published(each.feedback_id):
                 return  # it was retracted meanwhile
-            if not each.logged:
+            if not (each.logged or each.of_device):
                 if recorded.signal is not None:
                     self._device.usage.signalled(each.release, recorded.signal)
                 self._device.outbox.add(lambda seq: replace(recorded, seq=seq))
