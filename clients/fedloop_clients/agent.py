@@ -193,7 +193,8 @@ class Agent:
         response_id, note, source = "", "", found.feedback_id if found else None
         try:
             with self._device.usage.answered(release.release, timed.seconds, masked.counts if masked else None):
-                response_id = self._device.interactions.respond(text, masked, own, release.release, words, remembered=source)
+                kept = self._device.interactions.respond(text, masked, own, release.release, words, remembered=source)
+            response_id = kept  # not before it is on disk
         except NotWritableError as error:
             note = f"{error.message}, so no feedback can name this response"
         if found is not None:

@@ -14,7 +14,7 @@ from fedloop_cli.commands.feedback_stats import sparkline
 from fedloop_cli.main import app
 from fedloop_events import types
 from fedloop_events.errors import UsageError
-from fedloop_events.types import FeedbackScored, MetricsWindowed, Reaction, UsageCounted
+from fedloop_events.types import FeedbackScored, MetricsWindowed, Reaction, UsageCounted, Width
 from fedloop_server.deployment import Deployment, open_deployment
 from fedloop_server.feedback.operators.measuring import Measuring
 from fedloop_server.feedback.pipeline import Pipeline
@@ -29,6 +29,9 @@ FIELDS = {
     "use_case", "release", "language", "window", "start", "open", "satisfaction", "accuracy", "p50", "p95", "p99", "feedback",
     "answers", "masked", "quarantined", "late",
 }  # fmt: skip
+
+
+HOURS: tuple[Width, ...] = ("1h",)
 
 
 def run(*arguments: object) -> Any:
@@ -115,14 +118,14 @@ def test_a_thumb_is_in_its_open_window_as_soon_as_it_is_scored_and_once_when_tha
     reader = metrics.follow(piped.opened.log)
     for count in (1, 2):
         piped.append(piped.scored(THEN, 1.0))
-        (measured,) = metrics.current(reader, "support", ["1h"])
+        (measured,) = metrics.current(reader, "support", HOURS)
         assert (measured.open, measured.window.feedback) == (True, count)
-    (before,) = metrics.current(reader, "support", ["1h"])
+    (before,) = metrics.current(reader, "support", HOURS)
     piped.measure()
-    for found in (metrics.current(reader, "support", ["1h"]), metrics.current(piped.opened.log, "support", ["1h"])):
+    for found in (metrics.current(reader, "support", HOURS), metrics.current(piped.opened.log, "support", HOURS)):
         assert [(each.open, each.window) for each in found] == [(False, before.window)]
     piped.append(piped.scored(THEN, 0.0))
-    assert [each.window.feedback for each in metrics.current(reader, "support", ["1h"])] == [2]
+    assert [each.window.feedback for each in metrics.current(reader, "support", HOURS)] == [2]
 
 
 def test_a_bounded_number_of_windows_is_kept(piped: Piped) -> None:
