@@ -19,6 +19,7 @@ from fedloop_events.errors import UsageError
 from fedloop_events.ids import derived_id
 from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_events.types import Reaction
+from fedloop_events.writer import EventWriter
 from fedloop_server.deployment import open_deployment
 from fedloop_server.feedback.operators.curating import Curating
 from fedloop_server.feedback.pipeline import Pipeline
@@ -27,6 +28,7 @@ from fedloop_server.operations import commands
 from fedloop_tasks.causal import corpus
 from fedloop_tasks.classification import corpus as labelled
 from fedloop_tasks.turns import Turn
+from msgspec import structs
 from typer.testing import CliRunner
 
 QUESTION, ANSWER, BETTER = "where is my card, <PERSON_1>?", "no idea", "yes, we have sent it\n\u201cin the post\u201d \U0001f4ee"
@@ -199,6 +201,22 @@ def test_nothing_to_export_is_said_with_what_there_is(curated: Path, deployment:
     assert "of use case 'moderation'" in refused.exception.message
     assert refused.exception.cause == "there are 2 label of moderation, 1 dpo of support, 2 kto of support, 1 sft of support"
     assert not (tmp_path / "out").exists()
+
+
+def test_whoever_is_told_to_run_the_pipeline_can_export_then(deployment: Path, tmp_path: Path) -> None:
+    opened = open_deployment(deployment, None)
+    origin = commands.identities(opened.writer).origin
+    given = structs.replace(samples.feedback(1), origin=origin, thumb=None, label="spam")
+    EventWriter(opened.log, samples.key("device-1")).append(structs.replace(samples.enrolled(), origin=origin), given)
+    opened.log.close()
+    export = ("feedback", "export", deployment, "--format", "jsonl", "--out", tmp_path / "out")
+    refused = run(*export)
+    assert isinstance(refused.exception, UsageError)
+    assert "`fedloop feedback run` curates examples" in refused.exception.hint
+    done = run("feedback", "run", deployment, "--until-idle")
+    assert done.exit_code == 0, done.output
+    assert run(*export).exit_code == 0
+    assert [(each["kind"], each["label"]) for each in rows_of(tmp_path / "out")] == [("label", "spam")]
 
 
 def test_an_event_that_the_server_did_not_sign_is_no_example(curated: Path) -> None:

@@ -48,6 +48,7 @@ IN_OTHER_TESTS: Final = {
     "run with a user that `fedloop init kafka` makes": "tests/deploy/test_doctor.py",
     "--create-user ROLE:": "tests/deploy/test_doctor.py",
     "is `fedloop server run` running?": "tests/server/operations/test_awaiting.py",
+    "`fedloop feedback run` curates examples": "tests/cli/test_feedback_export.py",
     "start `fedloop agent serve`": "tests/cli/test_agent_serve.py",
     "start devices that do not run": "tests/server/operations/test_awaiting.py",
     "enrol devices with a larger budget": "tests/server/operations/test_awaiting.py",
