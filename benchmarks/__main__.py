@@ -17,9 +17,18 @@ from fedloop_events.errors import FedloopError
 
 from benchmarks.harness import Row, table
 
-TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "pipeline", "lake", "cli")
+TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "pipeline", "lake", "drift", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
-BY_NAME_ONLY = ("stragglers", "utility", "masking", "chat_utility", "chat_finance", "chat_preferences", "mixed_ranks")
+BY_NAME_ONLY = (
+    "stragglers",
+    "utility",
+    "masking",
+    "chat_utility",
+    "chat_finance",
+    "chat_preferences",
+    "mixed_ranks",
+    "remembered",
+)
 """The same, but they take long or need data sets, and print tables of their own."""
 
 

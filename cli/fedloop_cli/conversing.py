@@ -26,6 +26,7 @@ RETRY_TEMPERATURE: Final = 0.8
 """At which the answer after /retry is drawn: the most probable one was there already."""
 RETRIED: Final = "retried"
 """The signal that /retry gives about the answer before it."""
+REMEMBERED: Final = "as it was corrected before"
 
 
 class Conversation:
@@ -113,7 +114,7 @@ class Conversation:
             response = self._agent.predict(turns[-1]["content"])
             self._show(f"{response.answer} ({response.confidence:.0%})\n")
             self._answer = response.response_id
-            self._note(response.note)
+            self._note(response.note or (REMEMBERED if response.remembered else ""))
             return
         stream = self._agent.chat(turns, stream=True, temperature=temperature)
         text = ""
@@ -127,7 +128,7 @@ class Conversation:
         if stream.response is not None:
             self._turns = [*turns, {"role": "assistant", "content": text}]
             self._answer = stream.response.response_id
-            self._note(stream.response.note)
+            self._note(stream.response.note or (REMEMBERED if stream.response.remembered else ""))
 
     def _thank(self, note: str) -> None:
         self._tell("kept", "green")

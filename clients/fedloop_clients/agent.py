@@ -41,9 +41,11 @@ from fedloop_clients.loop import Loop
 from fedloop_clients.masking import Masking, Masks
 from fedloop_clients.personal import Personalised
 from fedloop_clients.refreshing import Refresher, refresh_now
+from fedloop_clients.remembering import Memory
 from fedloop_clients.retracting import Retraction
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import NotWritableError, cannot_write
+from fedloop_clients.usage import Timed
 
 if TYPE_CHECKING:
     from fedloop_events.flower.messages import ClientAppCallable
@@ -91,7 +93,8 @@ class Agent:
         self._reading = threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
         self._in_force = InForce(self._device, self._refresher)
-        self._chatting = Chatting(self._device.interactions, self._in_force.to_chat)
+        self._memory = Memory(store) if settings.remember else None
+        self._chatting = Chatting(self._device.interactions, self._in_force.to_chat, self._memory, self._device.usage)
 
     @classmethod
     def enrol(
@@ -172,21 +175,30 @@ class Agent:
         """Answer `text` with the release in force and keep the response, so that feedback can name it.
 
         It needs no connection: the newest release whose tensors the device has answers, and only a device that has none waits.
-        The model sees the masked text, as it does when it trains. On a disk that is full it answers as well, and the response's
-        `note` says that it could not be kept. Raises `UsageError` for a text that is empty, longer than
-        `MAX_TEXT_CHARS` or not Unicode, or where no release is known yet; `ModelError` and `BlobError` if there is no model to be
-        had.
+        The model sees the masked text, as it does when it trains. Where a user of this device has named the label of this text,
+        or of one much like it, that is the answer (`Response.remembered`), until the release answers that text so by itself. On a
+        disk that is full it answers as well, and the response's `note` says that it could not be kept.
+
+        Raises `UsageError` for a text that is empty, longer than `MAX_TEXT_CHARS` or not Unicode, or where no release is known
+        yet; `ModelError` and `BlobError` if there is no model to be had.
         """
+        timed = Timed()
         check_text("text", text, MAX_TEXT_CHARS)
         masked = self._masking.masked_or_none(text)
+        seen = masked.text if masked else text
         with self._in_force.to_predict() as (model, release):
-            answers, confidences = model.predict([masked.text if masked else text])
-        response_id, note, words = "", "", task_of(release.spec).words
+            words = task_of(release.spec).words
+            [own], [confidence] = model.predict([seen])
+            found = self._memory.label(model, release.blob.sha256, seen, own, words) if self._memory else None
+        response_id, note, source = "", "", found.feedback_id if found else None
         try:
-            response_id = self._device.interactions.respond(text, masked, answers[0], release.release, words)
+            with self._device.usage.answered(release.release, timed.seconds, masked.counts if masked else None):
+                response_id = self._device.interactions.respond(text, masked, own, release.release, words, remembered=source)
         except NotWritableError as error:
             note = f"{error.message}, so no feedback can name this response"
-        return Response(response_id, answers[0], confidences[0], release.release, note)
+        if found is not None:
+            return Response(response_id, found.answer, found.similarity, release.release, note, remembered=True)
+        return Response(response_id, own, confidence, release.release, note)
 
     @overload
     def chat(
@@ -229,7 +241,8 @@ class Agent:
         ends before the first of the texts `stop` that it would hold. With `stream` the call returns when the answer begins, and
         what it returns gives its pieces. Unlike `predict` the model sees what was written, not what is left of it masked: nothing
         of it leaves the device but masked, and it learns from that
-        alone. Answers are written one at a time, whichever thread asks.
+        alone. Answers are written one at a time, whichever thread asks. What a user of this device has corrected is answered as
+        corrected when the same messages come again (`ChatResponse.remembered`), until the release answers so by itself.
 
         On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
         kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
@@ -248,8 +261,11 @@ class Agent:
         with self._in_force.to_embed() as (model, _):
             return model.embed(texts)
 
-    def record_answer(self, messages: Messages, answer: str, *, response_id: str | None = None) -> ChatResponse:
-        """Keep an answer that was made elsewhere, as if the release in force had made it: see `chat` and `record`.
+    def record_answer(
+        self, messages: Messages, answer: str, *, response_id: str | None = None, took_s: float | None = None
+    ) -> ChatResponse:
+        """Keep an answer that was made elsewhere, in `took_s` seconds, as if the release in force had made it: see `chat` and
+        `record`.
 
         Raises `UsageError`.
         """
@@ -257,7 +273,8 @@ class Agent:
         check_answer(answer)
         check_chats(spec)
         kept = self._own_id("response", response_id)
-        kept = self._device.interactions.answer(turns, answer, release.release, kept)
+        with self._device.usage.answered(release.release, took_s):
+            kept = self._device.interactions.answer(turns, answer, release.release, kept)
         return ChatResponse(kept, release.release, answer, 1.0, finished=True, prompt_tokens=0, tokens=0)
 
     def record(self, text: str, label: str, *, response: str | None = None, response_id: str | None = None) -> Response:
@@ -270,9 +287,10 @@ class Agent:
         check_predicts(spec)
         words = task_of(spec).words
         label, response_id = check_word("label", label, words), self._own_id("response", response_id)
-        response_id = self._device.interactions.respond(
-            text, None, label, release.release, words, response=response, response_id=response_id
-        )
+        with self._device.usage.answered(release.release, None):
+            response_id = self._device.interactions.respond(
+                text, None, label, release.release, words, response=response, response_id=response_id
+            )
         return Response(response_id, label, 1.0, release.release)
 
     def feedback(
@@ -292,8 +310,9 @@ class Agent:
 
         At least one of: `thumb` "up" or "down", `rating` 1 to 5, the right `label`, a `correction` (the better answer) or a
         `comment` in the user's own words, another response to the same prompt that this one was `preferred_over`, or a `signal`,
-        a word of the application's for what its user did, such as "copied". `feedback_id` is the caller's: the same one again is
-        the same feedback, with other content an error. It stays here: the feedback has an id derived from it with the device's
+        a word of the application's for what its user did: "copied", "clicked", "regenerated", "abandoned" and "escalated" mean
+        the same to all who read the log. `feedback_id` is the caller's: the same one again is the same feedback, with other
+        content an error. It stays here: the feedback has an id derived from it with the device's
         key, which is returned and published, and may be given in its place. What the user wrote leaves the device masked or not
         at all. A correction or comment that cannot be kept as it is does not stop the rest: the `note` of what is returned says
         what was left out or mended.

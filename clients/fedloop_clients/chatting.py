@@ -14,13 +14,17 @@ from fedloop_events import ids
 from fedloop_events.errors import UsageError
 from fedloop_tasks.chats import Answer, Chats
 from fedloop_tasks.turns import Turn
+from fedloop_tasks.words import normalised
 from msgspec import Struct
+from msgspec.structs import replace
 
 from fedloop_clients.conversations import Sampling
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.releases import KeptRelease
+from fedloop_clients.remembering import Memory
 from fedloop_clients.stopping import stopped
 from fedloop_clients.store_file import NotWritableError
+from fedloop_clients.usage import Timed, Usage
 
 THREAD: Final = "fedloop-chat"
 """The name of a thread that writes an answer."""
@@ -37,8 +41,9 @@ class ChatResponse(Struct, frozen=True):
     """An answer in the model's own words; `response_id` is the handle for feedback.
 
     `confidence` is how probable its tokens were on average, from 0 to 1. It is `finished` if the model ended it, not the bound on
-    its tokens or the reader. On a disk that is full it cannot be kept: then its id is "", no feedback can name it, and `note`
-    says why.
+    its tokens or the reader. One that is `remembered` was not written by the model: a user of this device has corrected an answer
+    to the same messages so. On a disk that is full it cannot be kept: then its id is "", no feedback can name it, and `note` says
+    why.
     """
 
     response_id: str
@@ -49,6 +54,7 @@ class ChatResponse(Struct, frozen=True):
     prompt_tokens: int
     tokens: int
     note: str = ""
+    remembered: bool = False
 
     @property
     def answer(self) -> str:
@@ -57,11 +63,12 @@ class ChatResponse(Struct, frozen=True):
 
 
 class Begun(Struct, frozen=True):
-    """An answer that is about to be written."""
+    """An answer that is about to be written; `remembered` is the feedback that it is taken from, if it is."""
 
     response_id: str
     release: str
     prompt_tokens: int
+    remembered: str | None = None
 
 
 Keep = Callable[[Begun, Answer], ChatResponse]
@@ -125,25 +132,27 @@ class ChatStream:
 
 
 class Chatting:
-    """The answers of one device. They are written one at a time: a second model would need as much memory again."""
+    """The answers of one device. They are written one at a time: a second model would need as much memory again. Without a
+    `memory` all of them are the model's."""
 
-    def __init__(self, interactions: Interactions, lend: Lend) -> None:
-        self._interactions, self._lend = interactions, lend
+    def __init__(self, interactions: Interactions, lend: Lend, memory: Memory | None, usage: Usage) -> None:
+        self._interactions, self._lend, self._memory, self._usage = interactions, lend, memory, usage
         self._turn, self._closed = threading.Lock(), threading.Event()
 
     def whole(self, turns: Sequence[Turn], how: Sampling) -> ChatResponse:
         """See `Agent.chat`."""
+        timed = Timed()
         with self._turn, self._lend() as (model, release):
-            begun, most = _begin(model, release, turns, how)
-            *_, answer = _writing(model, turns, how, most)
-        return self._keep(turns, begun, answer)
+            begun, pieces = self._begin(model, release, turns, how)
+            *_, answer = pieces
+        return self._keep(turns, begun, answer, timed)
 
     def stream(self, turns: Sequence[Turn], how: Sampling) -> ChatStream:
         """See `Agent.chat`."""
         begun: SimpleQueue[Begun | BaseException] = SimpleQueue()
         found: SimpleQueue[Found] = SimpleQueue()
-        stop = threading.Event()
-        threading.Thread(target=self._write, args=(turns, how, begun, found, stop), name=THREAD).start()
+        stop, timed = threading.Event(), Timed()
+        threading.Thread(target=self._write, args=(turns, how, begun, found, stop, timed), name=THREAD).start()
         try:
             first = begun.get()
         except BaseException:
@@ -151,7 +160,7 @@ class Chatting:
             raise
         if isinstance(first, BaseException):
             raise first
-        return ChatStream(first, found, stop, lambda begun, answer: self._keep(turns, begun, answer))
+        return ChatStream(first, found, stop, lambda begun, answer: self._keep(turns, begun, answer, timed))
 
     def close(self) -> None:
         """Write no more."""
@@ -164,24 +173,36 @@ class Chatting:
         first: SimpleQueue[Begun | BaseException],
         found: SimpleQueue[Found],
         stop: threading.Event,
+        timed: Timed,
     ) -> None:
         try:
             with self._turn, self._lend() as (model, release):
-                begun, most = _begin(model, release, turns, how)
+                begun, pieces = self._begin(model, release, turns, how)
                 first.put(begun)
-                for answer in _writing(model, turns, how, most):
+                for answer in pieces:
                     if stop.is_set() or self._closed.is_set():
                         raise UsageError("the answer was not written to its end, because its reader or the agent was closed")
                     found.put(answer)
+            timed.written()
             found.put(None)
         except BaseException as error:  # whatever it is, the reader waits for it
             first.put(error)
             found.put(error)
 
-    def _keep(self, turns: Sequence[Turn], begun: Begun, answer: Answer) -> ChatResponse:
+    def _begin(self, model: Chats, release: KeptRelease, turns: Sequence[Turn], how: Sampling) -> tuple[Begun, Iterator[Answer]]:
+        """What is about to be written, and the writing of it. Raises `UsageError` where there is room for no token."""
+        begun, most = _room(model, release, turns, how)
+        found = self._memory.correction(turns) if self._memory else None
+        if found is None or not _fits(model, found.answer, how.max_tokens) or _writes(model, turns, found.answer, most):
+            return begun, stopped(model.writing(turns, most=most, temperature=how.temperature, seed=how.seed), how.stop)
+        answer = Answer(found.answer, 0, 1.0, finished=True, cut=0)
+        return replace(begun, remembered=found.feedback_id), stopped(iter([answer]), how.stop)
+
+    def _keep(self, turns: Sequence[Turn], begun: Begun, answer: Answer, timed: Timed) -> ChatResponse:
         response_id, note = begun.response_id, ""
         try:
-            self._interactions.answer(turns, answer.text, begun.release, response_id)
+            with self._usage.answered(begun.release, timed.seconds):
+                self._interactions.answer(turns, answer.text, begun.release, response_id, begun.remembered)
         except NotWritableError as error:
             response_id, note = "", f"{error.message}, so no feedback can name this response"
         return ChatResponse(
@@ -193,14 +214,29 @@ class Chatting:
             prompt_tokens=begun.prompt_tokens,
             tokens=answer.tokens,
             note=note,
+            remembered=begun.remembered is not None,
         )
 
 
-def _writing(model: Chats, turns: Sequence[Turn], how: Sampling, most: int) -> Iterator[Answer]:
-    return stopped(model.writing(turns, most=most, temperature=how.temperature, seed=how.seed), how.stop)
+def _fits(model: Chats, answer: str, most: int | None) -> bool:
+    """Whether an answer has at most that many tokens."""
+    if most is None:
+        return True
+    with_it, without = (model.prompt_tokens([Turn("user", text)]) for text in (answer, ""))
+    return with_it - without <= most
 
 
-def _begin(model: Chats, release: KeptRelease, turns: Sequence[Turn], how: Sampling) -> tuple[Begun, int]:
+def _writes(model: Chats, turns: Sequence[Turn], answer: str, most: int) -> bool:
+    """Whether the model's most probable answer is this one; it writes no more than it takes to see that it is not."""
+    wanted, written = normalised(answer), ""
+    for each in model.writing(turns, most=most, temperature=0.0, seed=0):
+        written = normalised(each.text)
+        if not wanted.startswith(written):
+            return False
+    return written == wanted
+
+
+def _room(model: Chats, release: KeptRelease, turns: Sequence[Turn], how: Sampling) -> tuple[Begun, int]:
     """What is about to be written, and in how many tokens at most. Raises `UsageError` where there is room for none."""
     count = model.prompt_tokens(turns)
     room = model.context - count

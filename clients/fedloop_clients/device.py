@@ -35,7 +35,9 @@ from fedloop_clients.retracting import Retractions
 from fedloop_clients.store import Store
 from fedloop_clients.store_file import cannot_write
 from fedloop_clients.uploads import Uploads
+from fedloop_clients.usage import Usage
 
+LONGEST_SUMMARY_S: Final = 24 * 3600
 VIEW: Final = "following"
 """Name of the view's state in the store."""
 _RANK: Final = "rank"
@@ -48,7 +50,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     bounds what a server can make it spend in a day; with fewer than `min_examples` it declines a round. It trains adapters of at
     most `rank`, and declines a round that takes no less. `model_dir` is where base models lie that this user has not added and
     that are no installed packages. `scratch_bytes` bounds what a language model puts beside the store, sealed, of what it
-    computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
+    computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing). Each `summary_s` seconds in which it
+    answered the device publishes how often and how fast (`usage.py`); with None it counts nothing.
+
+    `remember` is whether what a user has corrected is answered as corrected at once (`remembering.py`).
 
     `base_dtype` is what a language model's frozen base is held in ("auto": bfloat16 for a large one where the machine computes
     with it, else float32). Raises `UsageError` for "nf4" without its package.
@@ -62,8 +67,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     min_examples: int = 1
     scratch_bytes: int | None = None
     rank: int | None = None
+    summary_s: float | None = 3600.0
+    remember: bool = True
 
     def __post_init__(self) -> None:
+        if self.summary_s is not None and not 1 <= self.summary_s <= LONGEST_SUMMARY_S:
+            raise UsageError(
+                f"an interval of {self.summary_s:g} s cannot be summarised",
+                hint=f"give 1 to {LONGEST_SUMMARY_S:,} s, or None: then nothing is counted",
+            )
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"the highest rank that may be trained is {self.rank}", hint="give 1 or more")
         precision.check(self.base_dtype)
@@ -116,6 +128,7 @@ class Device:
         self.releases = KeptReleases(store)
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
         self.interactions, self.retractions = Interactions(store), Retractions(store)
+        self.usage = Usage(store, settings.model, settings.summary_s, around.clock)
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
         self.personal = PersonalLayers(store)

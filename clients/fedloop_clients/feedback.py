@@ -34,7 +34,9 @@ class ConflictingFeedbackError(UsageError):
 class Response(Struct, frozen=True):
     """One answer of the model; `response_id` is the handle for feedback. `confidence` is in [0, 1].
 
-    On a disk that is full the response cannot be kept: then its id is "", no feedback can name it, and `note` says why.
+    On a disk that is full the response cannot be kept: then its id is "", no feedback can name it, and `note` says why. One that
+    is `remembered` is no answer of the release: a user of this device has named this label for this question, or one that is as
+    similar as `confidence` says.
     """
 
     response_id: str
@@ -42,6 +44,7 @@ class Response(Struct, frozen=True):
     confidence: float
     release: str
     note: str = ""
+    remembered: bool = False
 
     @property
     def answer(self) -> str:

@@ -49,8 +49,10 @@ class Interactions:
         *,
         response: str | None = None,
         response_id: str | None = None,
+        remembered: str | None = None,
     ) -> str:
-        """Keep a response and give its id. `masked` is the prompt, if it is masked already.
+        """Keep a response and give its id. `masked` is the prompt, if it is masked already; `remembered` the feedback whose label
+        was the answer in place of the predicted one.
 
         Raises `UsageError` for a text, an answer or an id that cannot be one.
         """
@@ -59,14 +61,22 @@ class Interactions:
             feedback.check_text("response", response, feedback.MAX_TEXT_CHARS)
         predicted = feedback.check_word("label", predicted, words)
         asked = [Turn("user", prompt)]
-        return self._keep(asked, None if masked else prompt, masked, response, predicted, release, response_id)
+        return self._keep(asked, None if masked else prompt, masked, response, predicted, release, response_id, remembered)
 
-    def answer(self, turns: Sequence[Turn], answer: str, release: str, response_id: str | None = None) -> str:
-        """Keep an answer in the model's own words to the last of the `turns`, and give its id.
+    def answer(
+        self,
+        turns: Sequence[Turn],
+        answer: str,
+        release: str,
+        response_id: str | None = None,
+        remembered: str | None = None,
+    ) -> str:
+        """Keep an answer to the last of the `turns`, and give its id. It is in the model's own words, or `remembered` from this
+        feedback.
 
         Raises `UsageError` for an id that cannot be one.
         """
-        return self._keep(turns, turns[-1].content, None, answer, None, release, response_id)
+        return self._keep(turns, turns[-1].content, None, answer, None, release, response_id, remembered)
 
     def _keep(
         self,
@@ -77,17 +87,18 @@ class Interactions:
         predicted: str | None,
         release: str,
         response_id: str | None,
+        remembered: str | None,
     ) -> str:
         response_id = feedback.identifier("response_id", response_id)
         before = turns[:-1]
         kept = texts.newest(before, [len(turn.content) for turn in before], MAX_CONTEXT_CHARS)
-        asked = hashlib.sha256(msgspec.json.encode(turns)).digest()
         with self._store.transaction() as db:
             if db.execute("SELECT 1 FROM responses WHERE response_id = ?", (response_id,)).fetchone():
                 raise UsageError("this response_id is taken", hint="every response has an id of its own")
             added = db.execute(
-                "INSERT INTO responses (response_id, predicted, release, asked, turns, left_out) VALUES (?, ?, ?, ?, ?, ?)",
-                (response_id, predicted, release, asked, len(kept), len(before) - len(kept)),
+                "INSERT INTO responses (response_id, predicted, release, asked, turns, left_out, remembered)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (response_id, predicted, release, texts.asked(turns), len(kept), len(before) - len(kept), remembered),
             )
             for number, turn in enumerate(kept):
                 texts.write(db, response_id, turn.role, turn.content, number=number)
@@ -102,8 +113,9 @@ class Interactions:
         """Record feedback; it is durable when this returns. Its id, and the interaction that it is, without texts.
 
         The same `feedback_id` again is the same feedback; with other content it is a `ConflictingFeedbackError`. A correction
-        that is one of the words is that label. Raises `UnknownResponseError`, `RetractedFeedbackError` for an id that was taken
-        back, or `UsageError` if nothing is given or something of it is out of range.
+        that is one of the words is that label; content with a remembered label names it again. Raises `UnknownResponseError`,
+        `RetractedFeedbackError` for an id that was taken back, or `UsageError` if nothing is given or something of it is out of
+        range.
         """
         given = feedback.check_input(given, words)
         feedback_id = feedback.identifier("feedback_id", feedback_id)
@@ -115,7 +127,7 @@ class Interactions:
                 asked = _asked(db, response_id)
                 if given.preferred_over is not None:
                     _check_worse(db, response_id, asked, given.preferred_over)
-                label = given.label or find(given.correction or "", words, any_case=True)
+                label = given.label or find(given.correction or "", words, any_case=True) or _confirmed(db, response_id, given)
                 db.execute(
                     "INSERT INTO feedback (feedback_id, response_id, digest, thumb, rating, label, preferred_over, signal, state)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'captured')",
@@ -129,7 +141,8 @@ class Interactions:
                     hint="make a new id for what is new; an id is for sending the same thing again",
                 )
             (row,) = db.execute(
-                "SELECT response_id, release, predicted, thumb, rating, label, preferred_over, signal"
+                f"SELECT response_id, release, predicted, CASE WHEN {texts.OF_MODEL} THEN thumb END,"
+                f" CASE WHEN {texts.OF_MODEL} THEN rating END, label, preferred_over, signal"
                 " FROM feedback JOIN responses USING (response_id) WHERE feedback_id = ?",
                 (feedback_id,),
             )
@@ -147,6 +160,7 @@ class Interactions:
                 own = derived_id("feedback", given)
                 db.execute("UPDATE feedback SET feedback_id = ? WHERE feedback_id = ?", (own, given))
                 db.execute(f"UPDATE texts SET owner = ? WHERE owner = ? AND {texts.OF_FEEDBACK}", (own, given))
+                db.execute("UPDATE responses SET remembered = ? WHERE remembered = ?", (own, given))
 
     def judged(self) -> Iterator[Interaction]:
         """What users did about responses whose prompt, and all before it, is masked, oldest first: each piece of feedback is one
@@ -209,8 +223,10 @@ WHERE logged = 0 AND state <> 'published' AND feedback_id NOT GLOB '{"[0-9a-f]" 
 """
 _JUDGED: Final = f"""
 SELECT responses.response_id, release, predicted,
-    CASE WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
-    rating, label, preferred_over, signal, {texts.CONTEXT}, prompt.masked, response.masked, correction.masked
+    CASE WHEN NOT {texts.OF_MODEL} THEN NULL
+        WHEN correction.raw IS NOT NULL AND rating IS NULL AND label IS NULL THEN coalesce(thumb, 'down') ELSE thumb END,
+    CASE WHEN {texts.OF_MODEL} THEN rating END, label, preferred_over, signal, {texts.CONTEXT},
+    prompt.masked, response.masked, correction.masked
 FROM responses LEFT JOIN feedback USING (response_id)
 JOIN texts AS prompt ON prompt.owner = responses.response_id AND prompt.kind = 'prompt'
 LEFT JOIN texts AS response ON response.owner = responses.response_id AND response.kind = 'response'
@@ -269,6 +285,17 @@ def _asked(db: Any, response_id: str) -> bytes | None:
             hint=f"use the id that predict() or chat() returned; the last {MAX_UNJUDGED_RESPONSES:,} are kept",
         )
     return None if found[0] is None else bytes(found[0])
+
+
+def _confirmed(db: Any, response_id: str, given: FeedbackInput) -> str | None:
+    """The label that was remembered in place of the predicted one, where the user is content with it."""
+    if given.thumb != "up" and (given.thumb is not None or (given.rating or 0) < 4):
+        return None
+    found = db.execute(
+        "SELECT feedback.label FROM responses JOIN feedback ON feedback_id = remembered WHERE responses.response_id = ?",
+        (response_id,),
+    ).fetchone()
+    return None if found is None else found[0]
 
 
 def _check_worse(db: Any, response_id: str, asked: bytes | None, worse: str) -> None:

@@ -122,6 +122,27 @@ ALTER TABLE responses ADD COLUMN left_out INTEGER NOT NULL DEFAULT 0; -- how man
 ALTER TABLE feedback ADD COLUMN signal TEXT;
 """
 
+_COUNTED: Final = """
+CREATE TABLE usage (         -- counts of an interval by the device's clock, until they are published
+    from_ms INTEGER NOT NULL,
+    to_ms INTEGER NOT NULL,
+    use_case TEXT NOT NULL,
+    release TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('answer', 'latency', 'signal', 'masked')),
+    name TEXT NOT NULL,      -- of the bin, the signal, the type of what was masked
+    count INTEGER NOT NULL,
+    PRIMARY KEY (from_ms, to_ms, use_case, release, kind, name)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+_REMEMBERED: Final = """
+ALTER TABLE responses ADD COLUMN remembered TEXT; -- the feedback that the answer was taken from, where it is none of the model's
+CREATE INDEX responses_asked ON responses (asked) WHERE asked IS NOT NULL;
+CREATE INDEX responses_remembered ON responses (remembered) WHERE remembered IS NOT NULL;
+CREATE INDEX feedback_label ON feedback (number) WHERE label IS NOT NULL;
+"""
+
 
 def _begin(db: Any) -> None:
     _execute(db, _VERSION_1)
@@ -153,7 +174,22 @@ def _keep_conversations(db: Any) -> None:
     _execute(db, _VERSION_4)
 
 
-STEPS: Final[tuple[Callable[[Any], None], ...]] = (_begin, _keep_interactions, _keep_retracted, _keep_conversations)
+def _count_usage(db: Any) -> None:
+    _execute(db, _COUNTED)
+
+
+def _remember(db: Any) -> None:
+    _execute(db, _REMEMBERED)
+
+
+STEPS: Final[tuple[Callable[[Any], None], ...]] = (
+    _begin,
+    _keep_interactions,
+    _keep_retracted,
+    _keep_conversations,
+    _count_usage,
+    _remember,
+)
 
 
 def _execute(db: Any, script: str) -> None:

@@ -31,7 +31,7 @@ class Publisher:
         self._device, self._mask = device, mask
 
     def publish(self) -> bool:
-        """Mask what is captured, put a batch of it and all due retractions into the outbox; whether there was any."""
+        """Mask what is captured, put a batch of it, all due retractions and summaries into the outbox; whether there was any."""
         self._mask_captured()
         due = self._device.interactions.unpublished(_BATCH)
         for each in due:
@@ -42,7 +42,8 @@ class Publisher:
         taken_back = self._device.retractions.due()
         for feedback_id in taken_back:
             self._retract(feedback_id)
-        return bool(due or taken_back)
+        summarised = self._device.usage.summarise(self._device.outbox, self._device.identity)
+        return bool(due or taken_back or summarised)
 
     def _mask_captured(self) -> None:
         while due := self._device.interactions.unmasked(_BATCH):
@@ -55,6 +56,7 @@ class Publisher:
             with self._device.store.transaction():  # not while the masker works: another process may want to record feedback
                 for (owner, kind, number), found in masked.items():
                     self._device.interactions.mask(owner, kind, found, number)
+                    self._device.usage.masked(owner, found.counts)
                 for feedback_id, failure in failures.items():
                     self._device.interactions.failed(feedback_id, failure)
 
@@ -79,7 +81,9 @@ class Publisher:
         with self._device.store.transaction():
             if not self._device.interactions.published(each.feedback_id):
                 return  # it was retracted meanwhile
-            if not each.logged:
+            if not (each.logged or each.of_device):
+                if recorded.signal is not None:
+                    self._device.usage.signalled(each.release, recorded.signal)
                 self._device.outbox.add(lambda seq: replace(recorded, seq=seq))
                 self._device.outbox.add(
                     lambda seq: types.TextMasked(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 from fedloop_events.masked import MaskedText, MaskedTurn
+from fedloop_tasks.turns import Turn
 from msgspec import Struct
 
 Kind = Literal["system", "user", "assistant", "prompt", "response", "correction", "comment"]
@@ -55,6 +57,9 @@ CONTEXT: Final = f"""
 """
 """The turns before a response's prompt, all of which are masked: what `context` takes."""
 
+OF_MODEL: Final = "(remembered IS NULL OR predicted IS NULL)"
+"""Whether a thumb or rating is about what the response says, not about a label that was remembered in place of `predicted`."""
+
 of = msgspec.json.Decoder(MaskedText).decode
 """The text of a column `masked` that holds one."""
 _decode_turns = msgspec.json.Decoder(list[MaskedTurn]).decode
@@ -68,6 +73,11 @@ def masked(data: bytes | None) -> MaskedText | None:
 def context(data: str | None) -> list[MaskedTurn]:
     """What `CONTEXT` gives."""
     return _decode_turns(f"[{data}]") if data else []
+
+
+def asked(turns: Sequence[Turn]) -> bytes:
+    """The digest by which the same question is known again: of the prompt and all turns before it, as they were written."""
+    return hashlib.sha256(msgspec.json.encode(turns)).digest()
 
 
 def write(db: Any, owner: str, kind: Kind, raw: str | None, found: MaskedText | None = None, number: int = 0) -> None:

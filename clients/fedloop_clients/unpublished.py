@@ -24,6 +24,7 @@ class Unpublished(Struct, frozen=True):
     preferred_over: str | None
     signal: str | None
     logged: bool
+    remembered: bool
     context: list[MaskedTurn]
     left_out: int
     prompt: MaskedText
@@ -31,9 +32,19 @@ class Unpublished(Struct, frozen=True):
     correction: MaskedText | None
     comment: MaskedText | None
 
+    @property
+    def of_device(self) -> bool:
+        """Whether it says nothing but how a remembered answer was liked: that concerns the device's memory, and no release."""
+        said = (self.label, self.preferred_over, self.correction, self.comment)
+        return self.remembered and all(each is None for each in said)
 
+
+_OF_RELEASE: Final = "CASE WHEN remembered IS NULL THEN {} END"
+"""What is measured of a release. An answer that was remembered is none of its answers: what is published of such feedback are a
+label, a better answer, a comment, or which answer was preferred."""
 UNPUBLISHED: Final = f"""
-SELECT feedback_id, response_id, release, predicted, thumb, rating, label, preferred_over, signal, logged,
+SELECT feedback_id, response_id, release, predicted, {_OF_RELEASE.format("thumb")}, {_OF_RELEASE.format("rating")}, label,
+    preferred_over, {_OF_RELEASE.format("signal")}, logged, remembered IS NOT NULL,
     {texts.CONTEXT}, left_out, prompt.masked, response.masked, correction.masked, comment.masked
 FROM feedback JOIN responses USING (response_id)
 JOIN texts AS prompt ON prompt.owner = response_id AND prompt.kind = 'prompt'
@@ -56,6 +67,7 @@ def of(
     preferred_over: str | None,
     signal: str | None,
     logged: int,
+    remembered: int,
     context: str | None,
     left_out: int,
     prompt: bytes,
@@ -74,6 +86,7 @@ def of(
         preferred_over=preferred_over,
         signal=signal,
         logged=bool(logged),
+        remembered=bool(remembered),
         context=texts.context(context),
         left_out=left_out,
         prompt=texts.of(prompt),

@@ -16,18 +16,20 @@ from fedloop_clients import Agent, keys
 from fedloop_clients.enrolment import open_store
 from fedloop_clients.feedback import ConflictingFeedbackError
 from fedloop_clients.migrations import STEPS
+from fedloop_clients.remembering import Memory
 from fedloop_clients.store import Store
 from fedloop_events import types
 from fedloop_events.envelope import decode
 from fedloop_events.locations import open_log
 from fedloop_events.logs.port import read_all
+from fedloop_tasks.turns import Turn
 from sqlcipher3 import dbapi2
 
 if TYPE_CHECKING:
     from clients.conftest import DigitMasker
 
 RECORDED = Path(__file__).parent / "recorded" / "store_v1"
-VERSION_3 = RECORDED.with_name("store_v3")
+VERSION_3, VERSION_4 = RECORDED.with_name("store_v3"), RECORDED.with_name("store_v4")
 CONNECT = dbapi2.connect
 InChild = Callable[[Callable[[], object]], int]
 
@@ -256,3 +258,18 @@ def test_what_a_store_of_version_3_holds_is_published_and_learnt_from(tmp_path: 
     assert [each.preferred_over is not None for each in recorded] == [False, False, False, True]
     assert [each.predicted for each in recorded] == ["card-lost"] * 4
     assert all(each.response is None and each.context == [] for each in recorded)
+
+
+def test_what_a_store_of_version_4_holds_is_published_and_remembered(tmp_path: Path, masker: DigitMasker) -> None:
+    unpack(VERSION_4, tmp_path)
+    before = columns(tmp_path, version=4)
+    with opened(tmp_path, masker=masker) as agent:
+        assert columns(tmp_path, version=len(STEPS)) == before
+        assert agent._device.store.rows("SELECT DISTINCT remembered FROM responses") == [(None,)]
+        turns = [Turn("user", "hello"), Turn("assistant", "what is it"), Turn("user", "is the card 4711 lost")]
+        found = Memory(agent._device.store).correction(turns)
+        assert found is not None
+        assert found.answer == "ask the bank"
+        assert agent._device.store.rows("SELECT signal FROM feedback WHERE signal IS NOT NULL") == [("copied",)]
+        agent.run(until=lambda status: status.settled)
+        assert (agent.status().published, agent.status().failed) == (4, {})

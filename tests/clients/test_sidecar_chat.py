@@ -22,6 +22,7 @@ from clients.sidecar_served import KEY, Served, error, serving
 from fedloop_clients import Agent
 from fedloop_clients.models import Held
 from fedloop_clients.sidecar.answering import OwnModel
+from fedloop_privacy.masking import Masker
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.chats import Answer
 from fedloop_tasks.turns import Turn
@@ -284,3 +285,13 @@ def test_the_documents_programs_run_as_they_stand(served: Served, tmp_path: Path
         assert done.returncode == 0, done.stderr
         assert len(done.stdout) > 20
     assert served.agent.status().waiting == before + 1
+
+
+def test_feedback_takes_the_signals_that_mean_the_same_to_all_and_the_masker_lets_them_pass(served: Served) -> None:
+    words = ("copied", "clicked", "regenerated", "abandoned", "escalated")
+    answer = served.openai.chat.completions.create(model="fedloop", messages=asked())
+    for word in words:
+        assert served.feedback(answer.id, signal=word).status_code == 200
+    found = served.agent._device.store.rows("SELECT signal FROM feedback ORDER BY number DESC LIMIT 5")
+    assert [word for (word,) in found] == [*reversed(words)]
+    assert [each.text for each in Masker().mask_together(words)] == [*words]

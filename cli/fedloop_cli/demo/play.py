@@ -158,7 +158,7 @@ def _triggers(scene: Scene) -> dict[str, dict[str, Any]]:
     smallest = min(scene.first_wave, (1 - scene.first_wave) / (rounds - 1)) if rounds > 1 else 1.0
     count = max(1, int(ENOUGH * smallest * messages))
     always = {"cooldown_s": 0.0, "max_per_day": 100}
-    fell = {"kind": "drift", "metrics": ["satisfaction"], "after": count // 2, "priority": 80, **always}
+    fell = {"kind": "drift", "metrics": ["satisfaction"], "after": count * 3 // 4, "priority": 80, **always}
     return {"enough": {"kind": "feedback", "count": count, **always}, "fell": fell}
 
 

@@ -43,6 +43,8 @@ class Answered(Struct, frozen=True):
     tokens: int = 0
     note: str = ""
     """Why no feedback can name it; "" if it can."""
+    remembered: bool = False
+    """Whether it is what a user has corrected an answer to, and not the model's."""
 
 
 Part = Begun | str | Answered
@@ -145,7 +147,7 @@ class OwnModel:
         response = self._agent.predict(asked.messages[-1]["content"])
         yield Begun(response.response_id)
         yield response.answer
-        yield Answered(response.release, confidence=response.confidence, note=response.note)
+        yield Answered(response.release, confidence=response.confidence, note=response.note, remembered=response.remembered)
 
     def _chatted(self, asked: Asked, gone: threading.Event) -> Iterator[Part]:
         """Left early, it keeps what was written until then."""
@@ -171,4 +173,5 @@ class OwnModel:
             prompt_tokens=whole.prompt_tokens,
             tokens=whole.tokens,
             note=whole.note,
+            remembered=whole.remembered,
         )

@@ -24,6 +24,7 @@ from fedloop_clients.sidecar.answering import ALIAS, BUSY_S, MOST_WAITING, Answe
 from fedloop_clients.sidecar.asked import Asked
 from fedloop_clients.sidecar.chunks import Usage, chunks, one_line
 from fedloop_clients.sidecar.errors import ApiError
+from fedloop_clients.usage import Timed
 
 CONNECT_TIMEOUT_S: Final = 10.0
 SILENCE_S: Final = 120.0
@@ -130,7 +131,7 @@ class Upstream:
         self._recording.shutdown(wait=True)
 
     async def _answered(self, asked: Asked) -> AsyncGenerator[Part, None]:
-        begun, text, usage, reason, kept = Begun(_new_id(asked)), "", Usage(), None, False
+        begun, text, usage, reason, kept, timed = Begun(_new_id(asked)), "", Usage(), None, False, Timed()
         try:
             async with self._asked("POST", asked.path, self._streamed(asked)) as response:
                 read = chunks(_blocks(response))
@@ -142,11 +143,11 @@ class Upstream:
                         text += chunk.text
                         yield chunk.text
                     chunk = await anext(read, None)
-            kept = True
-            release, note = await asyncio.wrap_future(self._recording.submit(self._record, asked, begun, text))
+            kept, took_s = True, timed.seconds
+            release, note = await asyncio.wrap_future(self._recording.submit(self._record, asked, begun, text, took_s))
         finally:
             if text and not kept:  # what was shown of it can be judged
-                self._recording.submit(self._record, asked, begun, text)
+                self._recording.submit(self._record, asked, begun, text, timed.seconds)
         yield Answered(
             release, finished=reason != "length", prompt_tokens=usage.prompt_tokens, tokens=usage.completion_tokens, note=note
         )
@@ -155,10 +156,11 @@ class Upstream:
         named = {} if asked.model is None else {"model": self._called(asked.model)}
         return asked.body | named | {"stream": True, "stream_options": {"include_usage": True}}
 
-    def _record(self, asked: Asked, begun: Begun, text: str) -> tuple[str, str]:
+    def _record(self, asked: Asked, begun: Begun, text: str, took_s: float) -> tuple[str, str]:
         """The release in force, and why the answer could not be kept, if so: it is its reader's nevertheless."""
         try:
-            return self._agent.record_answer(asked.messages, text, response_id=begun.response_id).release, ""
+            recorded = self._agent.record_answer(asked.messages, text, response_id=begun.response_id, took_s=took_s)
+            return recorded.release, ""
         except FedloopError as error:
             return "", f"{error.message}, so no feedback can name this response"
 

@@ -114,5 +114,10 @@ def _usage(ended: Answered) -> dict[str, int]:
 
 
 def _own(ended: Answered) -> dict[str, Any]:
-    own = {"release": ended.release, "confidence": ended.confidence, "note": ended.note or None}
+    own = {
+        "release": ended.release,
+        "confidence": ended.confidence,
+        "note": ended.note or None,
+        "remembered": ended.remembered or None,
+    }
     return {"system_fingerprint": ended.release, "fedloop": {name: each for name, each in own.items() if each is not None}}

@@ -10,10 +10,11 @@
 | else the signal "regenerated", "abandoned" or "escalated" | 0 |
 | else (a comment, another signal) | None |
 
-The first line that applies counts. `correct` compares the label, or else the correction, with what was answered, and is None
-where there is neither. Priority is 1 - the product of (1 - weight) over what applies: a correction of a wrong answer 0.6, a
-preference 0.4, satisfaction below the middle 0.4 in proportion, negative sentiment 0.3 in proportion, novelty 0.3 in proportion.
-A `FeedbackRecorded` holds no confidence, so none counts. No language is detected: `language` stays None.
+The first line that applies counts. `correct` compares the label, or else the correction, with what was answered; where there is
+neither, a thumb says of an answer from a closed set of words whether it is right. Priority is 1 - the product of (1 - weight)
+over what applies: a correction of a wrong answer 0.6, a preference 0.4, satisfaction below the middle 0.4 in proportion, negative
+sentiment 0.3 in proportion, novelty 0.3 in proportion. A `FeedbackRecorded` holds no confidence, so none counts. No language is
+detected: `language` stays None.
 """
 
 from __future__ import annotations
@@ -90,10 +91,13 @@ class Scoring:
     def advance(self, key: str, state: ClientFeedback, now_ms: int) -> Iterator[Emit]:
         return iter(())
 
-    def released(self, record: Record, feedback: FeedbackRecorded) -> Emit | None:
-        """What an operator's release of `record` from quarantine makes of it; None if it does not fit into an event."""
+    def released(self, record: Record, feedback: FeedbackRecorded, decided_ms: int) -> Emit | None:
+        """What the release of `record` from quarantine makes of it; None if it does not fit into an event.
+
+        It counts as recorded when that was decided: the windows in which it would have counted before are closed.
+        """
         scored = self._score(record, feedback, None)
-        return None if scored is None else Emit(scored, of=(record.id, "released"))
+        return None if scored is None else Emit(replace(scored, recorded_ms=decided_ms), of=(record.id, "released"))
 
     def _decide(self, state: ClientFeedback, record: Record, feedback: FeedbackRecorded) -> Payload:
         if not _remember(state, feedback):
@@ -185,8 +189,9 @@ def priority(
     feedback: FeedbackRecorded, content: float | None, right: bool | None, mood: float | None, distance: float | None
 ) -> float:
     """From 0 to 1, as above."""
+    corrected = feedback.label is not None or feedback.correction is not None
     weights = (
-        0.6 if right is False else 0.0,
+        0.6 if corrected and right is False else 0.0,
         0.4 if feedback.preferred_over is not None else 0.0,
         0.0 if content is None else 0.4 * max(0.0, 1 - 2 * content),
         0.0 if mood is None else 0.3 * max(0.0, -mood),
