@@ -25,7 +25,7 @@ from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_server.feedback.lake import delta, place, query, sync
 from fedloop_server.feedback.lake.catalog import EVENTS, EVERY
 from fedloop_server.feedback.lake.sync import Counts, Lake
-from fedloop_server.feedback.lake.tables import FEEDBACK, Table
+from fedloop_server.feedback.lake.tables import FEEDBACK, WITHDRAWN, Table
 
 
 def synced(log: EventLog, lake: Path | str) -> dict[str, Counts]:
@@ -196,6 +196,17 @@ def test_a_table_knows_up_to_where_the_log_has_made_it(log: SqliteLog, tmp_path:
         assert not log.read(table.topics, position).records, table.name
 
 
+def test_many_events_that_make_no_row_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "WORTH_A_COMMIT", 10)
+    log = lake_logs.make(tmp_path / "deployment", [samples.feedback(number) for number in range(10)])
+    synced(log, tmp_path / "lake")
+    where = place.locate(None, str(tmp_path / "lake"))
+    position = delta.LakeTable(where, WITHDRAWN, samples.ORIGIN).position(log.end())
+    assert not log.read(WITHDRAWN.topics, position).records
+    synced(log, tmp_path / "lake")
+    log.close()
+
+
 def test_what_a_fenced_server_decides_is_no_row_and_what_the_new_one_does_is_in_whatever_sync_reads_it(tmp_path: Path) -> None:
     def opened(epoch: int) -> types.Payload:
         (found,) = (each for each in lake_logs.decisions() if isinstance(each, types.RoundOpened))
@@ -346,8 +357,14 @@ def test_the_columns_of_every_table_have_names_that_need_no_quotes() -> None:
         assert all(name.isidentifier() for name in (table.name, *table.columns)), table.name
 
 
-def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "deltalake", None)
-    with pytest.raises(UsageError, match="needs the package deltalake") as error:
-        place.locate(tmp_path, None)
-    assert error.value.hint == "pip install 'fedloop[lake]'"
+@pytest.mark.parametrize(
+    ("missing", "lake", "extra"),
+    [("deltalake", "lake", "lake"), ("duckdb", "lake", "lake"), ("s3fs", "s3://bank/lake", "lake,s3")],
+)
+def test_without_the_extra_the_error_says_what_to_install(
+    missing: str, lake: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UsageError, match=f"needs the package {missing}") as error:
+        place.locate(tmp_path, lake)
+    assert error.value.hint == f"pip install 'fedloop[{extra}]'"

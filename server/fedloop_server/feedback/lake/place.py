@@ -6,8 +6,9 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -78,7 +79,7 @@ class LakePlace(Struct, frozen=True):
 
 def locate(directory: Path | None, location: str | None) -> LakePlace:
     """The lake that is named, by default the one in the deployment's folder. Raises `UsageError`, also without the extra."""
-    _require()
+    _require(("deltalake", "duckdb"), "lake")
     if location is None:
         if directory is None:
             raise UsageError("nothing says where the lake is", hint="name its folder or s3://BUCKET/PREFIX with --lake")
@@ -88,6 +89,7 @@ def locate(directory: Path | None, location: str | None) -> LakePlace:
     location = locations.check_blobs(location).rstrip("/")
     if locations.scheme_of(location) != "s3":
         raise UsageError("a lake's location is a folder or s3://BUCKET/PREFIX", hint="other stores can be mounted as a folder")
+    _require(("s3fs",), "lake,s3")
     return LakePlace(location, _s3_options())
 
 
@@ -110,11 +112,11 @@ def _s3_options() -> dict[str, str]:
     return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
 
 
-def _require() -> None:
-    try:
-        import deltalake  # noqa: F401
-        import duckdb  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"the lake needs the package {error.name}, which is not installed", hint="pip install 'fedloop[lake]'"
-        ) from None
+def _require(modules: Sequence[str], extra: str) -> None:
+    for each in modules:
+        try:
+            import_module(each)
+        except ImportError:
+            raise UsageError(
+                f"the lake needs the package {each}, which is not installed", hint=f"pip install 'fedloop[{extra}]'"
+            ) from None

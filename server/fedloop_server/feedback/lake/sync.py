@@ -26,7 +26,7 @@ from fedloop_server.feedback.lake.withdrawals import Withdrawals
 MAX_ROWS: Final = 50_000
 MAX_BYTES: Final = 64_000_000
 """Of a commit: rows, and bytes of the events that they are of."""
-_WORTH_A_COMMIT: Final = 10_000
+WORTH_A_COMMIT: Final = 10_000
 """Events without a row are read again next time, unless they are so many."""
 
 
@@ -163,7 +163,7 @@ class Source:
             if taken.full:
                 yield taken
                 taken = Taken()
-        if taken.rows or taken.read >= _WORTH_A_COMMIT:
+        if taken.rows or taken.read >= WORTH_A_COMMIT:
             yield taken
 
     def _take(self, records: Sequence[Record], taken: Taken, counts: Counts) -> None:
