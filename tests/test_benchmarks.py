@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,27 @@ def test_the_log_benchmark_prints_a_table_of_ratios() -> None:
     assert done.stdout.startswith("| what")
     assert "bare apsw" in done.stdout
     assert "msgspec" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_drift_benchmark_compares_with_rivers_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", "drift"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("quiet streams of 4,000 at 85%", "gradual falls of 20 points: delay", "forecast 15 windows ahead: error"):
+        assert row in done.stdout
+
+
+@pytest.mark.slow
+def test_the_lake_benchmark_compares_writing_and_asking() -> None:
+    found = list(importlib.import_module("benchmarks.lake").rows(quick=True))
+    assert [(row.peer, row.at_least) for row in found] == [("DuckDB writing Parquet", 0.3), ("DuckDB on Parquet", 0.7)]
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

@@ -175,6 +175,6 @@ def test_label_drift_says_the_index() -> None:
     emitted = drive(Drift(), payloads)
     drift = emitted[0].emit.payload
     assert isinstance(drift, DriftDetected)
-    assert (drift.metric, drift.detectors, drift.before) == ("labels", ["population-stability-index"], None)
+    assert (drift.metric, drift.detectors, drift.before) == ("labels", ["psi"], None)
     assert drift.statistic is not None
     assert drift.statistic > label_shift.LEAST_INDEX

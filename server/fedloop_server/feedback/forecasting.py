@@ -18,6 +18,8 @@ TREND_KEPT: Final = 0.95
 """How much a window's weight is kept with each window after it: about 8, and 20, windows count."""
 SIGNIFICANT: Final = 3.0
 """Standard errors from which on a slope is believed: it is asked for after every window."""
+DAMPED: Final = 0.85
+"""How much of a slope is expected to be left with each window: a fall that has ended looks like a slope for a while."""
 SCORES: Final = 200
 """Errors that the width of the interval rests on."""
 FEWEST_SCORES: Final = 20
@@ -97,13 +99,17 @@ def observe(series: Series, index: int, total: float, count: int, horizon: int) 
     if series.windows < FEWEST:
         return None
     level, slope = _trend(series)
-    expected = min(1.0, max(0.0, level + slope * horizon))
+    expected = min(1.0, max(0.0, level + slope * _damped(horizon)))
     typical = series.weight * (1 - LEVEL_KEPT)
     scale = math.sqrt(_variance(level) * series.excess / max(1.0, typical))
     half_width = _quantile(series) * scale
     series.pending.append(Pending(index + horizon, expected, scale, half_width))
     low, high = max(0.0, expected - half_width), min(1.0, expected + half_width)
     return Forecast(expected, low, high, anomaly, level, slope)
+
+
+def _damped(horizon: int) -> float:
+    return DAMPED * (1 - DAMPED**horizon) / (1 - DAMPED)
 
 
 def _variance(rate: float) -> float:
@@ -113,7 +119,7 @@ def _variance(rate: float) -> float:
 def _surprise(series: Series, rate: float, count: int) -> float:
     """How rarely a window of so many observations is as far from what was expected, from 0 to 1; learns how far they are."""
     level, slope = _trend(series)
-    expected = min(1.0, max(0.0, level + slope))
+    expected = min(1.0, max(0.0, level + slope * _damped(1)))
     chance = _variance(expected) * (1 / count + 1 / max(1.0, series.weight))
     squared = (rate - expected) ** 2 / chance
     anomaly = math.erf(math.sqrt(squared / series.excess / 2))

@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct, field
 
-NAME: Final = "population-stability-index"
+NAME: Final = "psi"
 REFERENCE: Final = 1000
 """Labels that the later ones are compared with: the first after a shift, or from the beginning."""
 PART: Final = 125

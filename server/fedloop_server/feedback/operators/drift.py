@@ -13,8 +13,9 @@ from fedloop_events.envelope import Record
 from fedloop_events.types import DriftDetected, FeedbackScored, Payload
 from msgspec import Struct, field
 
-from fedloop_server.feedback import detectors, label_shift
+from fedloop_server.feedback import detectors, embedding_shift, label_shift
 from fedloop_server.feedback.detectors import Watched
+from fedloop_server.feedback.embedding_shift import Embed, Embedded
 from fedloop_server.feedback.label_shift import Labels
 from fedloop_server.feedback.operator import Emit
 
@@ -22,18 +23,20 @@ Metric = Literal["satisfaction", "accuracy", "labels", "embeddings"]
 
 
 class DriftState(Struct):
-    """One use case: numbers of a bounded count, whatever has been taken in, and no text."""
+    """One use case: at most 128 KiB, whatever has been taken in, and 64 KiB where nothing embeds."""
 
     satisfaction: Watched = field(default_factory=Watched)
     accuracy: Watched = field(default_factory=Watched)
     labels: Labels = field(default_factory=Labels)
+    embeddings: Embedded = field(default_factory=Embedded)
 
 
 class Drift:
     """Emits a `DriftDetected` with the feedback that shows it; what is watched then begins anew.
 
     Of quiet streams of 4,000 at most 2 of 100 raise an alarm. A label is what the model predicted, or else what the user said.
-    Raises UsageError if river is not installed.
+    Texts are compared by what `embed` makes of them: where there is none, embeddings are not watched. Raises UsageError if river
+    is not installed.
     """
 
     name: ClassVar[str] = "drift"
@@ -41,8 +44,8 @@ class Drift:
     topics: ClassVar[tuple[str, ...]] = (topics.SCORED,)
     state_type = DriftState
 
-    def __init__(self) -> None:
-        self._jury = detectors.Jury()
+    def __init__(self, embed: Embed | None = None) -> None:
+        self._jury, self._embed = detectors.Jury(), embed
 
     def key(self, record: Record, payload: Payload) -> str | None:
         return payload.key if isinstance(payload, FeedbackScored) else None
@@ -57,6 +60,10 @@ class Drift:
             seen = state.labels.seen + 1
             if (index := label_shift.observe(state.labels, label)) is not None:
                 yield _emit(payload, "labels", [label_shift.NAME], statistic=index, seen=seen)
+        if self._embed is not None:
+            seen, text = state.embeddings.seen + 1, payload.reaction.text.text
+            if (p_value := embedding_shift.observe(state.embeddings, text, self._embed, payload.use_case)) is not None:
+                yield _emit(payload, "embeddings", [embedding_shift.NAME], statistic=p_value, seen=seen)
 
     def advance(self, key: str, state: DriftState, now_ms: int) -> Iterator[Emit]:
         return iter(())
