@@ -213,6 +213,16 @@ def test_what_nobody_signed_is_never_released(world: World, cli: Cli) -> None:
     assert cli.document("drop", event.id)["status"] == "dropped"
 
 
+def test_a_full_gate_finds_what_only_the_whole_masker_does(tmp_path: Path) -> None:
+    world = World(tmp_path / "deployment")
+    world.device("ann")
+    give(world, "ann", 1, samples.masked("ask John Smith of <LOCATION_1>"))
+    give(world, "ann", 2, samples.masked("ask <PERSON_1> of <LOCATION_1>"))
+    assert run(["feedback", "run", str(world.folder), "--until-idle", "--gate", "full"]) == 0
+    assert [each.found for each in world.payloads(types.EventQuarantined)] == [{"PERSON": 1}]
+    assert scored(world) == ["f2"]
+
+
 def test_the_hint_at_an_unknown_event_lists_those_that_there_are(world: World, cli: Cli) -> None:
     for command in (["show"], ["drop"], ["release", "--reason", "x"]):
         name, *more = command

@@ -112,6 +112,11 @@ def test_a_placeholder_is_never_found(parts: list[str], between: str) -> None:
     assert gate.personal(between.join(parts)) == {}
 
 
+def test_the_number_of_a_placeholder_is_no_part_of_another_one() -> None:
+    assert gate.personal("ssn <DATE_TIME_123>45-6789") == {}
+    assert gate.personal("ssn 123>45-6789") == {"US_SSN": 1}
+
+
 def test_looks_alike_are_read_as_a_person_reads_them() -> None:
     assert gate.personal("４１１１ １１１１ １１１１ １１１１") == {"CREDIT_CARD": 1}  # noqa: RUF001
     assert gate.personal("jo\u200bhn@exam\u200bple.org") == {"EMAIL_ADDRESS": 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,12 @@ app.command(cls=options.Command)(feedback_stats.stats)
 def run(
     home: options.ServerFolder,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when all feedback is taken in.")] = False,
+    gate: Annotated[
+        Literal["fast", "full"],
+        typer.Option(
+            help="What looks for personal values again: patterns for the worst ones, or the whole masker, which takes long."
+        ),
+    ] = "fast",
     json: options.Json = False,
 ) -> None:
     """Run the pipeline until Ctrl-C, beside the server: it checks feedback again, scores, measures and curates it, and asks for
@@ -34,7 +40,7 @@ def run(
     from fedloop_cli.signals import stoppable
 
     with stoppable() as stop:
-        ran = running.run(home.directory, home.place, stop.event, until_idle=until_idle)
+        ran = running.run(home.directory, home.place, stop.event, until_idle=until_idle, gate=gate)
     document = msgspec.to_builtins(ran) | {"interrupted": stop.interrupted}
     console.show(document, f"{ran.read} events read, {ran.emitted} emitted, {ran.refused} refused", as_json=json)
     if stop.interrupted:

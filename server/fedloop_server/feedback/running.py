@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
+from fedloop_events.masked import MAX_MASKED_CHARS
 from msgspec import Struct
 
 from fedloop_server.config import ServerConfig
@@ -17,11 +19,13 @@ from fedloop_server.feedback.operators.curating import Curating
 from fedloop_server.feedback.operators.drift import Drift
 from fedloop_server.feedback.operators.expecting import Expect
 from fedloop_server.feedback.operators.measuring import Measuring
-from fedloop_server.feedback.operators.scoring import Scoring
+from fedloop_server.feedback.operators.scoring import Full, Scoring
 from fedloop_server.feedback.operators.triggering import Triggering
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import FILE_NAME, States
 from fedloop_server.triggers import ForecastTrigger
+
+Gate = Literal["fast", "full"]
 
 
 class Ran(Struct, frozen=True):
@@ -32,21 +36,36 @@ class Ran(Struct, frozen=True):
     refused: int
 
 
-def operators(config: ServerConfig) -> list[Operator[Any]]:
-    """The pipeline's operators as a deployment has them configured, in the order in which one can cause the next."""
+def operators(config: ServerConfig, full: Full | None = None) -> list[Operator[Any]]:
+    """The pipeline's operators as a deployment has them configured, in the order in which one can cause the next. `full` is the
+    whole masker, where the second gate has one."""
     bounds = {each.metric: each.below for each in config.triggers if isinstance(each, ForecastTrigger)}
     triggering = Triggering(config.triggers, config.time_zone)
-    return [Scoring(), Counting(), Measuring(), Drift(), Expect(bounds), Curating(), triggering]
+    return [Scoring(full=full), Counting(), Measuring(), Drift(), Expect(bounds), Curating(), triggering]
 
 
-def run(directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False) -> Ran:
+def run(
+    directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False, gate: Gate = "fast"
+) -> Ran:
     """Run the pipeline until `stop` is set, or (`until_idle`) all feedback that is there has been taken in.
 
     Killed at any point and started again, it goes on where it was, and emits nothing twice. Raises `UnreachableError` while
-    another pipeline runs for the same folder.
+    another pipeline runs for the same folder, `UsageError` where a full gate has no masker.
     """
     deployment = open_deployment(directory, place)
+    full = _masker() if gate == "full" else None
     with States(deployment.folder / FILE_NAME) as states:
-        pipeline = Pipeline(deployment.log, deployment.writer, operators(deployment.config), states)
+        pipeline = Pipeline(deployment.log, deployment.writer, operators(deployment.config, full), states)
         pipeline.run(stop, until_idle=until_idle)
     return Ran(pipeline.read, pipeline.emitted, pipeline.refused)
+
+
+def _masker() -> Full:
+    try:
+        from fedloop_privacy.masking import Masker
+    except ImportError as error:
+        raise UsageError(
+            f"a full gate needs the package {error.name}, which is not installed", hint="pip install 'fedloop[client]'"
+        ) from None
+    masker = Masker(max_chars=MAX_MASKED_CHARS)
+    return lambda text: masker.mask(text).counts

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from fedloop_events.errors import UsageError
 from fedloop_privacy.masking.spans import PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def sentiment(comment: str) -> float | None:
 
 @lru_cache(maxsize=1)
 def _vader() -> SentimentIntensityAnalyzer:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UsageError(
+            f"scoring comments needs the package {error.name}, which is not installed", hint="pip install 'fedloop[feedback]'"
+        ) from None
 
     return SentimentIntensityAnalyzer()
