@@ -28,7 +28,12 @@ def test_the_log_benchmark_prints_a_table_of_ratios() -> None:
 @pytest.mark.slow
 def test_the_drift_benchmark_compares_with_rivers_own() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick", "drift"], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-m", "benchmarks", "--quick", "drift"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for row in ("quiet streams of 4,000 at 85%", "gradual falls of 20 points: delay", "forecast 15 windows ahead: error"):
