@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import samples
 from fedloop_events import ids, topics
@@ -12,6 +13,7 @@ from fedloop_events.logs.port import START, Batch, Position, read_all
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import DriftDetected, MetricForecast, MetricsWindowed, Payload
 from fedloop_events.writer import EventWriter
+from fedloop_server.feedback.operator import Operator
 from fedloop_server.feedback.operators.drift import Drift
 from fedloop_server.feedback.operators.expecting import Expect
 from fedloop_server.feedback.pipeline import Pipeline
@@ -34,14 +36,17 @@ def written(folder: Path, kind: type[SqliteLog]) -> SqliteLog:
     writer = EventWriter(log, samples.key("server"))
     log.append([samples.signed(samples.created(), "server")])
     payloads: list[Payload] = []
+    content = 0.0
     for number in range(1200):
-        payloads.append(scored(number, float(source.random() < (0.9 if number < 700 else 0.5))))
+        satisfaction = float(source.random() < (0.9 if number < 700 else 0.5))
+        payloads.append(scored(number, satisfaction))
+        content += satisfaction
         if number % 20 == 19:
-            content = sum(int(each.satisfaction or 0) for each in payloads[-20:] if each.topic == topics.SCORED)  # type: ignore[attr-defined]
             start_ms = 60_000 * (number // 20)
             payloads.append(
                 MetricsWindowed(samples.ORIGIN, USE_CASE, "release-1", "1m", start_ms, satisfied=content, satisfied_of=20)
             )
+            content = 0.0
     for start in range(0, len(payloads), 300):
         numbered = enumerate(payloads[start : start + 300], start)
         log.append([writer.event(each, id=ids.derived_id("event", n), time_s=n) for n, each in numbered])
@@ -55,18 +60,20 @@ def emitted(folder: Path) -> list[tuple[str, bytes]]:
     return found
 
 
+def operators() -> list[Operator[Any]]:
+    return [Drift(), Expect({"satisfaction": 0.6})]
+
+
 def step(log: SqliteLog, states: Path) -> int:
     with States(states) as kept:
-        operators = [Drift(), Expect({"satisfaction": 0.6})]
-        pipeline = Pipeline(log, EventWriter(log, samples.key("server")), operators, kept, wall=lambda: 4e9)
+        pipeline = Pipeline(log, EventWriter(log, samples.key("server")), operators(), kept, wall=lambda: 4e9)
         return pipeline.step()
 
 
 def test_stopped_after_every_step_and_shown_events_twice_the_same_drift_and_forecasts_are_emitted(tmp_path: Path) -> None:
     whole = written(tmp_path / "whole", SqliteLog)
     with States(tmp_path / "whole" / "states") as kept:
-        operators = [Drift(), Expect({"satisfaction": 0.6})]
-        run = Pipeline(whole, EventWriter(whole, samples.key("server")), operators, kept, wall=lambda: 4e9)
+        run = Pipeline(whole, EventWriter(whole, samples.key("server")), operators(), kept, wall=lambda: 4e9)
         run.run(threading.Event(), until_idle=True)
     pieces = written(tmp_path / "pieces", InSmallPieces)
     steps = 0
