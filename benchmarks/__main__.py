@@ -17,7 +17,7 @@ from fedloop_events.errors import FedloopError
 
 from benchmarks.harness import Row, table
 
-TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "pipeline", "cli", "drift")
+TABLE = ("log", "kafka", "gateway", "rounds", "merging", "dp_step", "causal_step", "sidecar", "pipeline", "lake", "drift", "cli")
 """Modules with `rows(quick: bool) -> Iterable[Row]`."""
 BY_NAME_ONLY = (
     "stragglers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,12 @@ def test_the_drift_benchmark_compares_with_rivers_own() -> None:
     assert done.returncode == 0, done.stderr
     for row in ("quiet streams of 4,000 at 85%", "gradual falls of 20 points: delay", "forecast 15 windows ahead: error"):
         assert row in done.stdout
+
+
+@pytest.mark.slow
+def test_the_lake_benchmark_compares_writing_and_asking() -> None:
+    found = list(importlib.import_module("benchmarks.lake").rows(quick=True))
+    assert [(row.peer, row.at_least) for row in found] == [("DuckDB writing Parquet", 0.3), ("DuckDB on Parquet", 0.7)]
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

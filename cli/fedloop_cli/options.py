@@ -140,8 +140,10 @@ _ARGUMENTS: Final = {
     "OUT": "Folder to make; it must be new or empty.",
     "CLIENT": "A client's id.",
     "MODEL": "The name of a model that was added.",
+    "EVENT": "An event's id, as `feedback quarantine list` shows it.",
     "TRIGGER": "A trigger's name, as in server.toml: [trigger.NAME].",
     "GGUF_OR_FOLDER": "A GGUF file, the name of a package that carries one, or a folder with config.json and safetensors.",
+    "SQL": "A query in DuckDB's SQL.",
     "FEEDBACK_ID": "The id that recording the feedback printed.",
 }
 """What arguments mean, by metavar: Typer 0.20 loses their help under click 8.4 and later."""

@@ -161,8 +161,17 @@ def test_an_event_is_fired_by_hand_and_not_more_often_than_it_may(world: World, 
     cli.text("run", "--until-idle")
     (asked,) = world.payloads(types.RoundRequested)
     assert asked.reason == "event: the report of May is there"
-    assert "cooling down" in cli.text("triggers fire", "report", status=4)
+    refused = cli.text("triggers fire", "report", status=4)
+    assert "cooling down" in refused
+    assert "`fedloop feedback triggers list DIR` says until when" in refused
+    assert "cooling down until 20" in cli.text("triggers list")
     assert len(world.payloads(types.TriggerFired)) == 1
+
+
+def test_where_a_trigger_cannot_be_fired_the_hint_asks_for_the_round(world: World, cli: Cli) -> None:
+    assert "`fedloop round start DIR --reason WHY`" in cli.text("triggers fire", "enough", status=2)
+    assert run(["round", "start", str(world.folder), "--reason", "a new report"]) == 0
+    assert [each.reason for each in world.payloads(types.RoundRequested)] == ["a new report"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ IN_OTHER_TESTS: Final = {
     "start devices that do not run": "tests/server/operations/test_awaiting.py",
     "enrol devices with a larger budget": "tests/server/operations/test_awaiting.py",
     "enrol devices that can take part": "tests/server/operations/test_awaiting.py",
+    "`fedloop feedback quarantine list` shows what is held back": "tests/cli/test_feedback_quarantine.py",
+    "ask for a round: `fedloop round start DIR": "tests/cli/test_feedback_triggers.py",
+    "`fedloop feedback triggers list DIR` says until when": "tests/cli/test_feedback_triggers.py",
 }
 """Where a hint's state is made, and what it names is done."""
 

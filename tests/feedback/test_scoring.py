@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import samples
 from fedloop_events import types
-from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record, size_bytes
+from fedloop_events.envelope import MAX_EVENT_BYTES, Event, Record, expect, size_bytes
 from fedloop_events.locations import open_log
 from fedloop_events.masked import MaskedText, MaskedTurn
 from fedloop_events.types import FeedbackRecorded, FeedbackScored, Payload
@@ -289,10 +289,11 @@ def test_a_release_from_quarantine_is_an_event_of_its_own_and_the_same_whenever_
         writer = EventWriter(log, samples.key("server"))
 
         def made() -> list[Event]:
-            (held_back,), released = operator.apply(ClientFeedback(), record, feedback), operator.released(record, feedback)
+            (held_back,), released = operator.apply(ClientFeedback(), record, feedback), operator.released(record, feedback, 7)
             assert released is not None
             return [event_of(writer, operator, each, record, 0) for each in (held_back, released)]
 
         first, second = made(), made()
     assert first == second
+    assert expect(first[1], FeedbackScored).recorded_ms == 7
     assert len({each.id for each in first}) == 2

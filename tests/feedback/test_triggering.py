@@ -13,12 +13,18 @@ import msgspec
 import pytest
 import samples
 from devices import World
-from fedloop_events import types
+from fedloop_events import topics, types
+from fedloop_events.folds.admit import Admit
+from fedloop_events.folds.releases import ReleasesView
+from fedloop_events.folds.rounds import RoundsView
+from fedloop_events.logs.port import read_all
+from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import Payload
 from fedloop_server.feedback.operator import Emit
 from fedloop_server.feedback.operators.triggering import MAX_REASON_CHARS, MAX_USE_CASES, Triggering, TriggeringState
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import States
+from fedloop_server.feedback.under_way import UnderWay
 from fedloop_server.triggers import (
     AccuracyTrigger,
     DriftTrigger,
@@ -34,6 +40,7 @@ from hypothesis import strategies as st
 
 START_MS = int(datetime(2026, 5, 4, 12, tzinfo=UTC).timestamp() * 1000)
 HOUR_MS = 3_600_000
+RECORDED = Path(__file__).parents[1] / "events" / "recorded" / "deployments"
 ENOUGH = FeedbackTrigger(name="enough", count=3)
 
 
@@ -404,3 +411,26 @@ def test_in_a_deployment_a_trigger_opens_a_round_and_the_pipeline_made_anew_asks
     run("feedback.sqlite")
     run("anew.sqlite")
     assert world.payloads(types.RoundRequested) == [asked]
+
+
+@pytest.mark.parametrize("name", ["open", "private"])
+def test_what_is_under_way_is_what_the_folds_of_a_recorded_deployment_say(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "log.sqlite"
+    file.write_bytes((RECORDED / name / "log.sqlite").read_bytes())
+    under_way, rounds, releases, admit = UnderWay(), RoundsView(), ReleasesView(), Admit()
+    ended = 0
+    for record in read_all(SqliteLog(file), (topics.ROUNDS, topics.UPDATES, topics.RELEASES)):
+        payload = admit(record)
+        if payload is None:
+            continue
+        rounds.apply(record, payload)
+        releases.apply(record, payload)
+        if getattr(payload, "run_id", "main") == "main":
+            under_way.apply(payload)
+        assert under_way.requests == {each.request_id: each.rounds - len(each.numbers) for each in rounds.queued}
+        last = rounds.last
+        release = None if last is None else releases.releases.get(releases.by_round.get(last.round_id, ""))
+        runs = last is not None and last.aborted is None and (release is None or release.status == "proposed")
+        assert under_way.round_id == (last.round_id if last is not None and runs else "")
+        ended += not runs
+    assert ended

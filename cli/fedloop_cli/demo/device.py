@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedloop_privacy.masking import Masker
 
 REPORT_EVERY: Final = 10
+SUMMARY_S: Final = 10.0
 MAX_TOKENS: Final = 24
 """Of an answer: what the demo's bank says is shorter."""
 DISLIKES, CHOOSES = 4, 5
@@ -68,6 +69,7 @@ class Progress(Struct, frozen=True):
 
 def main(terms: DeviceSettings, channel: socket.socket, masker: Masker) -> None:
     from fedloop_clients.agent import Agent
+    from fedloop_clients.device import Settings
 
     with Agent.enrol(
         terms.log,
@@ -78,6 +80,7 @@ def main(terms: DeviceSettings, channel: socket.socket, masker: Masker) -> None:
         delta=terms.delta,
         key_from="file",
         masker=masker,
+        settings=Settings(remember=False, summary_s=SUMMARY_S),  # what the model answers is to be seen, not what it was told
     ) as agent:
         stop = threading.Event()
         runner = threading.Thread(target=_guarded, args=(lambda: agent.run(stop),), name="agent")

@@ -24,7 +24,7 @@ from fedloop_tasks.table import name_of
 from msgspec import Struct
 
 from fedloop_cli import console, documents
-from fedloop_cli.demo import leaks
+from fedloop_cli.demo import leaks, satisfaction
 from fedloop_cli.demo.play import Scene
 from fedloop_cli.options import Where
 
@@ -69,6 +69,11 @@ class DemoReport(Struct):
     """Why a check failed."""
     seconds: float
     samples: list[Compared]
+    feedback: dict[str, Any]
+    """What the pipeline made of it, as a document."""
+    satisfaction: str
+    """How content users were, in blocks."""
+    picture: str
 
     @property
     def good(self) -> bool:
@@ -88,6 +93,9 @@ def report(scene: Scene) -> DemoReport:
     identical, reason = _rebuilt(where, log, followed)
     why += [reason] if reason else []
     spent = budgets(followed)
+    course, picture = satisfaction.course(log), scene.directory / satisfaction.FILE_NAME
+    satisfaction.draw(course, picture)
+    feedback = satisfaction.document(where, course)
     found = _leaks(scene, log)
     current = followed.releases.current(DEFAULT_MODEL)
     first = next(iter(followed.releases.releases.values()), None)
@@ -107,6 +115,9 @@ def report(scene: Scene) -> DemoReport:
         why,
         round(scene.seconds, 1),
         _samples(scene, first, current),
+        feedback,
+        satisfaction.as_text(course),
+        str(picture),
     )
     printed = "\n".join([as_text(made), *scene.events]).encode() + msgspec.json.encode(as_document(made))
     for value in _needles(scene).found_in(printed, binary=False):
@@ -151,6 +162,7 @@ def as_document(report: DemoReport) -> dict[str, Any]:
             for each in report.budgets
         ],
         "samples": msgspec.to_builtins(report.samples),
+        "feedback": report.feedback | {"picture": report.picture},
         "checks": msgspec.to_builtins(report.checks),
         "seconds": report.seconds,
     }
@@ -158,7 +170,15 @@ def as_document(report: DemoReport) -> dict[str, Any]:
 
 def as_text(report: DemoReport) -> str:
     """The same for a person."""
-    parts = [_rounds(report), *_metrics(report), *_answers(report), _clients(report), _masking(report), _checks(report)]
+    parts = [
+        _rounds(report),
+        *_metrics(report),
+        *_answers(report),
+        *_feedback(report),
+        _clients(report),
+        _masking(report),
+        _checks(report),
+    ]
     leads = documents.leading([report.baseline, report.final])
     before, after = (_figure(documents.metric_of(each, leads)) for each in (report.baseline, report.final))
     changed = f"{documents.readable(leads) or documents.NO_METRIC} {before} before, {after} after"
@@ -203,6 +223,14 @@ def _answers(report: DemoReport) -> list[str]:
         for line in (f"> {each.prompt}", f"  before  {each.before}", f"  after   {each.after}", f"  wanted  {each.wanted}")
     ]
     return ["ANSWERS\n" + "\n".join(console.printable(line) for line in rows)] if rows else []
+
+
+def _feedback(report: DemoReport) -> list[str]:
+    found = report.feedback
+    counts = (
+        f"{found['curated']} curated, {found['quarantined']} held back by the second gate, {found['lake_rows']} rows in the lake"
+    )
+    return [f"{report.satisfaction}\n{counts}; as a picture: {report.picture}"] if report.satisfaction else []
 
 
 def _clients(report: DemoReport) -> str:

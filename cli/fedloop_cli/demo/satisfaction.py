@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
+from fedloop_events.folds.training import TrainingView
 from fedloop_events.logs.port import EventLog
+from fedloop_server.feedback.lake.place import locate
+from fedloop_server.feedback.lake.sync import Lake
+from fedloop_server.operations import metrics
 from msgspec import Struct
+
+from fedloop_cli.commands import feedback_stats
+from fedloop_cli.options import Where
 
 FILE_NAME: Final = "satisfaction.png"
 COLUMNS: Final = 72
 LATEST: Final = 100
 """Pieces of feedback whose mean a point of the picture is."""
-_LEVELS: Final = "▁▂▃▄▅▆▇█"
 _SIGNS: Final = {"drift": "!", "requested": "?", "published": "^"}
 
 
@@ -32,18 +39,23 @@ class Mark(Struct, frozen=True):
 class Course:
     """A fold: each piece of feedback that says how content its user was, from 0 to 1, and what happened meanwhile."""
 
-    topics = (topics.SCORED, topics.METRICS, topics.ROUNDS, topics.RELEASES)
+    topics = (topics.SCORED, topics.METRICS, topics.QUARANTINE, topics.ROUNDS, topics.RELEASES)
 
     def __init__(self) -> None:
         self.satisfaction: list[float] = []
         self.marks: list[Mark] = []
+        self.drifts: list[types.DriftDetected] = []
+        self.quarantined = 0
 
     def apply(self, record: Record, payload: types.Payload) -> None:
         after = len(self.satisfaction)
         match payload:
             case types.FeedbackScored(satisfaction=float() | int() as satisfaction):
                 self.satisfaction.append(satisfaction)
+            case types.EventQuarantined():
+                self.quarantined += 1
             case types.DriftDetected():
+                self.drifts.append(payload)
                 self.marks.append(Mark(after, "drift", f"drift of {payload.metric} ({', '.join(payload.detectors)})"))
             case types.RoundRequested():
                 self.marks.append(Mark(after, "requested", payload.reason))
@@ -67,6 +79,23 @@ def course(log: EventLog) -> Course:
     return reader.fold
 
 
+def document(where: Where, found: Course) -> dict[str, Any]:
+    """What the pipeline made of the feedback; the lake is made for it, in the deployment's folder."""
+    log = where.open_log()
+    curated = Reader(log, TrainingView(), identities=Identities())
+    curated.catch_up()
+    with Lake(log, locate(where.directory, None)) as lake:
+        lake.catch_up()
+        rows = sum(each.added for each in lake.counts.values())
+    return {
+        "windows": [feedback_stats.document(each) for each in metrics.current(log)],
+        "drift": [msgspec.to_builtins(each) for each in found.drifts],
+        "curated": len(curated.fold.examples),
+        "quarantined": found.quarantined,
+        "lake_rows": rows,
+    }
+
+
 def as_text(found: Course) -> str:
     """A line of blocks, the higher the more content, and under it what happened where; "" if nothing was scored."""
     total = len(found.satisfaction)
@@ -74,7 +103,7 @@ def as_text(found: Course) -> str:
         return ""
     columns = min(COLUMNS, total)
     means = [float(np.mean(part)) for part in np.array_split(found.satisfaction, columns)]
-    blocks = "".join(_LEVELS[min(int(mean * len(_LEVELS)), len(_LEVELS) - 1)] for mean in means)
+    blocks = feedback_stats.sparkline(means)
     signs = [" "] * (columns + 1)
     for mark in found.marks:
         signs[mark.after * columns // total] = _SIGNS[mark.what]

@@ -8,7 +8,7 @@ from fedloop_events import types
 from msgspec import Struct
 
 MAX_REQUESTS: Final = 1_000
-MAX_DECIDED: Final = 16
+MAX_OVER: Final = 16
 
 
 class UnderWay(Struct):
@@ -23,9 +23,9 @@ class UnderWay(Struct):
     round_request: str = ""
     """What it was opened for."""
     proposed: dict[str, str] = {}
-    """Round by candidate; the last `MAX_DECIDED`."""
-    decided: list[str] = []
-    """The last `MAX_DECIDED` rounds whose release was decided."""
+    """Round by candidate; the last `MAX_OVER`."""
+    over: list[str] = []
+    """The last `MAX_OVER` rounds that were aborted, or whose release was decided."""
 
     @property
     def request(self) -> str:
@@ -45,19 +45,15 @@ class UnderWay(Struct):
             case types.RoundOpened():
                 self._opened(payload)
             case types.RoundAborted():
-                if payload.round_id == self.round_id:
-                    self._over()
-                elif self.requests:  # given up before it was opened: the oldest request with it
-                    del self.requests[next(iter(self.requests))]
+                if payload.round_id not in (self.round_id, *self.over) and self.requests:
+                    del self.requests[next(iter(self.requests))]  # given up before it was opened, and its request with it
+                self._end(payload.round_id)
             case types.ReleaseProposed(round_id=str(round_id)):
                 self.proposed[payload.release] = round_id
-                if len(self.proposed) > MAX_DECIDED:
+                if len(self.proposed) > MAX_OVER:
                     del self.proposed[next(iter(self.proposed))]
             case types.ReleasePublished() | types.ReleaseRejected():
-                decided = self.proposed.pop(payload.release, "")
-                self.decided = [*self.decided, decided][-MAX_DECIDED:]
-                if decided and decided == self.round_id:
-                    self._over()
+                self._end(self.proposed.pop(payload.release, ""))
             case _:
                 pass
 
@@ -67,8 +63,10 @@ class UnderWay(Struct):
             self.requests[opened.request_id] = left
         else:
             self.requests.pop(opened.request_id, None)
-        if opened.round_id not in self.decided:
+        if opened.round_id not in self.over:
             self.round_id, self.round_request = opened.round_id, opened.request_id
 
-    def _over(self) -> None:
-        self.round_id = self.round_request = ""
+    def _end(self, round_id: str) -> None:
+        self.over = [*self.over, round_id][-MAX_OVER:]
+        if round_id == self.round_id:
+            self.round_id = self.round_request = ""

@@ -59,8 +59,8 @@ class Answer(Struct, array_like=True):
 class Curation(Struct):
     """One use case's. Feedback and responses are named by digests of client and id, oldest first in each dictionary.
 
-    Bounded to 1.25 MB as encoded: `remembered` lessons, pairs and retractions, twice as many contents, the buffer's size and
-    `WAITING_BYTES`, `ANSWERS` and `ANSWERS_CHARS`.
+    Bounded to 800 kB as encoded, a third of them texts: `remembered` lessons, pairs and retractions, twice as many contents, the
+    buffer's size and `WAITING_BYTES`, `ANSWERS` and `ANSWERS_CHARS`.
     """
 
     lessons: dict[str, Lesson] = {}

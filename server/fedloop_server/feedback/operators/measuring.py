@@ -12,7 +12,7 @@ from fedloop_events.types import FeedbackScored, Payload, UsageCounted, Width
 from msgspec import Struct
 
 from fedloop_server.feedback.operator import Emit
-from fedloop_server.feedback.operators.sums import OTHER, WIDTHS_MS, Sums
+from fedloop_server.feedback.operators.sums import OTHER, WIDTHS_MS, Sums, group, split
 
 GRACE_MS: Final[Mapping[Width, int]] = MappingProxyType({"1m": 2 * 60_000, "1h": 30 * 60_000, "1d": 6 * 3_600_000})
 """How long after its end a window takes in what was given in it: a minute is for who watches, and a day for devices that are away
@@ -21,8 +21,6 @@ MAX_GROUPS: Final = 64
 """Releases and languages that a window tells apart."""
 MAX_OPEN: Final = 4096
 """Windows, releases and languages that are open at once."""
-_BETWEEN: Final = " "
-"""Of a release and a language in a group's name: neither has one."""
 
 
 class Windows(Struct):
@@ -37,6 +35,12 @@ class Windows(Struct):
     groups: int = 0
     closed_ms: dict[Width, int] = {}
     """Of each width: no window is opened any more that would have been closed before."""
+
+    def forget(self, width: Width, start_ms: int) -> dict[str, Sums]:
+        """A window that is open no more: what was in it."""
+        groups = self.open.get(width, {}).pop(start_ms, {})
+        self.groups -= len(groups)
+        return groups
 
 
 class Measuring:
@@ -98,9 +102,9 @@ class Measuring:
             at_ms = max(recorded_ms, closed_ms - grace_ms)  # a runner that keeps its promise has not closed this one
             start_ms = at_ms - at_ms % width_ms
         groups = state.open.setdefault(width, {}).setdefault(start_ms, {})
-        name = f"{release}{_BETWEEN}{language or ''}"
+        name = group(release, language)
         if name not in groups and len(groups) >= MAX_GROUPS:
-            name = f"{OTHER}{_BETWEEN}"
+            name = group(OTHER, None)
         if (sums := groups.get(name)) is None:
             sums = groups[name] = Sums()
             state.groups += 1
@@ -114,9 +118,7 @@ class Measuring:
     def _close(self, state: Windows, key: str, width: Width, start_ms: int) -> Iterator[Emit]:
         end_ms = start_ms + WIDTHS_MS[width]
         state.closed_ms[width] = max(state.closed_ms.get(width, 0), end_ms + self._grace_ms[width])
-        groups = state.open[width].pop(start_ms)
-        state.groups -= len(groups)
-        for name, sums in sorted(groups.items()):
-            release, _, language = name.partition(_BETWEEN)
-            windowed = sums.windowed(state.origin, key, release, language or None, width, start_ms)
-            yield Emit(windowed, of=(key, release, language, width, start_ms), time_ms=end_ms)
+        for name, sums in sorted(state.forget(width, start_ms).items()):
+            release, language = split(name)
+            windowed = sums.windowed(state.origin, key, release, language, width, start_ms)
+            yield Emit(windowed, of=(key, release, language or "", width, start_ms), time_ms=end_ms)

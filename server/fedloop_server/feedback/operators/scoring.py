@@ -91,10 +91,13 @@ class Scoring:
     def advance(self, key: str, state: ClientFeedback, now_ms: int) -> Iterator[Emit]:
         return iter(())
 
-    def released(self, record: Record, feedback: FeedbackRecorded) -> Emit | None:
-        """What an operator's release of `record` from quarantine makes of it; None if it does not fit into an event."""
+    def released(self, record: Record, feedback: FeedbackRecorded, decided_ms: int) -> Emit | None:
+        """What the release of `record` from quarantine makes of it; None if it does not fit into an event.
+
+        It counts as recorded when that was decided: the windows in which it would have counted before are closed.
+        """
         scored = self._score(record, feedback, None)
-        return None if scored is None else Emit(scored, of=(record.id, "released"))
+        return None if scored is None else Emit(replace(scored, recorded_ms=decided_ms), of=(record.id, "released"))
 
     def _decide(self, state: ClientFeedback, record: Record, feedback: FeedbackRecorded) -> Payload:
         if not _remember(state, feedback):

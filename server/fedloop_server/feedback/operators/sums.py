@@ -16,6 +16,18 @@ _MAX_SIGNALS: Final = 64
 _MAX: Final = 2**53 - 1
 """The largest `Count`."""
 _UNIT: Final = 1_000_000
+_BETWEEN: Final = " "
+"""Of a release and a language in a group's name: neither has one."""
+
+
+def group(release: str, language: str | None) -> str:
+    return f"{release}{_BETWEEN}{language or ''}"
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """The release and the language of a group."""
+    release, _, language = name.partition(_BETWEEN)
+    return release, language or None
 
 
 class Sums(Struct, omit_defaults=True):
