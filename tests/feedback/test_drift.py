@@ -81,14 +81,14 @@ def test_a_restart_after_any_event_changes_no_emission_and_no_id(seed: int, fall
 
 
 def test_restored_after_every_observation_the_detectors_see_what_rivers_own_see_that_never_stop() -> None:
-    jury, watched = Jury(), Watched()
+    watched = Watched()
     adwin, hinkley = river_drift.ADWIN(delta=detectors.ADWIN_DELTA), river_drift.PageHinkley(100, detectors.HINKLEY_DELTA)  # type: ignore[no-untyped-call]
     cuts = []
     # Up and down and so often that one sees what the other does not, and their votes are kept apart.
     for value in coins(3, *[(700, 0.9), (300, 0.75)] * 4):
         watched = msgspec.json.decode(msgspec.json.encode(watched), type=Watched)
         before = dict(watched.votes)
-        changed = jury.observe(watched, value)
+        changed = Jury().observe(watched, value)
         adwin.update(value)  # type: ignore[no-untyped-call]
         voted = {name for name, vote in watched.votes.items() if vote != before.get(name)}
         if changed is None:

@@ -34,7 +34,8 @@ class DriftState(Struct):
 class Drift:
     """Emits a `DriftDetected` with the feedback that shows it; what is watched then begins anew.
 
-    Of quiet streams of 4,000 at most 2 of 100 raise an alarm. A label is what the model predicted, or else what the user said.
+    Of quiet streams of 4,000 observations of a metric at most 2 of 100 raise an alarm. A label is what the model predicted, or
+    else what the user said.
     Texts are compared by what `embed` makes of them: where there is none, embeddings are not watched. Raises UsageError if river
     is not installed.
     """
