@@ -31,6 +31,7 @@ from fedloop_clients.feedback import (
     check_word,
     identifier,
     mended,
+    with_text,
 )
 from fedloop_clients.feedback_links import DEFAULT_TTL_S, FeedbackLinks
 from fedloop_clients.gate import Apps
@@ -39,6 +40,8 @@ from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.masking import Masking, Masks
+from fedloop_clients.media.files import File
+from fedloop_clients.media.texts import Media, engines
 from fedloop_clients.personal import Personalised
 from fedloop_clients.refreshing import Refresher, refresh_now
 from fedloop_clients.remembering import Memory
@@ -92,6 +95,7 @@ class Agent:
         self._reading = threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
         self._in_force = InForce(self._device, self._refresher)
+        self._media = engines(settings.speech_model)
         self._memory = Memory(store) if settings.remember else None
         self._chatting = Chatting(self._device.interactions, self._in_force.to_chat, self._memory)
 
@@ -296,6 +300,9 @@ class Agent:
         comment: str | None = None,
         preferred_over: str | None = None,
         signal: str | None = None,
+        audio: File | None = None,
+        image: File | None = None,
+        video: File | None = None,
         feedback_id: str | None = None,
     ) -> Feedback:
         """Record what the user did about a response; it is on disk when this returns, and needs no connection.
@@ -309,6 +316,10 @@ class Agent:
         at all. A correction or comment that cannot be kept as it is does not stop the rest: the `note` of what is returned says
         what was left out or mended.
 
+        What is said in `audio`, written in an `image`, and both in a `video` (paths, or a file's bytes) is read on the device, in
+        seconds, and stands below the comment, masked like it; the file itself is not kept. It takes the extras `audio` and
+        `image`, and `Settings.speech_model`.
+
         Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
         `UsageError` for what cannot be meant.
         """
@@ -318,6 +329,9 @@ class Agent:
             )
         worse = self._own_id("response", preferred_over)
         given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse, signal))
+        media = Media(audio, image, video)
+        if media != Media():
+            given, note = with_text(given, self._media.of(media), note)
         if self._device.spec is None:
             self._refresher.refresh_first()
         task = self._device.task

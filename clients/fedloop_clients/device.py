@@ -50,6 +50,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     that are no installed packages. `scratch_bytes` bounds what a language model puts beside the store, sealed, of what it
     computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing).
 
+    `speech_model` is the folder of a Whisper model for faster-whisper, which feedback by audio and video needs.
     `remember` is whether what a user has corrected is answered as corrected at once (`remembering.py`).
 
     `base_dtype` is what a language model's frozen base is held in ("auto": bfloat16 for a large one where the machine computes
@@ -65,6 +66,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     scratch_bytes: int | None = None
     rank: int | None = None
     remember: bool = True
+    speech_model: Path | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
