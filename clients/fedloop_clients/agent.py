@@ -243,7 +243,8 @@ class Agent:
         what it returns gives its pieces. Unlike `predict` the model sees what was written, not what is left of it masked: nothing
         of it leaves the device but masked, and it learns from that
         alone. Answers are written one at a time, whichever thread asks. What a user of this device has corrected is answered as
-        corrected when the same messages come again (`ChatResponse.remembered`), until the release answers so by itself.
+        corrected when the same messages come again at temperature 0 (`ChatResponse.remembered`), until the release answers so by
+        itself.
 
         On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
         kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
