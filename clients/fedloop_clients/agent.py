@@ -31,6 +31,7 @@ from fedloop_clients.feedback import (
     check_word,
     identifier,
     mended,
+    with_text,
 )
 from fedloop_clients.feedback_links import DEFAULT_TTL_S, FeedbackLinks
 from fedloop_clients.gate import Apps
@@ -39,6 +40,8 @@ from fedloop_clients.interactions import Named
 from fedloop_clients.keys import KeySource
 from fedloop_clients.loop import Loop
 from fedloop_clients.masking import Masking, Masks
+from fedloop_clients.media.files import File
+from fedloop_clients.media.texts import Media, engines
 from fedloop_clients.personal import Personalised
 from fedloop_clients.refreshing import Refresher, refresh_now
 from fedloop_clients.remembering import Memory
@@ -93,6 +96,7 @@ class Agent:
         self._reading = threading.Lock()
         self._refresher = Refresher(self._device, self._reading, beside=not is_url(place.log))
         self._in_force = InForce(self._device, self._refresher)
+        self._media = engines(settings.speech_model)
         self._memory = Memory(store) if settings.remember else None
         self._chatting = Chatting(self._device.interactions, self._in_force.to_chat, self._memory, self._device.usage)
 
@@ -243,7 +247,8 @@ class Agent:
         what it returns gives its pieces. Unlike `predict` the model sees what was written, not what is left of it masked: nothing
         of it leaves the device but masked, and it learns from that
         alone. Answers are written one at a time, whichever thread asks. What a user of this device has corrected is answered as
-        corrected when the same messages come again (`ChatResponse.remembered`), until the release answers so by itself.
+        corrected when the same messages come again at temperature 0 (`ChatResponse.remembered`), until the release answers so by
+        itself.
 
         On a disk that is full it answers as well, and the response's `note` says that it could not be kept. Raises, with nothing
         kept, `UsageError` for messages that are none or too long for the model, a model that answers with one of a closed set of
@@ -305,6 +310,9 @@ class Agent:
         comment: str | None = None,
         preferred_over: str | None = None,
         signal: str | None = None,
+        audio: File | None = None,
+        image: File | None = None,
+        video: File | None = None,
         feedback_id: str | None = None,
     ) -> Feedback:
         """Record what the user did about a response; it is on disk when this returns, and needs no connection.
@@ -318,6 +326,10 @@ class Agent:
         at all. A correction or comment that cannot be kept as it is does not stop the rest: the `note` of what is returned says
         what was left out or mended.
 
+        What is said in `audio`, written in an `image`, and both in a `video` (paths, or a file's bytes) is read on the device, in
+        seconds, and stands below the comment, masked like it; the file itself is not kept. It takes the extras `audio` and
+        `image`, and `Settings.speech_model`.
+
         Raises `UnknownResponseError`, `ConflictingFeedbackError` (`RetractedFeedbackError` for what was taken back), and
         `UsageError` for what cannot be meant.
         """
@@ -327,6 +339,9 @@ class Agent:
             )
         worse = self._own_id("response", preferred_over)
         given, note = mended(FeedbackInput(thumb, rating, label, correction, comment, worse, signal))
+        media = Media(audio, image, video)
+        if media != Media():
+            given, note = with_text(given, self._media.of(media), note)
         if self._device.spec is None:
             self._refresher.refresh_first()
         task = self._device.task

@@ -190,9 +190,12 @@ class Chatting:
             found.put(error)
 
     def _begin(self, model: Chats, release: KeptRelease, turns: Sequence[Turn], how: Sampling) -> tuple[Begun, Iterator[Answer]]:
-        """What is about to be written, and the writing of it. Raises `UsageError` where there is room for no token."""
+        """What is about to be written, and the writing of it. Raises `UsageError` where there is room for no token.
+
+        Nothing is remembered where an answer is drawn: it is asked for to have another one.
+        """
         begun, most = _room(model, release, turns, how)
-        found = self._memory.correction(turns) if self._memory else None
+        found = self._memory.correction(turns) if self._memory and how.temperature == 0 else None
         if found is None or not _fits(model, found.answer, how.max_tokens) or _writes(model, turns, found.answer, most):
             return begun, stopped(model.writing(turns, most=most, temperature=how.temperature, seed=how.seed), how.stop)
         answer = Answer(found.answer, 0, 1.0, finished=True, cut=0)

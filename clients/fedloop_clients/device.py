@@ -53,6 +53,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing). Each `summary_s` seconds in which it
     answered the device publishes how often and how fast (`usage.py`); with None it counts nothing.
 
+    `speech_model` is the folder of a Whisper model for faster-whisper, which feedback by audio and video needs.
     `remember` is whether what a user has corrected is answered as corrected at once (`remembering.py`).
 
     `base_dtype` is what a language model's frozen base is held in ("auto": bfloat16 for a large one where the machine computes
@@ -69,6 +70,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     rank: int | None = None
     summary_s: float | None = 3600.0
     remember: bool = True
+    speech_model: Path | None = None
 
     def __post_init__(self) -> None:
         if self.summary_s is not None and not 1 <= self.summary_s <= LONGEST_SUMMARY_S:

@@ -134,6 +134,27 @@ def mended(given: FeedbackInput) -> tuple[FeedbackInput, str]:
     return kept, "; ".join(notes)
 
 
+def with_text(given: FeedbackInput, read: str, note: str) -> tuple[FeedbackInput, str]:
+    """The same with the text that was `read` of what its user said or showed, below the comment, as far as there is room; and a
+    note of what is missing, after the one there is. Raises `UsageError` if there was nothing to read and nothing else is given.
+    """
+    found = normalised_lines(read)
+    if not found:
+        if given == FeedbackInput():
+            raise UsageError("nothing is said or written in what was given", hint="give a thumb or a comment beside it")
+        return given, "; ".join(filter(None, (note, "nothing is said or written in what was given")))
+    comment = f"{given.comment}\n{found}" if given.comment is not None else found
+    if len(comment) > MAX_COMMENT_CHARS:
+        comment = comment[:MAX_COMMENT_CHARS].rstrip()
+        note = "; ".join(filter(None, (note, f"the comment is cut at {MAX_COMMENT_CHARS:,} characters")))
+    return replace(given, comment=comment), note
+
+
+def normalised_lines(text: str) -> str:
+    """The lines that show something, each as words a space apart."""
+    return "\n".join(filter(None, map(normalised, text.splitlines())))
+
+
 def remarks(given: FeedbackInput) -> Iterator[tuple[Literal["correction", "comment"], str]]:
     """What is in the user's own words."""
     if given.correction is not None:

@@ -31,12 +31,27 @@ if TYPE_CHECKING:
     from clients.classified import Classified
 
 P = TypeVar("P", bound=types.Payload)
+_UNSPOKEN = pytest.StashKey[str]()
 ORIGIN = "test.example"
 DEAD = ["folder", "http refused", "http silent", "kafka refused", "kafka silent"]
 """Kinds of `dead_location`."""
 LABELS = ["card-lost", "loan", "transfer"]
 MECHANISM = Mechanism(sampling_rate=1.0, noise_multiplier=2.0, clip_norm=1.0, steps=1, divisor=1.0)
 """Costs an epsilon of 1.99 at delta 1e-5."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nothing in Python speaks as espeak-ng does: where it is not installed, what needs it is left out, and a line says so."""
+    wanting = [item for item in items if item.get_closest_marker("speech")]
+    if wanting and shutil.which("espeak-ng") is None:
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+        config.stash[_UNSPOKEN] = f"{len(wanting)} tests of speech were left out: espeak-ng is not installed"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if unspoken := config.stash.get(_UNSPOKEN, ""):
+        terminalreporter.write_line(unspoken, yellow=True)
 
 
 class DigitMasker:

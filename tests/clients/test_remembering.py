@@ -175,6 +175,7 @@ def test_a_corrected_answer_is_given_to_the_same_messages_at_once_whole_or_strea
     assert stream.response.remembered
     system = [{"role": "system", "content": "be short"}, *HELLO]
     assert not chatting.chat(system).remembered
+    assert not chatting.chat(HELLO, temperature=1.0, seed=1).remembered
     assert not chatting.chat(HELLO, max_tokens=2).remembered
 
 

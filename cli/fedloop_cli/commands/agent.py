@@ -91,6 +91,12 @@ def feedback(
     correction: Annotated[str | None, typer.Option(help="What it should have said, in the user's words.")] = None,
     comment: Annotated[str | None, typer.Option(help="Anything else.")] = None,
     signal: Annotated[str | None, typer.Option(metavar="WORD", help='What the user did besides, such as "copied".')] = None,
+    audio: Annotated[Path | None, typer.Option(metavar="FILE", help="A recording: what is said in it is a comment.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture: what is written in it is a comment.")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE", help="A film: what is said and written in it is one.")] = None,
+    speech_model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A Whisper model for faster-whisper, which --audio and --video need.")
+    ] = None,
     feedback_id: Annotated[str | None, typer.Option(metavar="ID", help="Sent again, the same id counts once.")] = None,
     data: Annotated[
         Path | None,
@@ -105,12 +111,13 @@ def feedback(
     """Record feedback on a response: one made before (--response), one shown elsewhere (--text with --predicted), or one
     made now (--text alone). It is on disk when this returns; `fedloop agent run` publishes it, masked.
     """
+    from fedloop_clients.device import Settings
     from fedloop_events.errors import UsageError
 
     if sum(each is not None for each in (response, text, data)) != 1:
         raise UsageError("feedback is about one of --response, --text or --data")
     task_options.check_columns(data)
-    with _open(store, model_dir) as agent:
+    with _open(store, model_dir, Settings(model_dir=model_dir, speech_model=speech_model)) as agent:
         if data is not None:
             _take_in(agent, data, skip_bad, json)
             return
@@ -124,6 +131,9 @@ def feedback(
             correction=correction,
             comment=comment,
             signal=signal,
+            audio=audio,
+            image=image,
+            video=video,
             feedback_id=feedback_id,
             **remarks,
         )
