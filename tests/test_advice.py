@@ -12,6 +12,7 @@ from pathlib import Path
 import advice
 import pytest
 from fedloop_clients.agent import Agent
+from fedloop_clients.device import Settings
 from fedloop_privacy.masking import Masker
 from fedloop_server import config
 from fedloop_tasks.table import TASKS
@@ -75,6 +76,7 @@ def test_every_variable_that_a_text_names_is_read() -> None:
     for tree in (*advice.modules().values(), *benchmarks):
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "os.environ.get"]
         read |= {str(ast.literal_eval(each.args[0])) for each in calls}
+    known |= {*inspect.signature(Settings).parameters}
     named = {
         (each.where, name)
         for source in (advice.texts, advice.documents)

@@ -49,6 +49,8 @@ IN_OTHER_TESTS: Final = {
     "--create-user ROLE:": "tests/deploy/test_doctor.py",
     "is `fedloop server run` running?": "tests/server/operations/test_awaiting.py",
     "`fedloop feedback run` curates examples": "tests/cli/test_feedback_export.py",
+    "`fedloop feedback lake sync` makes it": "tests/cli/test_feedback_lake.py",
+    "run the pipeline (`fedloop feedback run`)": "tests/cli/test_feedback_stats.py",
     "start `fedloop agent serve`": "tests/cli/test_agent_serve.py",
     "start devices that do not run": "tests/server/operations/test_awaiting.py",
     "enrol devices with a larger budget": "tests/server/operations/test_awaiting.py",

@@ -68,7 +68,7 @@ class LakeTable:
             )
         if self._delta.schema() != _schema(table):
             raise UsageError(
-                f"the lake's table {table.name} in {place.location} has other columns than this version of fedloop writes",
+                f"the lake's table {table.name} in {place.location} has other columns than it should",
                 hint="delete the lake and sync it again: the log has everything",
             )
 

@@ -127,7 +127,7 @@ class Lake:
         people = Reader(self._log, Identities())
         people.catch_up()
         if not people.fold.origin:
-            raise UsageError("the log holds no deployment", hint="make one with `fedloop server init`")
+            raise UsageError("the log holds no deployment", hint="name the log of one")
         opened = {each.name: LakeTable(self._place, each, people.fold.origin) for each in EVERY}
         for target in opened.values():
             target.vacuum()  # of what a sync left that was killed
