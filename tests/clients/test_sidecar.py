@@ -40,6 +40,9 @@ def test_the_official_client_is_answered_and_gives_feedback_with_the_completions
     assert given.status_code == 200
     assert given.json()["teaches"] == "card-lost"
     assert served.agent.knows(given.json()["id"])
+    again = served.openai.chat.completions.create(model="default", messages=asked(text))
+    assert again.choices[0].message.content == "card-lost"
+    served.agent.retract(given.json()["id"])  # which the other tests ask too
 
 
 def test_a_streamed_answer_is_that_of_one_that_is_not_streamed(served: Served) -> None:
