@@ -16,7 +16,6 @@ import advice
 import keyring
 import pytest
 from apsw import Connection as SqliteDatabase
-from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewPartitions
 from devices import World
 from fedloop_cli.main import run
@@ -30,6 +29,7 @@ from fedloop_events.locations import open_blobs, open_log
 from fedloop_events.logs.port import read_all
 from fedloop_server.gateway import create_app
 from fedloop_tasks.models.folder import locate
+from kafka_partitions import written
 from keyring.backends.fail import Keyring as NoKeyring
 from msgspec.structs import replace
 
@@ -421,9 +421,7 @@ def test_on_kafka_a_log_is_made_and_made_anew_under_another_prefix(real: Scratch
     topic = f"{kafka_url.rpartition('/')[2]}.clients"
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
-    producer = Producer({"bootstrap.servers": kafka})
-    producer.produce(topic, b"{}", b"x", partition=1)
-    assert producer.flush(20) == 0
+    written(kafka, topic, 1)
     hint = real.hint("begin anew under another prefix", "round", "start", one)
     real.follow(hint, DIR=two, BLOBS=blobs, CSV=real.csv, **{"kafka://HOST:PORT/PREFIX": f"{kafka_url}-2"})
     assert real.does("round", "start", two)["rounds"] == 1

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import samples
 from brokers import Cluster
-from confluent_kafka import Producer
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
@@ -39,6 +38,7 @@ from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import create_deployment
 from fedloop_tasks.classification.plan import ClassificationPlan
 from gateway.harness import serving
+from kafka_partitions import written
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -224,9 +224,7 @@ def test_topics_that_are_absent_fail_and_partitions_that_were_added_are_named(do
     status, document = doctor("--log", log)
     assert status == 0
     assert "nothing needs to be done" in said(document, "warn", f"{name} has more partitions than are declared")
-    producer = Producer({"bootstrap.servers": kafka})
-    producer.produce(name, b"{}", b"x", partition=1)
-    assert producer.flush(20) == 0
+    written(kafka, name, 1)
     assert "another prefix" in said(doctor("--log", log)[1], "fail", f"written to {name}-1")
 
 

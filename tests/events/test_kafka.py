@@ -39,6 +39,7 @@ from fedloop_events.logs.kafka.sharing import SharedReader
 from fedloop_events.logs.port import START, Batch, Position, read_all
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka_partitions import written
 
 
 @pytest.fixture
@@ -197,9 +198,7 @@ def test_what_stands_in_a_partition_that_no_reader_reads_stops_writers_and_nobod
 ) -> None:
     log.append([samples.event(samples.created())])
     grow(kafka, log, clients=2)
-    producer = Producer({"bootstrap.servers": kafka})
-    producer.produce(log.settings.topic(topics.CLIENTS), b"{}", b"x", partition=1)
-    assert producer.flush(20) == 0
+    written(kafka, log.settings.topic(topics.CLIENTS), 1)
     again = KafkaLog(kafka_url)
     assert len(ids_of(again)) == 1
     with pytest.raises(LogError, match=r"written to .*clients-1") as caught:
