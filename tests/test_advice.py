@@ -76,7 +76,6 @@ def test_every_variable_that_a_text_names_is_read() -> None:
     for tree in (*advice.modules().values(), *benchmarks):
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "os.environ.get"]
         read |= {str(ast.literal_eval(each.args[0])) for each in calls}
-    known |= {*inspect.signature(Settings).parameters}
     named = {
         (each.where, name)
         for source in (advice.texts, advice.documents)
@@ -99,6 +98,7 @@ def test_every_target_of_make_that_a_text_names_exists() -> None:
 def test_every_setting_and_argument_that_a_hint_names_exists() -> None:
     known = {*(key for task in TASKS.values() for key in config.meaning(task.plan)), *FOREIGN, *MADE_HERE}
     known |= {name for call in (Agent.enrol, Agent.open, Agent.feedback, Masker) for name in inspect.signature(call).parameters}
+    known |= {*inspect.signature(Settings).parameters}
     named = {
         (each.where, name)
         for each in advice.hints()
