@@ -140,6 +140,20 @@ def test_a_bounded_number_of_windows_is_kept(piped: Piped) -> None:
     assert [each.window.feedback for each in found] == list(range(5, count))
 
 
+def test_tail_says_what_the_pipeline_found_and_no_word_of_any_users(piped: Piped) -> None:
+    piped.append(
+        piped.scored(THEN, 1.0),
+        types.EventQuarantined(piped.origin, "feedback", "0" * 32, "looks-personal", client_id="c2", found={"IBAN_CODE": 2}),
+        types.DriftDetected(piped.origin, "support", "satisfaction", ["adwin"], THEN, 0.8, 0.4),
+    )
+    shown = run("feedback", "tail", piped.folder).stdout
+    for what in ("c1 on r1, satisfaction 1.00", "looks-personal (2 IBAN_CODE), by c2", "satisfaction from 0.80 to 0.40 (adwin)"):
+        assert what in shown
+    assert "hello" not in shown
+    (last,) = json.loads(run("feedback", "tail", piped.folder, "-n", "1", "--json").stdout)["events"]
+    assert (last["use_case"], last["type"]) == ("support", "io.fedloop.drift.detected.v1")
+
+
 def test_nothing_measured_is_said(deployment: Path) -> None:
     assert "nothing was measured yet" in run("feedback", "stats", deployment).stdout
     refused = run("feedback", "stats", deployment, "--use-case", "support")

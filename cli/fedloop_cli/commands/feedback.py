@@ -7,13 +7,21 @@ from typing import Annotated, Literal
 import typer
 
 from fedloop_cli import console, options
-from fedloop_cli.commands import feedback_export, feedback_lake, feedback_quarantine, feedback_stats, feedback_triggers
+from fedloop_cli.commands import (
+    feedback_export,
+    feedback_lake,
+    feedback_quarantine,
+    feedback_stats,
+    feedback_tail,
+    feedback_triggers,
+)
 
 app = options.group(help="Run the feedback pipeline, and look at what it found.")
 app.add_typer(feedback_lake.app, name="lake")
 app.add_typer(feedback_triggers.app, name="triggers")
 app.add_typer(feedback_quarantine.app, name="quarantine")
 app.command(cls=options.Command)(feedback_export.export)
+app.command(cls=options.Command)(feedback_tail.tail)
 app.command(cls=options.Command)(feedback_stats.stats)
 
 
