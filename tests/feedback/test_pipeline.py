@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import samples
 from fedloop_events import envelope, topics, types
 from fedloop_events.envelope import Event, Record
 from fedloop_events.errors import LogChangedError, UnreachableError
+from fedloop_events.logs.kafka.log import KafkaLog
 from fedloop_events.logs.port import START, Batch, EventLog, Position, read_all
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import Payload
@@ -114,15 +116,29 @@ class Dying:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[SqliteLog]:
-    """A log with two clients and a few hundred pieces of feedback."""
+def log(tmp_path: Path) -> Iterator[EventLog]:
     log = SqliteLog(tmp_path / "log.sqlite")
+    yield filled(log)
+    log.close()
+
+
+@pytest.fixture(params=["file", "kafka"])
+def any_log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EventLog]:
+    if request.param == "file":
+        log: EventLog = SqliteLog(tmp_path / "log.sqlite")
+    else:
+        log = KafkaLog(request.getfixturevalue("kafka_url"), create=True)
+    yield filled(log)
+    log.close()
+
+
+def filled(log: EventLog) -> EventLog:
+    """With two clients and a few hundred pieces of feedback."""
     clients = ("device-1", "device-2")
     log.append([samples.signed(samples.created(), "server")])
     log.append([samples.signed(samples.enrolled(name, str(11 + number))) for number, name in enumerate(clients)])
     log.append([samples.signed(samples.feedback(number, clients[number % 2]), number=number) for number in range(600)])
-    yield log
-    log.close()
+    return log
 
 
 def pipeline(log: EventLog, states: States, wall: Callable[[], float] = lambda: 4e9) -> Pipeline:
@@ -137,35 +153,33 @@ def run_to_its_end(log: EventLog, states: States) -> Pipeline:
     """Until time, which is far ahead, has done what it can."""
     run = pipeline(log, states)
     run.run(threading.Event(), until_idle=True)
-    run.step()
-    run.step()
     return run
 
 
-def test_pipeline_takes_in_what_its_operators_emit_and_tells_them_the_time(log: SqliteLog, tmp_path: Path) -> None:
+def test_pipeline_takes_in_what_its_operators_emit_and_tells_them_the_time(any_log: EventLog, tmp_path: Path) -> None:
     with States(tmp_path / "states") as states:
-        run = run_to_its_end(log, states)
+        run = run_to_its_end(any_log, states)
     assert (run.emitted, run.refused) == (601, 0)
-    (window,) = [envelope.expect(each, types.MetricsWindowed) for each in read_all(log, (topics.METRICS,))]
+    (window,) = [envelope.expect(each, types.MetricsWindowed) for each in read_all(any_log, (topics.METRICS,))]
     assert window.feedback == 600
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("appends", [1, 2, 3, 4])
 def test_pipeline_killed_at_any_append_and_started_again_emits_the_same(
-    log: SqliteLog, tmp_path: Path, appends: int, after: bool
+    any_log: EventLog, tmp_path: Path, appends: int, after: bool
 ) -> None:
     with States(tmp_path / "states") as states, pytest.raises(KilledError):
-        run_to_its_end(Dying(log, appends, after=after), states)
+        run_to_its_end(Dying(any_log, appends, after=after), states)
     with States(tmp_path / "states") as states:
-        run_to_its_end(log, states)
-    found = emitted(log)
-    scored = [envelope.expect(each, types.FeedbackScored) for each in read_all(log, (topics.SCORED,))]
+        run_to_its_end(any_log, states)
+    found = emitted(any_log)
+    scored = [envelope.expect(each, types.FeedbackScored) for each in read_all(any_log, (topics.SCORED,))]
     assert [each.masked for each in scored if each.client_id == "device-1"] == list(range(300))
     assert len(found) == len({identity for identity, _ in found}) == 601
 
 
-def test_pipeline_that_lost_its_states_emits_nothing_new(log: SqliteLog, tmp_path: Path) -> None:
+def test_pipeline_that_lost_its_states_emits_nothing_new(log: EventLog, tmp_path: Path) -> None:
     with States(tmp_path / "states") as states:
         run_to_its_end(log, states)
     before = emitted(log)
@@ -174,7 +188,7 @@ def test_pipeline_that_lost_its_states_emits_nothing_new(log: SqliteLog, tmp_pat
     assert emitted(log) == before
 
 
-def test_pipeline_counts_an_event_once_that_the_log_shows_twice(log: SqliteLog, tmp_path: Path) -> None:
+def test_pipeline_counts_an_event_once_that_the_log_shows_twice(log: EventLog, tmp_path: Path) -> None:
     class Doubling(Dying):
         def read(
             self, topics: Collection[str] = topics.ALL, after: Position = START, *, limit: int = 1000, wait_s: float = 0.0
@@ -187,13 +201,24 @@ def test_pipeline_counts_an_event_once_that_the_log_shows_twice(log: SqliteLog, 
     assert len(emitted(log)) == 601
 
 
-def test_feedback_that_its_author_did_not_sign_is_quarantined_without_its_content(log: SqliteLog, tmp_path: Path) -> None:
+def test_feedback_that_its_author_did_not_sign_is_quarantined_without_its_content(log: EventLog, tmp_path: Path) -> None:
     forged = samples.signed(samples.feedback(600, "device-1"), "device-2", number=600)
     log.append([forged])
     with States(tmp_path / "states") as states:
         run = run_to_its_end(log, states)
     (found,) = [envelope.expect(each, types.EventQuarantined) for each in read_all(log, (topics.QUARANTINE,))]
     assert (found.event_id, found.reason, found.client_id, run.refused) == (forged.id, "not-authentic", None, 1)
+
+
+def test_windows_close_while_more_keeps_coming(log: EventLog, tmp_path: Path) -> None:
+    """No read is ever empty: before each there is a new event."""
+    clock = itertools.count(4_000_000_000)
+    with States(tmp_path / "states") as states:
+        run = pipeline(log, states, lambda: next(clock))
+        for number in range(600, 620):
+            log.append([samples.signed(samples.feedback(number, "device-1"), number=number)])
+            assert run.step() > 0
+    assert list(read_all(log, (topics.METRICS,)))
 
 
 def test_states_are_one_pipelines_at_a_time(tmp_path: Path) -> None:
@@ -203,7 +228,7 @@ def test_states_are_one_pipelines_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_pipeline_refuses_another_log_than_its_states_are_of(log: SqliteLog, tmp_path: Path) -> None:
+def test_pipeline_refuses_another_log_than_its_states_are_of(log: EventLog, tmp_path: Path) -> None:
     other = SqliteLog(tmp_path / "other.sqlite")
     with States(tmp_path / "states") as states:
         run_to_its_end(log, states)

@@ -6,6 +6,7 @@ transaction. Killed before the commit it does the same step again: what it appen
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from fedloop_events.folds import marks
 from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import MAX_SKEW_MS, Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.logs.port import READ_AHEAD, EventLog
+from fedloop_events.logs.port import READ_AHEAD, EventLog, Position
 from fedloop_events.writer import EventWriter
 
 from fedloop_server.deciding import batches
@@ -26,8 +27,39 @@ from fedloop_server.feedback.operator import Emit, Operator, event_of
 from fedloop_server.feedback.states import States
 
 POLL_S: Final = 0.5
+IDLE_STEPS: Final = 4
+"""Without news, after which operators have been told that everything is taken in: a watermark takes three of them."""
 TICK_MS: Final = 500
 """Operators are told no more often how far the log has come."""
+
+
+class Watermark:
+    """Up to when, by the log's clock, everything has been taken in, what that made the operators emit included.
+
+    It rests on no read alone, for a log with several streams may give less than it has: an end of the log that was noted is
+    reached, or nothing is left. What was read until then may have made operators emit; that lies before the end noted next.
+    """
+
+    def __init__(self, end: Callable[[], Position], skew_ms: int) -> None:
+        self.complete_ms = 0
+        self._end, self._skew_ms = end, skew_ms
+        self._reached_ms = 0
+        self._noted: tuple[int, Position] | None = None
+
+    def read(self, position: Position, *, nothing_left: bool, now_ms: int) -> None:
+        """After everything up to `position` has been taken in, and what it made emit is in the log; `now_ms` is when that was
+        read."""
+        if self._noted is not None:
+            noted_ms, end = self._noted
+            if not nothing_left and (now_ms - noted_ms < TICK_MS or not _reaches(position, end)):
+                return
+            self.complete_ms, self._reached_ms = self._reached_ms, noted_ms - self._skew_ms
+        self._noted = now_ms, self._end()
+
+
+def _reaches(position: Position, end: Position) -> bool:
+    """Of the streams that anything was read of."""
+    return all(position.covers(stream, offset) for stream, offset in end.offsets.items() if stream in position.offsets)
 
 
 class Pipeline:
@@ -48,41 +80,41 @@ class Pipeline:
     ) -> None:
         self.operators = operators
         self.read = self.emitted = self.refused = 0
-        self._log, self._writer, self._states, self._wall, self._skew_ms = log, writer, states, wall, skew_ms
+        self._log, self._writer, self._states, self._wall = log, writer, states, wall
+        self._watermark = Watermark(log.end, skew_ms)
         self._topics = tuple(sorted({topic for each in operators for topic in each.topics}))
         self._people = Reader(log, Identities())
         self._admit = Admit(self._people.fold)
         self._admit.standing = states.progress.standing
-        self._complete_ms = self._advanced_ms = 0
+        self._advanced_ms = 0
         kept = states.progress.marks
         marks.check(log.end(), lambda after: log.read(self._topics, after, limit=1), states.position, kept)
 
     def run(self, stop: threading.Event, *, until_idle: bool = False) -> int:
-        """Go on until `stop` is set, or (`until_idle`) the log holds nothing that was not taken in; how many events were read."""
-        while not stop.is_set():
-            if not self.step(0.0 if until_idle else POLL_S) and until_idle:
-                break
+        """Go on until `stop` is set, or (`until_idle`) the log holds nothing that was not taken in, and all that is due by now is
+        emitted; how many events were read."""
+        idle = 0
+        while not stop.is_set() and idle < (IDLE_STEPS if until_idle else math.inf):
+            idle = 0 if self.step(0.0 if until_idle else POLL_S) else idle + 1
         return self.read
 
     def step(self, wait_s: float = 0.0) -> int:
         """Take in one batch, waiting up to `wait_s` for it; how many events it had."""
-        began_ms = int(self._wall() * 1000) - self._skew_ms
+        began_ms = int(self._wall() * 1000)
         batch = self._log.read(self._topics, self._states.position, limit=READ_AHEAD, wait_s=wait_s)
         if batch.records:
             self._people.catch_up()
         events = [event for record in batch.records for event in self._taken_in(record)]
-        advanced = False
-        if len(batch.records) < READ_AHEAD:
-            # What a batch makes the operators emit is taken in after it: complete is what was there before the batch before.
-            complete_ms, self._complete_ms = self._complete_ms, began_ms
-            if advanced := complete_ms - self._advanced_ms >= TICK_MS:
-                events += self._advanced(complete_ms)
-                self._advanced_ms = complete_ms
+        complete_ms = self._watermark.complete_ms
+        if advanced := complete_ms > self._advanced_ms:
+            events += self._advanced(complete_ms)
+            self._advanced_ms = complete_ms
         for some in batches(events):
             self._log.append(some)
         if batch.records or advanced:
             marks.remember(self._states.progress.marks, batch.records)
             self._states.commit(batch.position)
+        self._watermark.read(batch.position, nothing_left=not batch.records, now_ms=began_ms)
         self.read += len(batch.records)
         self.emitted += len(events)
         return len(batch.records)
