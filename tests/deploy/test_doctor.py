@@ -212,7 +212,7 @@ def test_a_development_broker_works_and_its_openness_is_named(doctor: Doctor, lo
     said(document, "warn", "nothing is encrypted")
     said(document, "warn", "may do everything, also delete the log")
     said(document, "ok", "is a Kafka 4.0 or newer")
-    said(document, "ok", "7 of 7 are this user's to see, and as declared")
+    said(document, "ok", "10 of 10 are this user's to see, and as declared")
     said(document, "ok", "this machine's agrees with the log")
 
 
@@ -250,7 +250,7 @@ def test_a_user_with_exactly_a_role_s_rights_is_recognised_on_a_secure_cluster(d
     status, document = doctor("--log", agent)
     assert status == 0, document
     said(document, "ok", "doctor-agent has the rights of role agent, and no other")
-    said(document, "ok", "6 of 7 are this user's to see")
+    said(document, "ok", "6 of 10 are this user's to see")
     said(document, "ok", "the certificate of 127.0.0.1:")
     said(document, "ok", ".properties is its owner's alone")
 
