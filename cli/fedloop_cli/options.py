@@ -120,6 +120,7 @@ BaseDtype = Annotated[
     typer.Option(help="What a language model's frozen base is held in; auto: bf16 for a large one where it is fast, else f32."),
 ]
 Rank = Annotated[int | None, typer.Option(min=1, help="Train adapters of at most this rank.", show_default="as asked")]
+UseCase = Annotated[str, typer.Option(metavar="NAME", help="What the application is for: its feedback is measured under it.")]
 ScratchMb = Annotated[
     int | None,
     typer.Option(

@@ -25,6 +25,7 @@ from fedloop_clients.cut_short import CutShort, cut_short
 from fedloop_clients.device_view import DeviceView
 from fedloop_clients.eligibility import HERE, Eligibility, Joined, Surroundings
 from fedloop_clients.enrolment import Identity
+from fedloop_clients.feedback import identifier
 from fedloop_clients.interactions import Interactions
 from fedloop_clients.models import Models
 from fedloop_clients.outbox import Outbox
@@ -53,6 +54,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     computes of texts, as long as the process runs (None: see `Scratch`; 0: nothing). Each `summary_s` seconds in which it
     answered the device publishes how often and how fast (`usage.py`); with None it counts nothing.
 
+    `use_case` is what the application is for: feedback and counts are published, and measured, under it. Several can share a
+    model.
     `speech_model` is the folder of a Whisper model for faster-whisper, which feedback by audio and video needs.
     `remember` is whether what a user has corrected is answered as corrected at once (`remembering.py`).
 
@@ -61,6 +64,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """
 
     model: str = types.DEFAULT_MODEL
+    use_case: str = types.DEFAULT_USE_CASE
     model_dir: Path | None = None
     base_dtype: BaseDtype = "auto"
     heartbeat_s: float = 30.0
@@ -73,6 +77,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     speech_model: Path | None = None
 
     def __post_init__(self) -> None:
+        identifier("use_case", self.use_case)
         if self.summary_s is not None and not 1 <= self.summary_s <= LONGEST_SUMMARY_S:
             raise UsageError(
                 f"an interval of {self.summary_s:g} s cannot be summarised",
@@ -130,7 +135,7 @@ class Device:
         self.releases = KeptReleases(store)
         self.view = DeviceView(identity.client_id, identity.server_key, store.kept(VIEW))
         self.interactions, self.retractions = Interactions(store), Retractions(store)
-        self.usage = Usage(store, settings.model, settings.summary_s, around.clock)
+        self.usage = Usage(store, settings.use_case, settings.summary_s, around.clock)
         self.outbox = Outbox(store, identity.writer(self.log))
         self.uploads = Uploads(store)
         self.personal = PersonalLayers(store)

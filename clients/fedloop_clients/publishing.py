@@ -100,7 +100,7 @@ class Publisher:
             feedback_id=each.feedback_id,
             response_id=self._published_id(each.response_id),
             release=each.release,
-            use_case=self._device.settings.model,
+            use_case=self._device.settings.use_case,
             text=each.prompt,
             context=each.context,
             turns_left_out=each.left_out,

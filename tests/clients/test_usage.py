@@ -19,7 +19,7 @@ from fedloop_clients.usage import KEPT_MS, Timed
 from fedloop_events import sketch
 from fedloop_events.envelope import Event
 from fedloop_events.errors import UsageError
-from fedloop_events.types import UsageSummarised
+from fedloop_events.types import FeedbackRecorded, UsageSummarised
 from sqlcipher3 import dbapi2
 
 if TYPE_CHECKING:
@@ -134,6 +134,23 @@ def test_a_device_that_publishes_nothing_keeps_a_bounded_number_of_counts(phone:
     clock.now_s += KEPT_MS / 1000 + HOUR
     answer(phone)
     assert phone._device.store.rows("SELECT count(*) FROM usage") == [(1,)]
+
+
+def test_feedback_and_counts_are_published_under_the_applications_use_case(
+    deployment: Deployment, tmp_path: Path, masker: DigitMasker, clock: Clock
+) -> None:
+    settings = Settings(use_case="support")
+    with Agent.enrol(
+        deployment.folder, tmp_path / "named", key_from="file", masker=masker, clock=clock, settings=settings
+    ) as agent:
+        agent.feedback(agent.record("my card", "loan").response_id, thumb="up")
+        agent.run(until=settled)
+        clock.now_s += 2 * HOUR
+        agent.run(until=settled)
+    assert [each.use_case for each in deployment.appended(FeedbackRecorded)] == ["support"]
+    assert [each.use_case for each in summarised(deployment)] == ["support"]
+    with pytest.raises(UsageError, match="use_case must be 1 to 80"):
+        Settings(use_case="what users ask")
 
 
 def test_an_owner_who_wants_nothing_counted_has_nothing_counted(

@@ -196,6 +196,7 @@ def run(
     rounds_per_day: Annotated[int, typer.Option(min=1, help="Most rounds in 24 hours.")] = 48,
     scratch_mb: options.ScratchMb = None,
     rank: options.Rank = None,
+    use_case: options.UseCase = "default",
 ) -> None:
     """Mask and publish feedback and take part in rounds, until Ctrl-C. Killed and started again, it goes on where it was.
 
@@ -221,7 +222,12 @@ def run(
     )
     terms.check_known(of_platform())
     settings = Settings(
-        model_dir=model_dir, eligibility=terms, base_dtype=base_dtype, scratch_bytes=options.in_bytes(scratch_mb), rank=rank
+        use_case=use_case,
+        model_dir=model_dir,
+        eligibility=terms,
+        base_dtype=base_dtype,
+        scratch_bytes=options.in_bytes(scratch_mb),
+        rank=rank,
     )
     with _open(store, model_dir, settings) as agent, stoppable() as stop:
         before, shown = sum(agent.status().answers.values()), ""

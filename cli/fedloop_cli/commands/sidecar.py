@@ -48,6 +48,7 @@ def serve(
     base_dtype: options.BaseDtype = "auto",
     scratch_mb: options.ScratchMb = None,
     rank: options.Rank = None,
+    use_case: options.UseCase = "default",
     json: options.Json = False,
 ) -> None:
     """Answer programs of this machine that speak OpenAI's interface, take feedback, and take part in rounds, until Ctrl-C.
@@ -80,7 +81,9 @@ def serve(
         document = {"base_url": f"{address}/v1", "key_file": str(key_file)}
         console.show(document, lambda: console.fields(document), as_json=json)
 
-    settings = Settings(model_dir=model_dir, base_dtype=base_dtype, scratch_bytes=options.in_bytes(scratch_mb), rank=rank)
+    settings = Settings(
+        use_case=use_case, model_dir=model_dir, base_dtype=base_dtype, scratch_bytes=options.in_bytes(scratch_mb), rank=rank
+    )
     with Agent.open(store, log, blobs=blobs, settings=settings) as agent:
         key = access.key_of(store)
         answering = OwnModel(agent) if upstream is None else Upstream(agent, upstream, os.environ.get("FEDLOOP_UPSTREAM_KEY", ""))

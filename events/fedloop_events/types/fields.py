@@ -47,6 +47,8 @@ NodeId = Annotated[str, Meta(min_length=1, max_length=20, pattern=r"\A[0-9]+\Z")
 
 DEFAULT_MODEL: Final = "default"
 """The model that a deployment has, unless it names others."""
+DEFAULT_USE_CASE: Final = "default"
+"""What a device's feedback is about, unless its application says so."""
 DEFAULT_RUN: Final = "main"
 """The run of rounds that a deployment has."""
 
