@@ -15,6 +15,9 @@ import yaml
 from compose_run import MissingError
 from devices import World
 from fedloop_cli.provisioning import composing
+from fedloop_server.feedback import exposed
+from fedloop_server.feedback.pipeline import Pipeline
+from fedloop_server.feedback.states import States
 from fedloop_server.telemetry import metrics
 from fedloop_server.telemetry.metrics import MeteredLog
 from fedloop_tasks.classification.task import Classification
@@ -112,10 +115,13 @@ def test_compose_itself_takes_the_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of all samples that a server can show."""
+    """The names of all samples that a server and a pipeline can show."""
     world = World(tmp_path_factory.mktemp("exported") / "deployment")
     log = MeteredLog(world.log)
     families = list(metrics.registry(world.server(log=log), log).collect())
+    with States(world.folder / "states") as states:
+        pipeline = Pipeline(log, world.writer, [], states)
+        families += list(exposed.registry(pipeline, exposed.Found(), log).collect())
     world.log.close()
     endings = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
     return {f"{each.name}{ending}" for each in families for ending in endings.get(each.type, ("",))} | {"up"}
@@ -138,8 +144,10 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(exported: s
 def test_prometheus_and_grafana_point_at_services_of_the_file(document: dict[str, Any]) -> None:
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     targets = {target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]}
-    assert targets == {"server:9464", "127.0.0.1:9090"}
-    assert document["services"]["server"]["command"][-1].endswith(":9464")
+    assert targets == {"server:9464", "feedback:9465", "127.0.0.1:9090"}
+    for name, port in (("server", ":9464"), ("feedback", ":9465")):
+        assert document["services"][name]["command"][-1].endswith(port)
+        assert set(document["services"][name]["networks"]) & set(document["services"]["prometheus"]["networks"]) == {"monitoring"}
     assert all((ROOT / "deploy/prometheus" / Path(name).name).exists() for name in config["rule_files"])
     sources = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text(encoding="utf-8"))
     assert [each["url"] for each in sources["datasources"]] == ["http://prometheus:9090"]
@@ -148,8 +156,6 @@ def test_prometheus_and_grafana_point_at_services_of_the_file(document: dict[str
     provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/fedloop.yml").read_text(encoding="utf-8"))
     folder = provider["providers"][0]["options"]["path"]
     assert f"./deploy/grafana/dashboards:{folder}:ro" in document["services"]["grafana"]["volumes"]
-    shared = set(document["services"]["server"]["networks"]) & set(document["services"]["prometheus"]["networks"])
-    assert shared == {"monitoring"}
 
 
 def test_kafka_lets_nobody_in_without_tls_and_listens_as_controller_to_itself_alone() -> None:

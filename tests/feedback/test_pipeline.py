@@ -17,10 +17,13 @@ from fedloop_events.logs.port import START, Batch, EventLog, Position, read_all
 from fedloop_events.logs.sqlite import SqliteLog
 from fedloop_events.types import Payload
 from fedloop_events.writer import EventWriter
+from fedloop_server.feedback import exposed
 from fedloop_server.feedback.operator import Emit
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import States
+from fedloop_server.telemetry.metrics import MeteredLog
 from msgspec import Struct
+from prometheus_client import generate_latest
 
 WINDOW_MS = 1_000
 
@@ -219,6 +222,30 @@ def test_windows_close_while_more_keeps_coming(log: EventLog, tmp_path: Path) ->
             log.append([samples.signed(samples.feedback(number, "device-1"), number=number)])
             assert run.step() > 0
     assert list(read_all(log, (topics.METRICS,)))
+
+
+def test_pipeline_shows_prometheus_what_it_did_and_how_far_it_is_behind(log: EventLog, tmp_path: Path) -> None:
+    metered, found = MeteredLog(log), exposed.Found()
+    log.append([samples.signed(samples.feedback(600, "device-1"), "device-2", number=600)])
+    with States(tmp_path / "states") as states:
+        run = Pipeline(
+            metered,
+            EventWriter(log, samples.key("server")),
+            [Forwarding(), Counting()],
+            states,
+            wall=lambda: 4e9,
+            on_emitted=found.add,
+        )
+        run.run(threading.Event(), until_idle=True)
+        shown = generate_latest(exposed.registry(run, found, metered)).decode()
+    for line in (
+        'fedloop_feedback_read_total{topic="feedback"} 601.0',
+        'fedloop_feedback_emitted_total{type="feedback.scored.v1"} 600.0',
+        'fedloop_feedback_emitted_total{type="metrics.windowed.v1"} 1.0',
+        "fedloop_feedback_refused_total 1.0",
+        "fedloop_feedback_behind_seconds ",
+    ):
+        assert f"\n{line}" in shown
 
 
 def test_states_are_one_pipelines_at_a_time(tmp_path: Path) -> None:

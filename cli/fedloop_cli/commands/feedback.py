@@ -35,6 +35,10 @@ def run(
             help="What looks for personal values again: patterns for the worst ones, or the whole masker, which takes long."
         ),
     ] = "fast",
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there; a PORT alone is on loopback."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Run the pipeline until Ctrl-C, beside the server: it checks feedback again, scores, measures and curates it, and asks for
@@ -48,7 +52,7 @@ def run(
     from fedloop_cli.signals import stoppable
 
     with stoppable() as stop:
-        ran = running.run(home.directory, home.place, stop.event, until_idle=until_idle, gate=gate)
+        ran = running.run(home.directory, home.place, stop.event, until_idle=until_idle, gate=gate, metrics=metrics)
     document = msgspec.to_builtins(ran) | {"interrupted": stop.interrupted}
     console.show(document, f"{ran.read} events read, {ran.emitted} emitted, {ran.refused} refused", as_json=json)
     if stop.interrupted:

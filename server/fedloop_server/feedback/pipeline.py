@@ -20,6 +20,7 @@ from fedloop_events.folds.admit import Admit
 from fedloop_events.folds.identities import MAX_SKEW_MS, Identities
 from fedloop_events.folds.reader import Reader
 from fedloop_events.logs.port import READ_AHEAD, EventLog, Position
+from fedloop_events.types import Payload
 from fedloop_events.writer import EventWriter
 
 from fedloop_server.deciding import batches
@@ -64,6 +65,7 @@ def _reaches(position: Position, end: Position) -> bool:
 
 class Pipeline:
     """Runs `operators` over a log; `wall` gives seconds since 1970, `skew_ms` is how far the log's clock may differ from it.
+    `on_emitted` is called with each event that is about to be appended.
 
     Raises `LogChangedError` if the log is not the one that the states are of.
     """
@@ -77,8 +79,10 @@ class Pipeline:
         *,
         wall: Callable[[], float] = time.time,
         skew_ms: int = MAX_SKEW_MS,
+        on_emitted: Callable[[Payload], None] | None = None,
     ) -> None:
         self.operators = operators
+        self._on_emitted = on_emitted
         self.read = self.emitted = self.refused = 0
         self._log, self._writer, self._states, self._wall = log, writer, states, wall
         self._watermark = Watermark(log.end, skew_ms)
@@ -89,6 +93,11 @@ class Pipeline:
         self._advanced_ms = 0
         kept = states.progress.marks
         marks.check(log.end(), lambda after: log.read(self._topics, after, limit=1), states.position, kept)
+
+    @property
+    def complete_ms(self) -> int:
+        """Up to when, by the log's clock, everything has been taken in; 0 before that is known."""
+        return self._watermark.complete_ms
 
     def run(self, stop: threading.Event, *, until_idle: bool = False) -> int:
         """Go on until `stop` is set, or (`until_idle`) the log holds nothing that was not taken in, and all that is due by now is
@@ -142,6 +151,8 @@ class Pipeline:
 
     def _signed(self, operator: Operator[Any], emitted: Iterable[Emit], record: Record | None) -> Iterator[Event]:
         for number, each in enumerate(emitted):
+            if self._on_emitted is not None:
+                self._on_emitted(each.payload)
             yield event_of(self._writer, operator, each, record, number)
 
     def _quarantined(self, record: Record, error: InvalidEventError) -> Event:

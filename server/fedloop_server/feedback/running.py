@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.masked import MAX_MASKED_CHARS
 from msgspec import Struct
+from prometheus_client import CollectorRegistry
 
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
+from fedloop_server.feedback import exposed
 from fedloop_server.feedback.operator import Operator
 from fedloop_server.feedback.operators.counting import Counting
 from fedloop_server.feedback.operators.curating import Curating
@@ -23,6 +26,8 @@ from fedloop_server.feedback.operators.scoring import Full, Scoring
 from fedloop_server.feedback.operators.triggering import Triggering
 from fedloop_server.feedback.pipeline import Pipeline
 from fedloop_server.feedback.states import FILE_NAME, States
+from fedloop_server.telemetry import exposition
+from fedloop_server.telemetry.metrics import MeteredLog
 from fedloop_server.triggers import ForecastTrigger
 
 Gate = Literal["fast", "full"]
@@ -45,19 +50,33 @@ def operators(config: ServerConfig, full: Full | None = None) -> list[Operator[A
 
 
 def run(
-    directory: Path, place: DeploymentLocation, stop: threading.Event, *, until_idle: bool = False, gate: Gate = "fast"
+    directory: Path,
+    place: DeploymentLocation,
+    stop: threading.Event,
+    *,
+    until_idle: bool = False,
+    gate: Gate = "fast",
+    metrics: str | None = None,
 ) -> Ran:
     """Run the pipeline until `stop` is set, or (`until_idle`) all feedback that is there has been taken in.
 
     Killed at any point and started again, it goes on where it was, and emits nothing twice. Raises `UnreachableError` while
-    another pipeline runs for the same folder, `UsageError` where a full gate has no masker.
+    another pipeline runs for the same folder, `UsageError` where a full gate has no masker. `metrics` is the address at which
+    Prometheus finds it.
     """
     deployment = open_deployment(directory, place)
     full = _masker() if gate == "full" else None
+    log, found = MeteredLog(deployment.log), exposed.Found()
     with States(deployment.folder / FILE_NAME) as states:
-        pipeline = Pipeline(deployment.log, deployment.writer, operators(deployment.config, full), states)
-        pipeline.run(stop, until_idle=until_idle)
+        chosen = operators(deployment.config, full)
+        pipeline = Pipeline(log, deployment.writer, chosen, states, on_emitted=found.add)
+        with _exposed(exposed.registry(pipeline, found, log), log, metrics):
+            pipeline.run(stop, until_idle=until_idle)
     return Ran(pipeline.read, pipeline.emitted, pipeline.refused)
+
+
+def _exposed(registry: CollectorRegistry, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:
+    return nullcontext() if address is None else exposition.exposed(registry, log, exposition.Address.parse(address))
 
 
 def _masker() -> Full:
