@@ -37,8 +37,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     variables = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
     for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bank")
-    yield "s3://bank/lake"
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("lakes")
+    yield "s3://lakes/bank"
     server.stop()
 
 
