@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import lake_logs
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_store import s3_store
 
 from .conftest import Fedloop
 
@@ -30,16 +30,9 @@ def deployment(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket in an S3 store that the environment names; gives its URL."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    variables = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
-    for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("lakes")
-    yield "s3://lakes/bank"
-    server.stop()
+    """A place in an S3 store that the environment names; gives its URL."""
+    with s3_store(monkeypatch, "lakes"):
+        yield "s3://lakes/bank"
 
 
 def test_a_sync_says_what_it_did_to_each_table_and_a_second_one_that_there_is_nothing(fedloop: Fedloop, deployment: Path) -> None:
@@ -84,7 +77,7 @@ def test_a_lake_in_s3_is_written_asked_and_emptied_of_what_is_withdrawn(
     assert lake_logs.rows(s3) == lake_logs.rows(tmp_path / "lake")
     document = fedloop("feedback", "lake", "query", deployment, COUNT, "--lake", s3, "--json").document
     assert sum(row[1] for row in document["rows"]) == len(lake_logs.rows(s3)["feedback"])
-    for path in fsspec.filesystem("s3").find("bank/lake"):
+    for path in fsspec.filesystem("s3").find("lakes/bank"):
         assert b"secret words 3" not in fsspec.filesystem("s3").cat(path) or path.endswith(".parquet")
     assert fedloop("feedback", "lake", "sync", deployment, "--lake", s3, "--json").document["added"] == 0
 

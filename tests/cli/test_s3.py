@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 from fedloop_events.locations import DeploymentLocation
-from moto.server import ThreadedMotoServer
+from s3_store import s3_store
 
 from .conftest import Fedloop, deploy
 
@@ -16,15 +15,8 @@ from .conftest import Fedloop, deploy
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 store with the bucket `bank`, which the environment names; gives the address."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    variables = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
-    for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bank")
-    yield address
-    server.stop()
+    with s3_store(monkeypatch, "bank") as address:
+        yield address
 
 
 def test_a_deployment_keeps_its_blobs_in_s3_and_they_are_checked_there(fedloop: Fedloop, s3: str, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import msgspec
 import pytest
 import samples
@@ -29,7 +28,7 @@ from fedloop_events.types import BlobRef, Content
 from fedloop_events.verify.log import verify
 from fedloop_server.operations.sweeping import DAY_S, Swept, sweep
 from fedloop_server.state import IDENTITIES_FILE
-from moto.server import ThreadedMotoServer
+from s3_store import s3_store
 
 DEPLOYMENTS = Path(__file__).parents[2] / "events" / "recorded" / "deployments"
 
@@ -57,18 +56,8 @@ class Place:
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[None]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    variables = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # each knows one server
-        fsspec.filesystem("s3").mkdir("sweeping")
+    with pytest.MonkeyPatch.context() as patch, s3_store(patch, "sweeping"):
         yield
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture
