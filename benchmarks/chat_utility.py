@@ -29,6 +29,7 @@ from fedloop_tasks.causal.examples import Example
 from fedloop_tasks.causal.model import CausalModel
 from fedloop_tasks.causal.plan import ChatPlan
 from fedloop_tasks.causal.task import Chat
+from fedloop_tasks.models import registry
 from fedloop_tasks.precision import BaseDtype
 from fedloop_tasks.task import Arrays, Material, Message, Terms
 from fedloop_tasks.turns import Turn
@@ -124,6 +125,9 @@ def federate(
     of the model gives of a question is kept from one to the next."""
     training, test = banking77("train"), banking77("test")
     model: CausalModel | None = None
+    if model_dir is None:
+        model_dir = folder / "models"
+        registry.add(base_model, model_dir=model_dir)
 
     def made(seed: int) -> Chats:
         nonlocal model

@@ -140,7 +140,13 @@ def test_the_demo_goes_on_when_devices_and_the_server_are_killed(tmp_path: Path,
     assert demo.returncode == 0, err
     document = json.loads(out)
     metrics = {"baseline_accuracy", "final_accuracy", "baseline_metrics", "final_metrics", "leading"}
-    assert document.keys() == {"task", "log", "rounds", "clients", "samples", "checks", "seconds"} | metrics
+    assert document.keys() == {"task", "log", "rounds", "clients", "samples", "feedback", "checks", "seconds"} | metrics
+    feedback = document["feedback"]
+    assert feedback.keys() == {"windows", "drift", "curated", "quarantined", "lake_rows", "picture"}
+    assert sum(each["feedback"] for each in feedback["windows"] if each["window"] == "1d") + feedback["quarantined"] == 90
+    assert feedback["curated"] > 0
+    assert feedback["lake_rows"] >= 90
+    assert Path(feedback["picture"]).read_bytes().startswith(b"\x89PNG")
     assert (document["task"], document["samples"]) == ("classification", [])
     assert [each["round_id"] for each in document["rounds"]] == ["r0001", "r0002"]
     keys = {
