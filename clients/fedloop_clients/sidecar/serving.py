@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ MOST_CONNECTIONS: Final = 512
 ROUNDS_THREAD: Final = "fedloop-rounds"
 """The name of the thread of the device's loop."""
 SOON_S: Final = 2.0
+SWITCH_S: Final = 0.0005
+"""For which the thread that writes an answer may keep the interpreter from the one that sends it: Python's own 5 ms delay each word."""
 _BACKLOG: Final = 256
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class SidecarServer(uvicorn.Server):
 
     def serve_here(self) -> bool:
         """Until SIGTERM or SIGINT; whether it was SIGINT."""
+        sys.setswitchinterval(SWITCH_S)
         self.run(sockets=[self._listening])
         return self.interrupted
 
