@@ -26,7 +26,7 @@ ROUNDS_THREAD: Final = "fedloop-rounds"
 """The name of the thread of the device's loop."""
 SOON_S: Final = 2.0
 SWITCH_S: Final = 0.0005
-"""For which the thread that writes an answer may keep the interpreter from the one that sends it: Python's own 5 ms delay each word."""
+"""For so long the thread that writes an answer may keep the interpreter from the one that sends it; Python's 5 ms delay words."""
 _BACKLOG: Final = 256
 
 _logger = logging.getLogger(__name__)
