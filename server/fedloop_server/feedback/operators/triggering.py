@@ -220,11 +220,16 @@ class Triggering:
                     yield Fired(trigger, last_ms, last_ms, f"schedule: {last.isoformat(timespec='minutes')}")
 
     def _ask(self, state: TriggeringState, fired: list[Fired]) -> Iterator[Emit]:
-        ready = [each for each in fired if holding_back(each.trigger, state.of(each.trigger), each.at_ms) is None]
+        under_way = state.under_way.request
+        ready = [
+            each
+            for each in fired
+            if holding_back(each.trigger, state.of(each.trigger), each.at_ms) is None
+            and not (under_way and state.of(each.trigger).request_id == under_way)  # once for a round
+        ]
         if not ready:
             return
         leader = max(ready, key=lambda each: each.trigger.priority)
-        under_way = state.under_way.request
         request_id = under_way or f"{REQUEST}{leader.trigger.name}-{ids.derived_id(leader.trigger.name, leader.cause)[:16]}"
         if self._made is not None and request_id not in self._made:
             return
