@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from fedloop_server.feedback.running import operators
 from fedloop_server.feedback.states import States
 from fedloop_tasks.classification.plan import ClassificationPlan
 
-from benchmarks.harness import MIN_RUNS, Row, costs, in_turn, per_second, rates, scratch, seconds
+from benchmarks.harness import MIN_RUNS, Row, costs, in_turn, peak_rss_bytes, per_second, rates, scratch, seconds
 
 ORIGIN: Final = "bench"
 CLIENTS: Final = 50
@@ -221,7 +220,7 @@ def main(folder: Path) -> None:
     log = SqliteLog(folder / "log.sqlite")
     with States(folder / "states.sqlite") as states:
         pipeline(log, states).run(threading.Event(), until_idle=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    print(peak_rss_bytes() / 1e6)
 
 
 if __name__ == "__main__":
