@@ -26,6 +26,7 @@ COLUMNS: Final = 72
 LATEST: Final = 100
 """Pieces of feedback whose mean a point of the picture is."""
 _SIGNS: Final = {"drift": "!", "requested": "?", "published": "^"}
+_WORDS: Final = {"drift": "drift of", "requested": "a round requested,", "published": "published"}
 
 
 class Mark(Struct, frozen=True):
@@ -56,7 +57,7 @@ class Course:
                 self.quarantined += 1
             case types.DriftDetected():
                 self.drifts.append(payload)
-                self.marks.append(Mark(after, "drift", f"drift of {payload.metric} ({', '.join(payload.detectors)})"))
+                self.marks.append(Mark(after, "drift", f"{payload.metric} ({', '.join(payload.detectors)})"))
             case types.RoundRequested():
                 self.marks.append(Mark(after, "requested", payload.reason))
             case types.ReleasePublished() if after:
@@ -107,7 +108,7 @@ def as_text(found: Course) -> str:
     signs = [" "] * (columns + 1)
     for mark in found.marks:
         signs[mark.after * columns // total] = _SIGNS[mark.what]
-    happened = [f"  {_SIGNS[mark.what]} after {mark.after}: {mark.what} {mark.text}" for mark in found.marks]
+    happened = [f"  {_SIGNS[mark.what]} after {mark.after}: {_WORDS[mark.what]} {mark.text}" for mark in found.marks]
     return "\n".join([f"SATISFACTION, over {total} pieces of feedback", blocks, "".join(signs).rstrip(), *happened])
 
 
