@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -90,7 +90,7 @@ def serve(
         error.hint = "restore the whole log; or go on without what is lost: `fedloop server run DIR --accept-loss`"
         raise
     server.planner.check(tensors.decode(deployment.blobs.get(current(releases, types.DEFAULT_MODEL).blob)))
-    with _exposed(server, log, metrics), _swept(directory, place, deployment.config):
+    with exposition.exposed_at(metrics, registry(server, log), log), _swept(directory, place, deployment.config):
         return server.run(stop, rounds, until_idle=until_idle)
 
 
@@ -123,9 +123,3 @@ def _swept(directory: Path, place: DeploymentLocation, config: ServerConfig) -> 
     finally:
         stop.set()
         thread.join(STOP_SWEEP_S)
-
-
-def _exposed(server: Server, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:
-    if address is None:
-        return nullcontext()
-    return exposition.exposed(registry(server, log), log, exposition.Address.parse(address))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedloop_cli import console, options
+from fedloop_cli.commands import log
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
@@ -25,17 +25,9 @@ def tail(
     With --follow, --json prints one document a line for each event.
     """
     from fedloop_events import topics
-    from fedloop_server.operations import tail as operations
 
-    wanted, log = (topics.QUARANTINE, topics.SCORED, topics.METRICS, topics.TRAINING), where.open_log()
-    end = operations.last(log, lines, wanted)
-    if not follow:
-        console.show(
-            {"events": [_document(each) for each in end.records]}, lambda: "\n".join(map(_line, end.records)), as_json=json
-        )
-        return
-    for record in chain(end.records, operations.follow(log, end.position, wanted)):
-        console.show(_document(record), lambda record=record: _line(record), as_json=json)  # type: ignore[misc]
+    wanted = (topics.QUARANTINE, topics.SCORED, topics.METRICS, topics.TRAINING)
+    log.show_end(where.open_log(), wanted, lines, _document, _line, follow=follow, as_json=json)
 
 
 def _document(record: Record) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ from fedloop_cli import console, options
 
 if TYPE_CHECKING:
     from fedloop_events.envelope import Record
+    from fedloop_events.logs.port import EventLog
     from fedloop_events.verify.checks import Fault, VerifyReport
     from fedloop_server.operations.replaying import Replayed
 
@@ -30,16 +33,9 @@ def tail(
 ) -> None:
     """Show the last events. With --follow, --json prints one document a line for each event."""
     from fedloop_events import topics
-    from fedloop_server.operations import tail as operations
 
-    wanted, log = tuple(topic or topics.ALL), where.open_log()
-    end = operations.last(log, lines, wanted)
-    if not follow:
-        document = {"log": where.place.log, "events": [_event(each) for each in end.records]}
-        console.show(document, lambda: "\n".join(map(_line, end.records)), as_json=json)
-        return
-    for record in chain(end.records, operations.follow(log, end.position, wanted)):
-        console.show(_event(record), _line(record), as_json=json)
+    wanted = tuple(topic or topics.ALL)
+    show_end(where.open_log(), wanted, lines, _event, _line, {"log": where.place.log}, follow=follow, as_json=json)
 
 
 @app.command(cls=options.Command)
@@ -74,6 +70,29 @@ def replay(where: options.DeploymentFolder, json: options.Json = False) -> None:
     console.show(document, lambda: _replayed_text(where.place.log, replayed), as_json=json)
     if replayed.differing:
         raise typer.Exit(1)
+
+
+def show_end(
+    log: EventLog,
+    wanted: Collection[str],
+    lines: int,
+    document: Callable[[Record], Mapping[str, object]],
+    line: Callable[[Record], str],
+    about: Mapping[str, object] = MappingProxyType({}),
+    *,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """The last events of the topics `wanted`, in one document with what it is `about`; with `follow` one an event, and on."""
+    from fedloop_server.operations import tail as operations
+
+    end = operations.last(log, lines, wanted)
+    if not follow:
+        whole = {**about, "events": [document(each) for each in end.records]}
+        console.show(whole, lambda: "\n".join(map(line, end.records)), as_json=as_json)
+        return
+    for record in chain(end.records, operations.follow(log, end.position, wanted)):
+        console.show(document(record), line(record), as_json=as_json)
 
 
 def _event(record: Record) -> dict[str, object]:

@@ -11,11 +11,10 @@ from fedloop_events import topics, types
 from fedloop_events.envelope import Record
 from fedloop_events.folds.identities import Identities
 from fedloop_events.folds.reader import Reader
-from fedloop_events.folds.training import TrainingView
 from fedloop_events.logs.port import EventLog
 from fedloop_server.feedback.lake.place import locate
 from fedloop_server.feedback.lake.sync import Lake
-from fedloop_server.operations import metrics
+from fedloop_server.operations import examples, metrics
 from msgspec import Struct
 
 from fedloop_cli.commands import feedback_stats
@@ -83,15 +82,13 @@ def course(log: EventLog) -> Course:
 def document(where: Where, found: Course) -> dict[str, Any]:
     """What the pipeline made of the feedback; the lake is made for it, in the deployment's folder."""
     log = where.open_log()
-    curated = Reader(log, TrainingView(), identities=Identities())
-    curated.catch_up()
     with Lake(log, locate(where.directory, None)) as lake:
         lake.catch_up()
         rows = sum(each.added for each in lake.counts.values())
     return {
         "windows": [feedback_stats.document(each) for each in metrics.current(log)],
         "drift": [msgspec.to_builtins(each) for each in found.drifts],
-        "curated": len(curated.fold.examples),
+        "curated": len(examples.curated(log)),
         "quarantined": found.quarantined,
         "lake_rows": rows,
     }

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 from fedloop_events import topics, types
 from fedloop_events.types import Payload
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fedloop_server.feedback.pipeline import Pipeline
-from fedloop_server.telemetry.metrics import MeteredLog
+from fedloop_server.telemetry.metrics import MeteredLog, registry_of, total
 
 MAX_USE_CASES = 100
 
@@ -51,8 +51,8 @@ class PipelineCollector:
         for topic in topics.ALL:
             read.add_metric([topic], self._log.read_by_topic[topic])
         yield read
-        yield _counts("fedloop_feedback_emitted", "Events that the pipeline emitted.", "type", self._found.emitted)
-        yield _counts("fedloop_feedback_held_back", "Events that the second gate held back.", "reason", self._found.held_back)
+        yield total("fedloop_feedback_emitted", "Events that the pipeline emitted.", "type", self._found.emitted)
+        yield total("fedloop_feedback_held_back", "Events that the second gate held back.", "reason", self._found.held_back)
         meaning = "Events of feedback that are malformed, or not authentic."
         yield CounterMetricFamily("fedloop_feedback_refused", meaning, self._pipeline.refused)
         meaning = "Feedback that came too late for its own minute."
@@ -73,16 +73,4 @@ class PipelineCollector:
 
 def registry(pipeline: Pipeline, found: Found, log: MeteredLog) -> CollectorRegistry:
     """The pipeline's metrics, and the process's own."""
-    made = CollectorRegistry()
-    made.register(PipelineCollector(pipeline, found, log))
-    ProcessCollector(registry=made)
-    PlatformCollector(registry=made)
-    GCCollector(registry=made)
-    return made
-
-
-def _counts(name: str, meaning: str, label: str, found: Counter[str]) -> Metric:
-    total = CounterMetricFamily(name, meaning, labels=[label])
-    for each, count in sorted(found.copy().items()):
-        total.add_metric([each], count)
-    return total
+    return registry_of(PipelineCollector(pipeline, found, log))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ from fedloop_events.errors import UsageError
 from fedloop_events.locations import DeploymentLocation
 from fedloop_events.masked import MAX_MASKED_CHARS
 from msgspec import Struct
-from prometheus_client import CollectorRegistry
 
 from fedloop_server.config import ServerConfig
 from fedloop_server.deployment import open_deployment
@@ -70,13 +68,9 @@ def run(
     with States(deployment.folder / FILE_NAME) as states:
         chosen = operators(deployment.config, full)
         pipeline = Pipeline(log, deployment.writer, chosen, states, on_emitted=found.add)
-        with _exposed(exposed.registry(pipeline, found, log), log, metrics):
+        with exposition.exposed_at(metrics, exposed.registry(pipeline, found, log), log):
             pipeline.run(stop, until_idle=until_idle)
     return Ran(pipeline.read, pipeline.emitted, pipeline.refused)
-
-
-def _exposed(registry: CollectorRegistry, log: MeteredLog, address: str | None) -> AbstractContextManager[object]:
-    return nullcontext() if address is None else exposition.exposed(registry, log, exposition.Address.parse(address))
 
 
 def _masker() -> Full:

@@ -19,7 +19,7 @@ from fedloop_events.errors import LogError, UnreachableError
 from fedloop_events.files import create_private
 from fedloop_events.folds.admit import Standing
 from fedloop_events.folds.marks import Marks
-from fedloop_events.logs.port import START, Position
+from fedloop_events.logs.port import Position
 from fedloop_events.logs.sqlite_file import transaction
 from msgspec import Struct
 
@@ -85,7 +85,7 @@ class States:
 
     @property
     def position(self) -> Position:
-        return Position(self.progress.offsets) if self.progress.offsets else START
+        return Position(self.progress.offsets)
 
     def of(self, operator: Operator[Any], key: str) -> Any:
         """The state of one key, to be changed in place; it is kept with the next commit."""

@@ -6,7 +6,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -52,6 +52,11 @@ def exposed(registry: CollectorRegistry, log: MeteredLog, address: Address) -> I
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def exposed_at(address: str | None, registry: CollectorRegistry, log: MeteredLog) -> AbstractContextManager[object]:
+    """The same at an address as text; without one nothing is exposed."""
+    return nullcontext() if address is None else exposed(registry, log, Address.parse(address))
 
 
 def problem(log: MeteredLog) -> str:

@@ -20,6 +20,7 @@ from fedloop_tasks.table import TASKS
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from fedloop_server.config import ServerConfig
 from fedloop_server.operations import clients
@@ -99,7 +100,7 @@ class ServerCollector:
         wanted = waiting(self._server.state.rounds)
         yield GaugeMetricFamily("fedloop_rounds_waiting", "Rounds that were requested and have not begun.", wanted)
         asked = (asked_by(each) for each in list(self._server.state.rounds.requests))
-        yield _total("fedloop_round_requests", "Requests for rounds, by who asked.", "by", asked)
+        yield total("fedloop_round_requests", "Requests for rounds, by who asked.", "by", asked)
         yield from self._releases()
         yield from self._clients()
 
@@ -164,8 +165,13 @@ STANDINGS: Final = ("proposed", "published", "rejected", "withdrawn")
 
 def registry(server: Serves, log: MeteredLog) -> CollectorRegistry:
     """The server's metrics, and the process's own."""
+    return registry_of(ServerCollector(server, log))
+
+
+def registry_of(collector: Collector) -> CollectorRegistry:
+    """What a collector gives, and the process's own metrics."""
     made = CollectorRegistry()
-    made.register(ServerCollector(server, log))
+    made.register(collector)
     ProcessCollector(registry=made)
     PlatformCollector(registry=made)
     GCCollector(registry=made)
@@ -196,9 +202,9 @@ def _participation(rounds: Sequence[RoundState]) -> Iterator[Metric]:
     yield asked
     yield count
     excluded = (_code(exclusion.reason) for each in rounds for exclusion in each.excluded.values())
-    yield _total("fedloop_exclusions", "Times that a client did not count in a round, by why.", "reason", excluded)
+    yield total("fedloop_exclusions", "Times that a client did not count in a round, by why.", "reason", excluded)
     refused = (_code(update.reason) for each in rounds for update in list(each.refused.values()))
-    yield _total("fedloop_updates_refused", "Adapter updates that were refused, by why.", "reason", refused)
+    yield total("fedloop_updates_refused", "Adapter updates that were refused, by why.", "reason", refused)
 
 
 def _code(reason: str) -> str:
@@ -226,8 +232,9 @@ def _by(name: str, meaning: str, label: str, found: Iterable[str], known: Iterab
     return gauge
 
 
-def _total(name: str, meaning: str, label: str, found: Iterable[str]) -> Metric:
-    total = CounterMetricFamily(name, meaning, labels=[label])
+def total(name: str, meaning: str, label: str, found: Iterable[str]) -> Metric:
+    """How often each was found; of counts that were made elsewhere, these."""
+    counter = CounterMetricFamily(name, meaning, labels=[label])
     for each, count in sorted(Counter(found).items()):
-        total.add_metric([each], count)
-    return total
+        counter.add_metric([each], count)
+    return counter
